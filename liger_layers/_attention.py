@@ -1,0 +1,206 @@
+"""Gated recurrence, sliding window, and Liger Attention, which mixes the two: plain modules, no Hugging Face.
+
+Shapes: B batch, T time, HQ query heads, H key/value heads, D head width, W window, P sinks, M features.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from liger_layers._state import LigerState
+from liger_layers.feature_maps import FEATURE_MAPS
+from liger_layers.gates import GATES, log_decay
+from liger_layers.rotary import rotary_tables, rotate
+from liger_ops import chunk_gla, chunk_simple_gla, liger_attention, sliding_window_attention
+
+MIXINGS = ("joint", "sum")
+
+
+def _choose(name: str, value: str, choices) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+class LigerAttention(nn.Module):
+    """Softmax over a sliding window plus a gated recurrence, on one set of projections (arXiv 2503.01496, eq. 8-10).
+
+    mixing="sum" is the paper's: o = mix * recurrence + (1 - mix) * window, both over every token so far.
+    mixing="joint" is one softmax: exact over the window and the sinks, estimated by the recurrence for every
+    older token, and normalised together, so that each token counts once; `mix` then scales the far weights.
+    mix is a parameter [HQ], fixed unless learn_mix. RoPE turns the window branch only.
+
+    forward(x [B,T,hidden]) returns (y [B,T,hidden], state); pass the state back to continue. mask [B,T] bool marks
+    real tokens (left or right padding). position_embeddings (cos, sin), each [B,T,D], override the built-in RoPE.
+    """
+
+    recurs, windows = True, True
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        *,
+        window: int = 64,
+        sinks: int = 4,
+        gate: str = "gated_retention",
+        tau: float = 1024.0,
+        feature_map: str = "kernel",
+        mixing: str = "joint",
+        mix: float = 1.0,
+        learn_mix: bool = True,
+        normalize: bool = True,
+        scale: float | None = None,
+        rope_theta: float | None = 10000.0,
+        bias: bool = False,
+        projections: dict[str, nn.Module] | None = None,
+    ):
+        super().__init__()
+        _choose("gate", gate, GATES)
+        _choose("feature_map", feature_map, FEATURE_MAPS)
+        _choose("mixing", mixing, MIXINGS)
+        num_kv_heads = num_kv_heads or num_heads
+        head_dim = head_dim or hidden_size // num_heads
+        if num_heads % num_kv_heads:
+            raise ValueError(f"num_heads: expected a multiple of num_kv_heads {num_kv_heads}, got {num_heads}")
+        if window < 1 or sinks < 0:
+            raise ValueError(f"window, sinks: expected window >= 1 and sinks >= 0, got {window} and {sinks}")
+        if projections is None:
+            sizes = {"q_proj": num_heads, "k_proj": num_kv_heads, "v_proj": num_kv_heads}
+            projections = {n: nn.Linear(hidden_size, h * head_dim, bias=bias) for n, h in sizes.items()}
+            projections["o_proj"] = nn.Linear(num_heads * head_dim, hidden_size, bias=bias)
+        for name, module in projections.items():
+            self.add_module(name, module)
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.window, self.sinks, self.scale = window, sinks, scale
+        self.gate, self.tau, self.mixing, self.normalize = gate, tau, mixing, normalize
+        self.rope_theta = rope_theta
+        if self.recurs:
+            self.feature_map = FEATURE_MAPS[feature_map](num_heads, num_kv_heads, head_dim)
+        if self.recurs and self.windows:
+            self.mix = nn.Parameter(torch.full((num_heads,), float(mix)), requires_grad=learn_mix)
+
+    @property
+    def delayed(self) -> bool:
+        """Whether a token enters the recurrence only when it leaves the window."""
+        return self.recurs and self.windows and self.mixing == "joint"
+
+    def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> LigerState:
+        """The state before the first token."""
+        H, D, slots = self.num_kv_heads, self.head_dim, self.sinks + self.window
+        held = [torch.zeros(batch, slots, H, D, device=device, dtype=dtype) for _ in range(2)] if self.windows else [None] * 2
+        visible = torch.zeros(batch, slots, dtype=torch.bool, device=device) if self.windows else None
+        raw = torch.zeros(batch, self.window, H, D, device=device, dtype=dtype) if self.delayed else None
+        width = D + (self.delayed or self.normalize)
+        recurrent = torch.zeros(batch, H, D, width, device=device) if self.recurs else None
+        return LigerState(*held, visible, raw, recurrent, torch.zeros(batch, dtype=torch.long, device=device))
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        state: LigerState | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, LigerState]:
+        q, k, v = self.project(x)
+        if state is None:
+            state = self.initial_state(x.shape[0], x.device, k.dtype)
+        if mask is None:
+            mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        if position_embeddings is None and self.rope_theta is not None:
+            position = state.position[:, None] + mask.cumsum(1) - 1
+            position_embeddings = rotary_tables(position.clamp(min=0), self.head_dim, self.rope_theta)
+        o, state = self.mixer(q, k, v, mask, state, position_embeddings)
+        return self.o_proj(o.flatten(2).to(x.dtype)), state
+
+    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Unrotated q [B,T,HQ,D], k and v [B,T,H,D], with the norms that some models put on q and k."""
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        return (self.q_norm(q), self.k_norm(k), v) if hasattr(self, "q_norm") else (q, k, v)
+
+    def mixer(self, q, k, v, mask, state, position_embeddings):
+        """Everything between the projections: o [B,T,HQ,D] and the next state."""
+        turned = (q, k) if position_embeddings is None else [rotate(x, *position_embeddings) for x in (q, k)]
+        position = state.position + mask.sum(1)
+        if not self.windows:
+            o, recurrent = self._recurrence(q, k, v, mask, state.recurrent)
+            return o, LigerState(None, None, None, None, recurrent, position)
+
+        q_near, k_near = turned
+        keys, values = torch.cat([state.k, k_near], 1), torch.cat([state.v, v], 1)
+        visible = torch.cat([state.visible, mask], 1)
+        raw, recurrent = None, None
+        if self.delayed:
+            raw = torch.cat([state.raw, k], 1)
+            o, recurrent = self._joint(q, q_near, keys, values, raw[:, : k.shape[1]], visible, state.recurrent)
+            raw = raw[:, k.shape[1] :]
+        else:
+            o = sliding_window_attention(
+                q_near, keys, values, self.window, self.sinks, self.scale, visible=visible
+            )
+            if self.recurs:
+                far, recurrent = self._recurrence(q, k, v, mask, state.recurrent)
+                mix = self.mix.to(o.dtype).unsqueeze(-1)
+                o = mix * far + (1 - mix) * o
+        return o, LigerState(*self._keep(keys, values, visible), raw, recurrent, position)
+
+    def _recurrence(self, q, k, v, mask, state):
+        """Both branches at once over every token: q' [B,T,HQ,M], k' [B,T,H,M], an own decay, a padding mask."""
+        real = mask[:, :, None, None]
+        features = self.feature_map.key(k).exp().masked_fill(~real, 0.0)
+        g = log_decay(self.gate, k, self.tau)
+        g = g.masked_fill(~(real if g.ndim == 4 else real.squeeze(-1)), 0.0)
+        op = chunk_gla if g.ndim == 4 else chunk_simple_gla
+        query = self.feature_map.query(q).exp()
+        values = v.to(features.dtype)
+        if self.normalize:
+            values = torch.cat([values, torch.ones_like(values[..., :1])], -1)
+        o, state = op(query, features, values, g, scale=1.0, initial_state=state, output_final_state=True)
+        if self.normalize:
+            # A padded query has seen nothing and divides by zero otherwise.
+            o = o[..., :-1] / o[..., -1:].masked_fill(~real, 1.0)
+        return o.to(v.dtype), state
+
+    def _joint(self, q, q_near, keys, values, leaving, visible, state):
+        """`leaving` [B,T,H,D] are the unrotated keys that enter the recurrence before each query."""
+        return liger_attention(
+            q_near,
+            keys,
+            values,
+            self.feature_map.query(q),
+            self.feature_map.key(leaving),
+            log_decay(self.gate, leaving, self.tau),
+            self.mix.clamp(min=0),
+            window=self.window,
+            sinks=self.sinks,
+            scale=self.scale,
+            initial_state=state,
+            output_final_state=True,
+            visible=visible,
+        )
+
+    def _keep(self, keys, values, visible):
+        """The first P visible columns of each row and the last W; a sink still inside the window shows once."""
+        S, P = visible.shape[1], self.sinks
+        columns = torch.arange(S, device=visible.device)
+        tail = slice(S - self.window, S)
+        if not P:
+            return keys[:, tail], values[:, tail], visible[:, tail]
+        first = torch.where(visible, columns, S).topk(P, dim=1, largest=False, sorted=True).values
+        last = first.masked_fill(first == S, -1).amax(1, keepdim=True)
+        index = first.clamp(max=S - 1)[:, :, None, None].expand(-1, -1, *keys.shape[2:])
+        kept = [torch.cat([x.gather(1, index), x[:, tail]], 1) for x in (keys, values)]
+        return *kept, torch.cat([first < S, visible[:, tail] & (columns[tail] > last)], 1)
+
+
+class GatedRecurrence(LigerAttention):
+    """The recurrent branch alone: gated linear attention on softmax or kernel features. Arguments as LigerAttention."""
+
+    windows = False
+
+
+class SlidingWindowAttention(LigerAttention):
+    """The window branch alone, with attention sinks. Arguments as LigerAttention; gate and features are unused."""
+
+    recurs = False

@@ -1,0 +1,124 @@
+"""Feature maps of the recurrent branch, given as logarithms so that a joint softmax can weigh them.
+
+Shapes: B batch, T time, HQ query heads, H key/value heads (HQ = G * H), K key width, M features, R kernel rank.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+
+class Softmax(nn.Module):
+    """exp(log_softmax(x)): the published map (arXiv 2503.01496, sec. 3.1). M = K."""
+
+    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int):
+        super().__init__()
+
+    def query(self, q: torch.Tensor) -> torch.Tensor:
+        return q.log_softmax(-1, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+
+    key = query
+
+
+class SoftmaxKernel(nn.Module):
+    """Positive features whose inner product estimates exp(q k / sqrt(K)) for unrotated q and k. M = K.
+
+    With d = k - mean(k), the score splits into q mean(k), a factor of the query alone, mean(q) d, a factor of the
+    key alone, and the remainder (q - mean(q)) d, small enough for positive random features exp(w x - |x|^2 / 2)
+    (Performer, arXiv 2009.14794, lemma 1) over its R strongest directions. `calibrate` sets means and directions
+    from second moments; before it, the map starts from the first R channels of zero-mean keys.
+    """
+
+    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, rank: int = 16):
+        super().__init__()
+        H, K, R = num_kv_heads, head_dim, min(rank, head_dim)
+        self.rank = R
+        start = torch.eye(K, R).expand(H, K, R) * K**-0.25
+        self.query_directions = nn.Parameter(start.clone())
+        self.key_directions = nn.Parameter(start.clone())
+        self.query_mean = nn.Parameter(torch.zeros(H, K))
+        self.key_mean = nn.Parameter(torch.zeros(H, K))
+        self.query_weight = nn.Parameter(torch.zeros(H, K))
+        self.key_weight = nn.Parameter(torch.zeros(H, K))
+        self.frequencies = nn.Parameter(self._frequencies(R, K))
+
+    @staticmethod
+    def _frequencies(rank: int, features: int) -> torch.Tensor:
+        """Orthogonal directions of length sqrt(R), each with its opposite, [R,M]; the same in every process."""
+        generator = torch.Generator(device="cpu").manual_seed(0)
+        half, blocks = (features + 1) // 2, []
+        while sum(b.shape[0] for b in blocks) < half:
+            draw = torch.randn(rank, rank, generator=generator, device="cpu", dtype=torch.float64)
+            blocks.append(torch.linalg.qr(draw)[0])
+        w = torch.cat(blocks)[:half] * rank**0.5
+        return torch.cat([w, -w])[:features].T.contiguous().to(torch.get_default_dtype())
+
+    def _log(self, x, mean, directions, weight):
+        """x [B,T,H,...,K] -> log features [B,T,H,...,M]."""
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        H, K = mean.shape
+        flat = (x - mean.view(H, *[1] * (x.ndim - 4), K)).movedim(2, 0).reshape(H, -1, K)
+        y = torch.bmm(flat, directions.to(flat.dtype))
+        own = torch.bmm(flat, weight.to(flat.dtype).unsqueeze(-1)) - y.square().sum(-1, keepdim=True) / 2
+        out = torch.add(own, y @ self.frequencies.to(flat.dtype))
+        return out.view(H, *x.shape[:2], *x.shape[3:-1], -1).movedim(0, 2)
+
+    def query(self, q: torch.Tensor) -> torch.Tensor:
+        """[B,T,HQ,K] -> [B,T,HQ,M]. The M features average, hence -log M; the means' own product is taken out once."""
+        q = q.unflatten(2, (self.query_mean.shape[0], -1))
+        common = (self.query_mean * self.query_weight).sum(-1)[:, None, None] - math.log(self.frequencies.shape[1])
+        return (self._log(q, self.query_mean, self.query_directions, self.query_weight) + common).flatten(2, 3)
+
+    def key(self, k: torch.Tensor) -> torch.Tensor:
+        """[B,T,H,K] -> [B,T,H,M]."""
+        return self._log(k, self.key_mean, self.key_directions, self.key_weight)
+
+    @torch.no_grad()
+    def calibrate(
+        self,
+        query_mean: torch.Tensor,
+        key_mean: torch.Tensor,
+        query_covariance: torch.Tensor,
+        key_covariance: torch.Tensor,
+        channels: torch.Tensor,
+        scale: float | None = None,
+    ) -> None:
+        """Fit to means [H,K] and covariances [H,K,K] of unrotated queries (pooled over each group) and keys.
+
+        channels [K] bool are those whose rotary angle stays small over the far context; the others average out.
+        scale is that of the scores, K ** -0.5 unless given.
+        """
+        (H, K), kept = key_mean.shape, channels.nonzero().squeeze(-1).cpu()
+        scale = K**-0.5 if scale is None else scale
+        means = [torch.zeros(H, K, dtype=torch.float64), torch.zeros(H, K, dtype=torch.float64)]
+        for mean, given in zip(means, (query_mean, key_mean), strict=True):
+            mean[:, kept] = given.double().cpu()[:, kept]
+        cq, ck = (c.double().cpu()[:, kept][:, :, kept] for c in (query_covariance, key_covariance))
+        root, inverse = _power(ck, 0.5), _power(ck, -0.5)
+        strength, basis = torch.linalg.eigh(root @ cq @ root)
+        R = min(self.rank, len(kept))
+        strength, basis = strength.flip(-1)[:, :R].clamp(min=1e-12), basis.flip(-1)[:, :, :R]
+        directions = [torch.zeros(H, K, self.rank, dtype=torch.float64) for _ in range(2)]
+        # Queries and keys get equal variance along each direction, which minimises the features' variance.
+        directions[0][:, kept, :R] = root @ basis * strength.unsqueeze(1) ** -0.25 * scale**0.5
+        directions[1][:, kept, :R] = inverse @ basis * strength.unsqueeze(1) ** 0.25 * scale**0.5
+        for parameter, value in (
+            (self.query_mean, means[0]),
+            (self.key_mean, means[1]),
+            (self.query_directions, directions[0]),
+            (self.key_directions, directions[1]),
+            (self.query_weight, means[1] * scale),
+            (self.key_weight, means[0] * scale),
+        ):
+            parameter.copy_(value)
+
+
+def _power(matrix: torch.Tensor, exponent: float) -> torch.Tensor:
+    """Power of symmetric positive matrices, directions of vanishing variance floored."""
+    values, vectors = torch.linalg.eigh(matrix)
+    values = torch.maximum(values, 1e-5 * values.amax(-1, keepdim=True)).clamp(min=1e-12)
+    return vectors @ torch.diag_embed(values**exponent) @ vectors.transpose(-1, -2)
+
+
+FEATURE_MAPS: dict[str, type[nn.Module]] = {"softmax": Softmax, "kernel": SoftmaxKernel}

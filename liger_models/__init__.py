@@ -1,0 +1,21 @@
+"""Linearize pretrained Transformers. Importing this package registers the linearized models with transformers."""
+
+from liger_models.cache import LigerCacheLayer, cache_bytes, make_cache
+from liger_models.configuration import PRESETS, LigerConfig
+from liger_models.evaluation import evaluate, perplexity
+from liger_models.finetune import finetune
+from liger_models.linearize import linearize
+from liger_models.modeling import FAMILIES
+
+__all__ = [
+    "FAMILIES",
+    "PRESETS",
+    "LigerCacheLayer",
+    "LigerConfig",
+    "cache_bytes",
+    "evaluate",
+    "finetune",
+    "linearize",
+    "make_cache",
+    "perplexity",
+]

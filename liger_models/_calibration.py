@@ -1,0 +1,92 @@
+"""Second moments of a pretrained model's queries and keys, on text that the model draws from itself.
+
+Shapes: B batch, T time, HQ query heads, H key/value heads, D head width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+# A rotary channel counts as slow when it turns by less than a radian over this many tokens.
+_REACH = 512
+# The first tokens are attention sinks, whose keys are unlike all others.
+_SKIP = 8
+
+
+@torch.no_grad()
+def draw_text(model: PreTrainedModel, batch: int = 8, length: int = 512, passes: int = 3) -> torch.Tensor:
+    """Token ids [batch, length] resampled in parallel from the model's own next-token distributions.
+
+    Starts from uniform tokens; each pass redraws every token given the last pass's prefix, so that local statistics
+    approach those of the model's language at the price of a few forward passes. The draw is the same every time.
+    """
+    device = model.get_input_embeddings().weight.device
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (batch, length), generator=generator)
+    if isinstance(start := model.config.bos_token_id, int):
+        ids[:, 0] = start
+    for _ in tqdm(range(passes), desc="Drawing calibration text", leave=False):
+        for row in ids:
+            logits = model(row[None].to(device), use_cache=False).logits[0, :-1].float().cpu()
+            row[1:] = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
+    return ids
+
+
+class _Moments:
+    """Running mean and covariance per head of whatever a module puts out."""
+
+    def __init__(self, heads: int, width: int):
+        self.heads, self.width, self.count = heads, width, 0
+        self.sum = torch.zeros(heads, width, dtype=torch.float64)
+        self.square = torch.zeros(heads, width, width, dtype=torch.float64)
+
+    def __call__(self, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        x = output.unflatten(-1, (-1, self.width)) if output.ndim == 3 else output
+        x = x[:, _SKIP:].unflatten(2, (self.heads, -1)).movedim(2, 0).reshape(self.heads, -1, self.width).float()
+        self.count += x.shape[1]
+        self.sum += x.sum(1).double().cpu()
+        self.square += (x.transpose(1, 2) @ x).double().cpu()
+
+    def result(self) -> tuple[torch.Tensor, torch.Tensor]:
+        mean = self.sum / self.count
+        return mean, self.square / self.count - mean.unsqueeze(-1) * mean.unsqueeze(-2)
+
+
+@torch.no_grad()
+def measure(model: PreTrainedModel, ids: torch.Tensor, layers: list[int]) -> list[tuple[torch.Tensor, ...]]:
+    """Per layer: mean and covariance of unrotated queries, pooled over each group, then those of the keys."""
+    heads, found, hooks = model.config.num_key_value_heads, [], []
+    for index in layers:
+        attention = model.model.layers[index].self_attn
+        pair = (_Moments(heads, attention.head_dim), _Moments(heads, attention.head_dim))
+        found.append(pair)
+        for moments, name in zip(pair, "qk", strict=True):
+            source = getattr(attention, f"{name}_norm", None) or getattr(attention, f"{name}_proj")
+            hooks.append(source.register_forward_hook(moments))
+    device = model.get_input_embeddings().weight.device
+    try:
+        for row in tqdm(ids, desc="Measuring queries and keys", leave=False):
+            model.model(row[None].to(device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [(*q.result(), *k.result()) for q, k in found]
+
+
+def slow_channels(model: PreTrainedModel, width: int) -> torch.Tensor:
+    """[D] bool: channels whose rotary angle stays below one radian over _REACH tokens."""
+    inverse = model.model.rotary_emb.inv_freq.detach().float().cpu()
+    slow = (inverse * _REACH < 1).repeat(2)
+    slow = torch.cat([slow, torch.ones(width - len(slow), dtype=torch.bool)])
+    return slow if slow.any() else torch.ones(width, dtype=torch.bool)
+
+
+def calibrate(model: PreTrainedModel, moments: list[tuple[torch.Tensor, ...]], layers: list[int]) -> None:
+    """Fit the feature maps of a model whose attention has been swapped to moments measured before."""
+    for index, (q_mean, q_cov, k_mean, k_cov) in zip(layers, moments, strict=True):
+        attention = model.model.layers[index].self_attn
+        channels = slow_channels(model, attention.head_dim)
+        attention.feature_map.calibrate(q_mean, k_mean, q_cov, k_cov, channels, attention.scale)

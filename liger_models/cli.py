@@ -1,0 +1,147 @@
+"""The `liger` command: linearize, finetune, generate, evaluate."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from liger_layers import FEATURE_MAPS, GATES
+from liger_models import checkpoint
+from liger_models.configuration import PRESETS
+from liger_models.evaluation import evaluate
+from liger_models.finetune import RECIPES, finetune
+from liger_models.generation import generate
+from liger_models.linearize import linearize
+from liger_models.text import standard_text
+
+_MODEL = "a local folder, a GGUF file, or the name of a model on the Hugging Face hub"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="liger",
+        description="Turn a pretrained Transformer into a gated linear-recurrent model that decodes in constant memory.",
+        epilog="A first session: liger linearize MODEL --out small; liger finetune small --text book.txt --out tuned; "
+        'liger generate tuned "Once upon a time"; liger evaluate tuned --text other.txt',
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    p = _command(commands, "linearize", "Swap the attention of a Llama, Mistral, Qwen2 or Qwen3 for Liger Attention.")
+    _output(p)
+    p.add_argument("--preset", default="default", choices=PRESETS, help="starting point (default: %(default)s)")
+    p.add_argument("--gate", choices=GATES, help="how the recurrence forgets")
+    p.add_argument("--feature-map", choices=FEATURE_MAPS, help="features of the recurrent branch")
+    p.add_argument("--window", type=int, help="tokens with exact softmax attention")
+    p.add_argument("--sinks", type=int, help="first tokens that stay visible for ever")
+    p.add_argument("--mix", type=float, help="initial weight of the recurrence; 0 leaves the window alone")
+    p.add_argument("--keep", type=_indices, metavar="I,J,...", help="layers that stay full attention")
+
+    p = _command(commands, "finetune", "Fine-tune with LoRA and merge the adapters. Ctrl-C leaves a checkpoint.")
+    _output(p)
+    _text(p, "training text; default: the standard library's help topics, every eighth held out")
+    p.add_argument("--recipe", default="default", choices=RECIPES, help="hyperparameters (default: %(default)s)")
+    p.add_argument("--steps", type=int, help="optimiser steps; default: whole passes over the text")
+    p.add_argument("--length", type=int, help="tokens in a block")
+    p.add_argument("--batch", type=int, help="blocks in a step")
+    p.add_argument("--learning-rate", type=float, help="peak learning rate")
+    p.add_argument("--resume", action="store_true", help="continue from the checkpoint of an interrupted run")
+
+    p = _command(commands, "generate", "Continue a prompt.")
+    p.add_argument("prompt", help="text to continue")
+    p.add_argument("--max-new-tokens", type=int, default=64, help="length of the continuation (default: %(default)s)")
+    p.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
+    p.add_argument("--sample", action="store_true", help="sample instead of taking the likeliest token")
+
+    p = _command(commands, "evaluate", "Perplexity on held-out text, also with the recurrence switched off.")
+    _text(p, "text to score; default: the held-out help topics of the standard library")
+    p.add_argument("--length", type=int, default=512, help="tokens in a block (default: %(default)s)")
+    p.add_argument("--max-blocks", type=int, help="score only the first blocks")
+    p.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to a file")
+    return parser
+
+
+def _command(commands, name: str, text: str) -> argparse.ArgumentParser:
+    p = commands.add_parser(name, help=text, description=text)
+    p.add_argument("model", metavar="MODEL", help=_MODEL)
+    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="weights' dtype")
+    return p
+
+
+def _output(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write")
+    p.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
+
+
+def _text(p: argparse.ArgumentParser, text: str) -> None:
+    p.add_argument("--text", type=Path, metavar="FILE", help=text)
+
+
+def _indices(text: str) -> list[int]:
+    return [int(part) for part in text.split(",") if part.strip()]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"text: could not read {path} as UTF-8: {error}") from error
+
+
+def _linearize(args) -> None:
+    checkpoint.check_output(args.out, args.overwrite)
+    model, tokenizer = checkpoint.load(args.model, args.dtype)
+    names = ("gate", "feature_map", "window", "sinks", "mix")
+    linearize(model, preset=args.preset, keep=args.keep, **{name: getattr(args, name) for name in names})
+    checkpoint.save(model, tokenizer, args.out, args.overwrite)
+    print(f"Wrote {args.out}")
+
+
+def _finetune(args) -> None:
+    checkpoint.check_output(args.out, args.overwrite)
+    text = _read(args.text) if args.text else standard_text()[0]
+    model, tokenizer = checkpoint.load(args.model, args.dtype)
+    names = ("steps", "length", "batch", "learning_rate")
+    changes = {name: getattr(args, name) for name in names}
+    store = args.out.with_name(args.out.name + ".checkpoints")
+    model = finetune(model, tokenizer, text, args.recipe, checkpoints=store, resume=args.resume, **changes)
+    checkpoint.save(model, tokenizer, args.out, args.overwrite)
+    checkpoint.discard(store)
+    print(f"Wrote {args.out}")
+
+
+def _generate(args) -> None:
+    model, tokenizer = checkpoint.load(args.model, args.dtype)
+    print(
+        generate(
+            model, tokenizer, args.prompt, max_new_tokens=args.max_new_tokens, chat=args.chat, do_sample=args.sample
+        )
+    )
+
+
+def _evaluate(args) -> None:
+    text = _read(args.text) if args.text else standard_text()[1]
+    model, tokenizer = checkpoint.load(args.model, args.dtype)
+    figures = evaluate(model, tokenizer, text, length=args.length, max_blocks=args.max_blocks)
+    for name, value in figures.items():
+        print(f"{name:24} {value:,.4g}")
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    try:
+        {"linearize": _linearize, "finetune": _finetune, "generate": _generate, "evaluate": _evaluate}[args.command](args)
+    except (ValueError, OSError) as error:
+        print(f"liger: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as error:
+        print(f"liger: {error or 'interrupted'}; the same command with --resume continues", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""Perplexity, with each branch switched off in turn, and the costs of decoding: cache bytes and times."""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import contextmanager
+
+import torch
+from tqdm.auto import tqdm
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from liger_models.cache import cache_bytes, make_cache
+from liger_models.modeling import LigerMixin, LinearizedAttention
+from liger_models.text import to_blocks
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, blocks: torch.Tensor, description: str = "Perplexity") -> float:
+    """exp of the mean next-token loss over token ids [n, length], one block at a time."""
+    model.eval()
+    device = model.get_input_embeddings().weight.device
+    rows = tqdm(blocks, desc=description, leave=False)
+    losses = [model(row[None].to(device), labels=row[None].to(device), use_cache=False).loss.item() for row in rows]
+    return math.exp(sum(losses) / len(losses))
+
+
+@contextmanager
+def without_recurrence(model: PreTrainedModel):
+    """Set every layer's mix to zero for a while: the window branch alone."""
+    layers = [m for m in model.modules() if isinstance(m, LinearizedAttention)]
+    before = [m.mix.detach().clone() for m in layers]
+    try:
+        with torch.no_grad():
+            for m in layers:
+                m.mix.zero_()
+        yield
+    finally:
+        with torch.no_grad():
+            for m, value in zip(layers, before, strict=True):
+                m.mix.copy_(value)
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    length: int = 512,
+    max_blocks: int | None = None,
+) -> dict[str, float]:
+    """Held-out figures of a model on text, cut into blocks of `length` tokens.
+
+    Returns perplexity and tokens; for a linearized model also perplexity_window_only, with the recurrence switched
+    off: the closer the two, the less the recurrence does. ValueError if the text is shorter than a block.
+    """
+    blocks = to_blocks(tokenizer, text, length)[:max_blocks]
+    result = {"perplexity": perplexity(model, blocks), "tokens": blocks.numel()}
+    if isinstance(model, LigerMixin):
+        with without_recurrence(model):
+            result["perplexity_window_only"] = perplexity(model, blocks, "Perplexity, window only")
+    return result
+
+
+@torch.no_grad()
+def measure_costs(
+    model: PreTrainedModel, contexts: list[int], *, decode_tokens: int = 8, repeats: int = 1
+) -> list[dict[str, float]]:
+    """Per context length: prefill_s, decode_ms_per_token and cache_bytes after it, medians of `repeats`."""
+    model.eval()
+    device = model.get_input_embeddings().weight.device
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for context in tqdm(contexts, desc="Measuring costs", leave=False):
+        ids = torch.randint(model.config.vocab_size, (1, context), generator=generator).to(device)
+        prefill, decode = [], []
+        for _ in range(repeats):
+            cache = make_cache(model.config) if isinstance(model, LigerMixin) else DynamicCache(config=model.config)
+            start = _now(device)
+            token = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
+            prefill.append(_now(device) - start)
+            held = cache_bytes(cache)
+            start = _now(device)
+            for _ in range(decode_tokens):
+                token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+            decode.append((_now(device) - start) / decode_tokens)
+        median = len(prefill) // 2
+        rows.append(
+            {
+                "context": context,
+                "prefill_s": sorted(prefill)[median],
+                "decode_ms_per_token": 1e3 * sorted(decode)[median],
+                "cache_bytes": held,
+            }
+        )
+    return rows
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,189 @@
+"""LoRA fine-tuning of a linearized (or any) causal LM: peft for the adapters, transformers' Trainer for the loop."""
+
+from __future__ import annotations
+
+import signal
+import tempfile
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from liger_models.modeling import LigerMixin
+from liger_models.text import to_blocks
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to fine-tune. steps None means `epochs` passes over the text."""
+
+    rank: int = 16
+    alpha: int = 32
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    learning_rate: float = 5e-4
+    length: int = 512
+    batch: int = 2
+    epochs: float = 1.0
+    steps: int | None = None
+    warmup: int = 6
+    features: bool = True
+    gradient_checkpointing: bool = False
+
+
+RECIPES = {
+    "default": Recipe(),
+    # The published recipe, arXiv 2503.01496, section 4.1.
+    "paper": Recipe(
+        rank=8, alpha=8, targets=("q_proj", "k_proj", "v_proj"), learning_rate=1e-3, length=1024, batch=8, epochs=2.0,
+        warmup=0, features=False,
+    ),
+}
+
+
+class Blocks(torch.utils.data.Dataset):
+    """Rows of token ids as inputs and labels of next-token prediction."""
+
+    def __init__(self, ids: torch.Tensor):
+        self.ids = ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.ids[index], "labels": self.ids[index]}
+
+
+class _Interrupt(TrainerCallback):
+    """Ctrl-C finishes the step, saves a checkpoint and stops; a second one stops at once."""
+
+    def __init__(self):
+        self.asked = False
+
+    @contextmanager
+    def listening(self):
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.getsignal(signal.SIGINT)
+
+        def ask(number, frame):
+            self.asked = True
+            signal.signal(signal.SIGINT, before)
+
+        signal.signal(signal.SIGINT, ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+
+
+def finetune(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    recipe: str | Recipe = "default",
+    *,
+    checkpoints: str | Path | None = None,
+    resume: bool = False,
+    seed: int = 0,
+    **changes: Any,
+) -> PreTrainedModel:
+    """Fine-tune on text with LoRA, merge the adapters into the weights and return the model.
+
+    Args:
+        model: a causal LM; changed in place.
+        tokenizer: its tokenizer.
+        text: training text, cut into blocks of `length` tokens.
+        recipe: "default", "paper", or a Recipe.
+        checkpoints: folder for the checkpoint that Ctrl-C leaves; a temporary one when None.
+        resume: continue from the last checkpoint in that folder.
+        seed: of the order of blocks and the adapters.
+        changes: fields of Recipe: steps, length, batch, learning_rate, rank, ...
+
+    Raises:
+        ValueError: unknown recipe or field, a text shorter than a block, or nothing to resume.
+        KeyboardInterrupt: after Ctrl-C, once the checkpoint is written.
+    """
+    if isinstance(recipe, str):
+        if recipe not in RECIPES:
+            raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, got {recipe!r}")
+        recipe = RECIPES[recipe]
+    known = {f.name for f in fields(Recipe)}
+    if unknown := sorted(set(changes) - known):
+        raise ValueError(f"{unknown[0]}: expected one of {', '.join(sorted(known))}")
+    recipe = replace(recipe, **{name: value for name, value in changes.items() if value is not None})
+    blocks = to_blocks(tokenizer, text, recipe.length)
+    if checkpoints is None:
+        if resume:
+            raise ValueError("resume: expected a folder of checkpoints to resume from, got none")
+        with tempfile.TemporaryDirectory() as folder:
+            return _train(model, blocks, recipe, Path(folder), None, seed)
+    last = get_last_checkpoint(str(checkpoints)) if resume and Path(checkpoints).is_dir() else None
+    if resume and last is None:
+        raise ValueError(f"resume: expected a checkpoint in {checkpoints}, found none")
+    return _train(model, blocks, recipe, Path(checkpoints), last, seed)
+
+
+def _train(model, blocks, recipe: Recipe, folder: Path, last: str | None, seed: int) -> PreTrainedModel:
+    features = ["feature_map"] if recipe.features and isinstance(model, LigerMixin) else None
+    torch.manual_seed(seed)
+    adapted = get_peft_model(
+        model,
+        LoraConfig(
+            r=recipe.rank,
+            lora_alpha=recipe.alpha,
+            target_modules=list(recipe.targets),
+            modules_to_save=features,
+            task_type="CAUSAL_LM",
+        ),
+    )
+    interrupt = _Interrupt()
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=recipe.batch,
+        num_train_epochs=recipe.epochs,
+        max_steps=recipe.steps or -1,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=recipe.warmup,
+        weight_decay=0.0,
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if recipe.gradient_checkpointing else None,
+        logging_steps=10,
+        save_strategy="no",
+        report_to="none",
+        seed=seed,
+        dataloader_pin_memory=False,
+        use_cpu=not torch.cuda.is_available(),
+    )
+    trainer = Trainer(
+        model=adapted,
+        args=arguments,
+        train_dataset=Blocks(blocks),
+        data_collator=default_data_collator,
+        callbacks=[interrupt],
+    )
+    with interrupt.listening():
+        trainer.train(resume_from_checkpoint=last)
+    if interrupt.asked:
+        raise KeyboardInterrupt(f"fine-tuning interrupted; the checkpoint in {folder} can be resumed")
+    merged = adapted.merge_and_unload()
+    merged.config.use_cache = True
+    return merged.eval()

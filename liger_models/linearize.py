@@ -1,0 +1,112 @@
+"""linearize(model): swap the attention of a pretrained causal LM for Liger Attention, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from liger_models._calibration import calibrate, draw_text, measure
+from liger_models.configuration import LigerConfig
+from liger_models.modeling import FAMILIES, LigerMixin, swap_attention
+
+
+def linearize(
+    model: PreTrainedModel,
+    config: LigerConfig | None = None,
+    *,
+    preset: str = "default",
+    keep: Iterable[int] | None = None,
+    calibration: torch.Tensor | None = None,
+    **changes: Any,
+) -> PreTrainedModel:
+    """Turn a Llama, Mistral, Qwen2 or Qwen3 causal LM into a gated linear-recurrent one, in place, and return it.
+
+    The pretrained modules stay where they are under their own names. The default preset needs no training to work:
+    its recurrent features are fitted to second moments of the model's own queries and keys, measured on text that the
+    model draws from itself (a few forward passes) or on `calibration`, token ids [rows, length].
+
+    Args:
+        model: a transformers model of a supported family.
+        config: a complete LigerConfig; excludes preset, keep and changes.
+        preset: "default", or "paper-gla" for the published conversion.
+        keep: indices of layers that stay full attention (negative ones count from the end).
+        calibration: token ids to measure instead of the model's own draw.
+        changes: fields of LigerConfig: gate, window, sinks, mix, tau, feature_map, mixing, ...
+
+    Raises:
+        ValueError: an architecture outside the list, a damaged weight, or an option that does not exist; the model is
+            untouched then.
+    """
+    if config is not None and (preset != "default" or keep is not None or changes):
+        raise ValueError("config: expected alone, got further options beside it")
+    config = config or LigerConfig.from_preset(preset, **changes)
+    check_architecture(model)
+    depth = model.config.num_hidden_layers
+    if keep is not None:
+        keep = list(keep)
+        if bad := [i for i in keep if not -depth <= i < depth]:
+            raise ValueError(f"keep: expected layer indices below {depth}, got {bad}")
+        config = LigerConfig(**{**config.to_dict(), "keep": [i % depth for i in keep]})
+    elif config.keep and config.keep[-1] >= depth:
+        raise ValueError(f"keep: expected layer indices below {depth}, got {list(config.keep)}")
+    check_weights(model)
+
+    layers = [i for i in range(depth) if i not in config.keep]
+    training, moments = model.training, None
+    if config.feature_map == "kernel" and layers:
+        model.eval()
+        moments = measure(model, draw_text(model) if calibration is None else calibration, layers)
+    config_class, model_class = FAMILIES[model.config.model_type]
+    model.config.__class__ = config_class
+    model.config.model_type = config_class.model_type
+    model.config.liger = config.to_dict()
+    model.__class__ = model_class
+    swap_attention(model, config)
+    if moments is not None:
+        calibrate(model, moments, layers)
+    return model.train(training)
+
+
+def check_architecture(model: PreTrainedModel) -> None:
+    """ValueError that says which families are supported and why this model is not."""
+    config = model.config
+    reason = None
+    if isinstance(model, LigerMixin):
+        reason = "it is already linearized"
+    elif config.is_encoder_decoder:
+        reason = "it is an encoder-decoder; only decoders are linearized"
+    elif getattr(config, "kv_lora_rank", None):
+        reason = "it uses multi-head latent attention (MLA), which has no per-head keys to gate"
+    elif getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt", "falcon"):
+        reason = "it uses ALiBi position biases, which the window branch does not have"
+    elif config.model_type not in FAMILIES:
+        reason = f"its architecture {config.model_type!r} is not in the list"
+    elif not isinstance(model, FAMILIES[config.model_type][1].__mro__[2]):
+        reason = f"it is a {type(model).__name__}; only the causal LM of a family is linearized"
+    if reason:
+        raise ValueError(f"model: expected one of {', '.join(FAMILIES)}, got {type(model).__name__}: {reason}")
+
+
+def check_weights(model: PreTrainedModel) -> None:
+    """ValueError for a missing, misshapen or non-finite weight."""
+    c = model.config
+    for index, layer in enumerate(model.model.layers):
+        attention = layer.self_attn
+        q, kv = c.num_attention_heads * attention.head_dim, c.num_key_value_heads * attention.head_dim
+        wanted = {"q_proj": (q, c.hidden_size), "k_proj": (kv, c.hidden_size), "v_proj": (kv, c.hidden_size)}
+        wanted["o_proj"] = (c.hidden_size, q)
+        for name, shape in wanted.items():
+            module = getattr(attention, name, None)
+            where = f"model.layers.{index}.self_attn.{name}.weight"
+            if module is None or getattr(module, "weight", None) is None:
+                raise ValueError(f"{where}: expected a weight {list(shape)}, got none")
+            if (module.in_features, module.out_features) != shape[::-1]:
+                raise ValueError(f"{where}: expected shape {list(shape)}, got {list(module.weight.shape)}")
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(f"{name}: expected a loaded weight, got one on the meta device")
+        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+            raise ValueError(f"{name}: expected finite values, got NaN or infinity")

@@ -1,0 +1,134 @@
+"""Hugging Face classes of linearized models: a config and a causal LM per family, made from transformers' own.
+
+Shapes: B batch, T time, D head width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from liger_layers import LigerAttention
+from liger_models.cache import LigerCacheLayer, fit_cache, make_cache
+from liger_models.configuration import LigerConfig
+
+PREFIX = "liger_"
+
+
+class LinearizedAttention(LigerAttention):
+    """LigerAttention on the modules of a pretrained attention, under their own names, with its call signature."""
+
+    def __init__(self, old: nn.Module, hf: PreTrainedConfig, liger: LigerConfig):
+        options = liger.to_dict()
+        options.pop("keep")
+        super().__init__(
+            hf.hidden_size,
+            hf.num_attention_heads,
+            hf.num_key_value_heads,
+            old.head_dim,
+            projections=dict(old.named_children()),
+            scale=old.scaling,
+            **options,
+        )
+        self.layer_idx = old.layer_idx
+        weight = old.q_proj.weight
+        self.to(weight.device)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values=None,
+        liger_mask: torch.Tensor | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, None]:
+        layer: LigerCacheLayer | None = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        state = None if layer is None or layer.state is None else layer.state.map(lambda x: x.to(hidden_states.device))
+        out, state = super().forward(hidden_states, liger_mask, state, position_embeddings)
+        if layer is not None:
+            layer.store(state, hidden_states.shape[1])
+        return out, None
+
+
+def _before_decoder(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Hand the padding mask to the Liger layers, spare them the square one, and see that the cache fits."""
+    names = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
+    kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+    tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+        kwargs["liger_mask"] = mask[:, -tokens.shape[1] :].bool()
+    elif mask is not None:
+        raise ValueError("attention_mask: expected [batch, tokens] marking padding, got a prepared attention pattern")
+    if len(module.config.liger["keep"]) == 0:
+        # A mask that is already four-dimensional is passed through, so no T x T mask is built for nobody.
+        kwargs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
+    use_cache = kwargs.get("use_cache")
+    use_cache = module.config.use_cache if use_cache is None else use_cache
+    cache = kwargs.get("past_key_values")
+    if cache is not None:
+        fit_cache(cache, module.config)
+    elif use_cache and not (module.training and getattr(module, "gradient_checkpointing", False)):
+        kwargs["past_key_values"] = make_cache(module.config)
+    return (), kwargs
+
+
+class LigerMixin:
+    """Behaviour every linearized causal LM adds to its family's class."""
+
+    # Assisted decoding must roll the cache back, which a recurrent state cannot do; transformers refuses on this flag.
+    _is_stateful = True
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        swap_attention(self, LigerConfig(**config.liger))
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
+            model_kwargs["past_key_values"] = make_cache(self.config)
+
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values=None, **kwargs):
+        return attention_mask
+
+
+def swap_attention(model: PreTrainedModel, liger: LigerConfig) -> None:
+    """Replace the attention of every layer not kept, in place."""
+    for index, layer in enumerate(model.model.layers):
+        if index not in liger.keep:
+            layer.self_attn = LinearizedAttention(layer.self_attn, model.config, liger).train(layer.training)
+    model.model.register_forward_pre_hook(_before_decoder, with_kwargs=True)
+
+
+def _family(config_class: type[PreTrainedConfig], model_class: type[PreTrainedModel]) -> tuple[type, type]:
+    """The linearized twins of a config and a causal LM, registered with the Auto classes."""
+    config = type(
+        f"Liger{config_class.__name__}",
+        (config_class,),
+        {"model_type": PREFIX + config_class.model_type, "__module__": __name__, "liger": None},
+    )
+    model = type(
+        f"Liger{model_class.__name__}",
+        (LigerMixin, model_class),
+        {"config_class": config, "__module__": __name__, "_no_split_modules": model_class._no_split_modules},
+    )
+    AutoConfig.register(config.model_type, config)
+    AutoModelForCausalLM.register(config, model)
+    return config, model
+
+
+FAMILIES: dict[str, tuple[type, type]] = {
+    config.model_type: _family(config, model)
+    for config, model in (
+        (LlamaConfig, LlamaForCausalLM),
+        (MistralConfig, MistralForCausalLM),
+        (Qwen2Config, Qwen2ForCausalLM),
+        (Qwen3Config, Qwen3ForCausalLM),
+    )
+}
+# Saved configs and pickles look classes up by name.
+globals().update({cls.__name__: cls for pair in FAMILIES.values() for cls in pair})

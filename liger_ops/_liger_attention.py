@@ -1,0 +1,93 @@
+"""Liger Attention's joint form: exact softmax over the window and the sinks, a recurrence for everything older.
+
+Shapes: B batch, T queries, S = W + T keys, HQ query heads, H key/value heads, D width, M features, V value width.
+"""
+
+import torch
+
+from liger_ops import _checks
+from liger_ops._torch.additive import recurrence
+from liger_ops._torch.window import SEGMENT, attend, take_sinks
+from liger_ops._gated_linear_attention import _CHUNK, _CHUNK_PER_CHANNEL
+
+# exp(30) squared, times features, times a million tokens, stays inside float32.
+_MAX_LOG = 30.0
+
+
+def liger_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_log: torch.Tensor,
+    k_log: torch.Tensor,
+    g: torch.Tensor | None,
+    mix: torch.Tensor | float = 1.0,
+    *,
+    window: int,
+    sinks: int = 0,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    visible: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One softmax whose far part is a gated recurrence over positive features.
+
+    o_i = (sum_near exp(s_ij) v_j + mix sum_far w_ij v_j) / (sum_near exp(s_ij) + mix sum_far w_ij) with
+    s_ij = scale q_i k_j and w_ij = exp(q_log_i) exp(decay from j to i) exp(k_log_j). Near is the last `window`
+    tokens and the sinks; far is every other earlier token, so that each token counts once. A token enters the
+    recurrence, under its own decay, when it leaves the window.
+
+    Args:
+        q: [B,T,HQ,D] queries as the window branch scores them (rotated), HQ a multiple of H.
+        k, v: [B,S,H,D] keys and [B,S,H,V] values. S >= T + window and the queries are the last T: the first
+            `window` columns before them are the tokens already in the window (hide them at the start of a text),
+            anything older is sinks.
+        q_log: [B,T,HQ,M] logarithm of the query features.
+        k_log: [B,T,H,M] logarithm of the key features of the T tokens that leave the window, columns
+            S - T - window .. S - window - 1.
+        g: their log decay, [B,T,H,M], [B,T,H] or None.
+        mix: [HQ] weight >= 0 of the far part; 0 leaves the window and the sinks alone.
+        window, sinks, scale, visible: as in `sliding_window_attention`.
+        initial_state: [B,H,M,V+1]; the last column accumulates the key features alone.
+        output_final_state: also return the state after the T tokens have entered.
+
+    Returns:
+        o [B,T,HQ,V] in the dtype of q, and the final state [B,H,M,V+1] in float32 or None.
+
+    Raises:
+        ValueError: names the argument, what was expected and what was given.
+    """
+    _checks.check_qkv(q, k, v, same_length=False)
+    B, T, S = q.shape[0], q.shape[1], k.shape[1]
+    if S < T + window:
+        _checks.fail("k", f"at least T + window = {T + window} tokens", S)
+    far = slice(S - T - window, S - window)
+    _checks.check_qkv(q_log, k_log, v[:, far].to(q_log.dtype))
+    _checks.check_decay(g, k_log, (3, 4))
+    _checks.check_state(initial_state, B, k_log, v.shape[-1] + 1)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+
+    chunk = _CHUNK_PER_CHANNEL if g is not None and g.ndim == 4 else _CHUNK
+    work = torch.float64 if q.dtype == torch.float64 else torch.float32
+    mix = mix.to(work).view(-1, 1) if isinstance(mix, torch.Tensor) else mix
+    held, rest = take_sinks(k.to(work), v.to(work), sinks, visible)
+    values = torch.cat([v[:, far], torch.ones_like(v[:, far, :, :1])], -1).to(work)
+    k_far = k_log.to(work).clamp(max=_MAX_LOG).exp()
+    outside = ~rest[:, far]
+    k_far = k_far.masked_fill(outside[..., None, None], 0.0)
+    g = None if g is None else g.masked_fill(outside.view(*outside.shape, *[1] * (g.ndim - 2)), 0.0)
+
+    state, outputs = initial_state, []
+    for s in range(0, T, SEGMENT):
+        e = min(s + SEGMENT, T)
+        keys = slice(S - T - window + 1 + s, S - T + e)
+        near, lse = attend(
+            q[:, s:e].to(work), k[:, keys].to(work), v[:, keys].to(work), rest[:, keys], held, S - T + s, scale
+        )
+        # In units of the window's own denominator, which keeps both factors inside float32.
+        q_far = (q_log[:, s:e] - lse.unsqueeze(-1)).clamp_(max=_MAX_LOG).exp()
+        gate = None if g is None else g[:, s:e]
+        o, state = recurrence(q_far, k_far[:, s:e], values[:, s:e], gate, 1.0, state, chunk)
+        share = 1.0 / (1.0 + mix * o[..., -1:])
+        outputs.append(torch.addcmul(near * share, o[..., :-1], mix * share))
+    return torch.cat(outputs, 1).to(q.dtype), state if output_final_state else None

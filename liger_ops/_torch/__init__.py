@@ -1,0 +1,1 @@
+"""The chunked algorithms in vectorised PyTorch: what runs on the CPU."""

@@ -1,0 +1,67 @@
+"""The gated linear recurrence, one token at a time: the equations every other form is checked against.
+
+Shapes: B batch, T time, HQ query heads, H key/value heads (HQ = G * H), K key width, V value width, N sequences.
+"""
+
+import torch
+
+
+def naive_recurrence(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor | None = None,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    normalize: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """h_t = exp(g_t) h_{t-1} + k_t v_t^T and o_t = scale q_t h_t (Liger, arXiv 2503.01496, eq. 1-3).
+
+    q [B,T,HQ,K], k [B,T,H,K], v [B,T,H,V], any floating dtype, computed in that dtype. g is a log decay <= 0:
+    [B,T,H,K] per channel, [B,T,H] per head, [H] fixed, None for no decay. With normalize, o_t is divided by
+    q_t z_t, where z_t is the same recurrence with every value equal to 1, and the state carries z as a last
+    column. Returns o [B,T,HQ,V] and the final state [N,H,K,V] (V + 1 with normalize); N is B, or the number of
+    sequences that cu_seqlens [N+1] packs into batch 1.
+    """
+    if normalize:
+        v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
+    B, T, HQ, K = q.shape
+    H, V = v.shape[-2:]
+    scale = K**-0.5 if scale is None else scale
+    if g is None:
+        decay = q.new_ones(1, 1, 1, 1).expand(B, T, H, 1)
+    elif g.ndim == 1:
+        decay = g.exp().view(1, 1, H, 1).expand(B, T, H, 1)
+    else:
+        decay = g.exp() if g.ndim == 4 else g.exp()[..., None]
+    bounds = [0, T] if cu_seqlens is None else cu_seqlens.tolist()
+
+    outputs, states = [], []
+    for n, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        rows = slice(None) if cu_seqlens is None else slice(n, n + 1)
+        h = q.new_zeros(B, H, K, V) if initial_state is None else initial_state[rows].to(q.dtype)
+        for t in range(start, end):
+            h = decay[:, t, :, :, None] * h + k[:, t, :, :, None] * v[:, t, :, None, :]
+            outputs.append(scale * torch.einsum("bhgk,bhkv->bhgv", q[:, t].view(B, H, HQ // H, K), h).flatten(1, 2))
+        states.append(h)
+    o = torch.stack(outputs, 1) if outputs else q.new_zeros(B, 0, HQ, V)
+    if normalize:
+        o = o[..., :-1] / o[..., -1:]
+    return o, torch.cat(states) if states else q.new_zeros(0, H, K, V)
+
+
+def naive_sliding_window_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, sinks: int = 0, scale: float | None = None
+) -> torch.Tensor:
+    """Softmax attention where token i sees tokens i - window + 1 .. i and the first `sinks` tokens.
+
+    q [B,T,HQ,K], k [B,T,H,K], v [B,T,H,V] -> [B,T,HQ,V].
+    """
+    T, groups = q.shape[1], q.shape[2] // k.shape[2]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    i, j = torch.arange(T)[:, None], torch.arange(T)[None]
+    seen = (j <= i) & ((i - j < window) | (j < sinks))
+    k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
+    scores = torch.einsum("bihk,bjhk->bhij", q, k) * scale
+    return torch.einsum("bhij,bjhv->bihv", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)

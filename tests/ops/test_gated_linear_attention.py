@@ -1,0 +1,193 @@
+"""The chunked recurrence against the naive one in float64, and the identities it must keep."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from liger_ops import chunk_gla, chunk_linear_attn, chunk_simple_gla, naive_recurrence
+from tests.strategies import MAGNITUDES, Case, cases, decay
+
+
+def run(case: Case, dtype=torch.float32, leaves=None, **options):
+    q, k, v, g, state = leaves if leaves is not None else case.leaves(dtype)
+    shared = dict(
+        initial_state=state, output_final_state=True, normalize=case.normalize, cu_seqlens=case.cu_seqlens, **options
+    )
+    if case.gate == "channel":
+        return chunk_gla(q, k, v, g, **shared)
+    if case.gate == "head":
+        return chunk_simple_gla(q, k, v, g, **shared)
+    if case.gate == "fixed":
+        return chunk_simple_gla(q, k, v, g_gamma=g, **shared)
+    return chunk_linear_attn(q, k, v, **shared)
+
+
+def distance(got: torch.Tensor, wanted: torch.Tensor, floor: float = 1e-6) -> float:
+    return ((got.double() - wanted.double()).norm() / wanted.double().norm().clamp(min=floor)).item()
+
+
+def gradients(outputs, leaves, weights):
+    loss = sum((o * w.to(o.dtype)).sum() for o, w in zip(outputs, weights, strict=True))
+    return torch.autograd.grad(loss, [x for x in leaves if x is not None])
+
+
+@settings(max_examples=150)
+@given(cases())
+def test_output_state_and_every_gradient_match_naive_float64(case):
+    exact, fast = case.leaves(torch.float64), case.leaves(torch.float32)
+    wanted = naive_recurrence(
+        *exact[:4], initial_state=exact[4], normalize=case.normalize, cu_seqlens=case.cu_seqlens
+    )
+    got = run(case, leaves=fast)
+    assert got[1].dtype == torch.float32
+    for a, b in zip(got, wanted, strict=True):
+        assert a.shape == b.shape
+        assert distance(a, b) <= 1e-6
+    if case.q.numel() == 0:
+        return
+    weights = [torch.randn(x.shape) for x in wanted]
+    names = [n for n, x in zip("qkvgh", exact, strict=True) if x is not None]
+    pairs = list(zip(names, gradients(got, fast, weights), gradients(wanted, exact, weights), strict=True))
+    # Scaling q or k changes no normalised output: such gradients are differences that may cancel to nothing.
+    floor = max(b.norm().item() for _, _, b in pairs) if case.normalize else 1e-6
+    for name, a, b in pairs:
+        assert torch.isfinite(a).all(), name
+        assert distance(a, b, floor) <= (1e-5 if name == "g" else 2e-6), name
+
+
+@pytest.mark.parametrize("magnitude", MAGNITUDES)
+@pytest.mark.parametrize("gate", ["channel", "head", "fixed"])
+def test_strong_gates_over_several_chunks(gate, magnitude):
+    B, T, H, K = 2, 150, 2, 16
+    q, k, v = torch.randn(B, T, 4, K), torch.randn(B, T, H, K), torch.randn(B, T, H, 20)
+    case = Case(q, k, v, decay(gate, magnitude, B, T, H, K), None, None, False, gate)
+    wanted = naive_recurrence(*(None if x is None else x.double() for x in (q, k, v, case.g)))
+    for a, b in zip(run(case), wanted, strict=True):
+        assert distance(a, b) <= 1e-6
+
+
+def test_minus_infinity_is_an_exact_reset():
+    q, k, v = torch.randn(1, 40, 2, 8), torch.randn(1, 40, 2, 8), torch.randn(1, 40, 2, 8)
+    g = -torch.rand(1, 40, 2, 8)
+    g[:, 21] = -float("inf")
+    whole, _ = chunk_gla(q, k, v, g)
+    k[:, :21], v[:, :21] = torch.randn(1, 21, 2, 8), 1e6
+    changed, _ = chunk_gla(q, k, v, g)
+    assert torch.equal(whole[:, 21:], changed[:, 21:])
+
+
+@settings(max_examples=60)
+@given(cases(packed=False, max_length=100), st.data())
+def test_split_anywhere_equals_whole(case, data):
+    cut = data.draw(st.integers(0, case.q.shape[1]))
+    whole, final = run(case)
+    parts, state = [], case.initial_state
+    for part in (slice(0, cut), slice(cut, None)):
+        g = case.g if case.g is None or case.g.ndim == 1 else case.g[:, part]
+        piece = Case(case.q[:, part], case.k[:, part], case.v[:, part], g, state, None, case.normalize, case.gate)
+        o, state = run(piece)
+        parts.append(o)
+    assert distance(torch.cat(parts, 1), whole) <= 1e-6
+    assert distance(state, final) <= 1e-6
+
+
+@settings(max_examples=60)
+@given(cases(packed=True))
+def test_packed_equals_separate(case):
+    packed, states = run(case)
+    bounds = case.cu_seqlens.tolist()
+    for n, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        g = case.g if case.g is None or case.g.ndim == 1 else case.g[:, a:b]
+        state = None if case.initial_state is None else case.initial_state[n : n + 1]
+        alone = Case(case.q[:, a:b], case.k[:, a:b], case.v[:, a:b], g, state, None, case.normalize, case.gate)
+        o, final = run(alone)
+        assert distance(o, packed[:, a:b]) <= 1e-6
+        assert distance(final, states[n : n + 1]) <= 1e-6
+
+
+@settings(max_examples=40)
+@given(cases(packed=False), st.sampled_from((16, 32, 64, 128)))
+def test_chunk_size_changes_nothing(case, size):
+    for a, b in zip(run(case, chunk_size=size), run(case, chunk_size=24), strict=True):
+        assert distance(a, b) <= 1e-6
+
+
+@settings(max_examples=40)
+@given(cases(packed=False, magnitudes=(0.0, -1e-4, -1.39)), st.data())
+def test_the_future_changes_no_bit_of_the_past(case, data):
+    cut = data.draw(st.integers(1, case.q.shape[1]))
+    before, _ = run(case)
+    with torch.no_grad():
+        for x in (case.q, case.k, case.v):
+            x[:, cut:] += torch.rand_like(x[:, cut:])
+    after, _ = run(case)
+    assert torch.equal(before[:, :cut], after[:, :cut])
+
+
+@settings(max_examples=30)
+@given(cases(packed=False))
+def test_batch_rows_do_not_mix(case):
+    order = torch.randperm(case.q.shape[0])
+    moved = [x if x is None or x.ndim == 1 else x[order] for x in (case.q, case.k, case.v, case.g, case.initial_state)]
+    for a, b in zip(run(Case(*moved, None, case.normalize, case.gate)), run(case), strict=True):
+        assert distance(a, b[order]) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gate", ["channel", "head", "none"])
+def test_half_precision_stays_at_its_rounding_floor(gate, dtype):
+    B, T, H, K = 2, 100, 2, 16
+    tensors = [torch.randn(B, T, 4, K), torch.randn(B, T, H, K), torch.randn(B, T, H, 16)]
+    q, k, v = (x.to(dtype) for x in tensors)
+    g = decay(gate, -0.1, B, T, H, K)
+    o, state = run(Case(q, k, v, g, None, None, False, gate), leaves=(q, k, v, g, None))
+    wanted, final = naive_recurrence(*(None if x is None else x.double() for x in (q, k, v, g)))
+    floor = distance(wanted.to(dtype), wanted)
+    assert o.dtype == dtype and state.dtype == torch.float32
+    assert distance(o, wanted) <= 1.6 * floor
+    assert distance(state, final) <= 1e-6
+
+
+def test_non_contiguous_inputs_and_partial_gradients():
+    q, k, v = (torch.randn(2, 3, 50, 8).transpose(1, 2) for _ in range(3))
+    g = -torch.rand(2, 50, 3)
+    wanted, _ = naive_recurrence(q.double(), k.double(), v.double(), g.double())
+    k.requires_grad_()
+    o, _ = chunk_simple_gla(q, k, v, g)
+    assert distance(o, wanted) <= 1e-6
+    (grad,) = torch.autograd.grad(o.square().sum(), k)
+    assert torch.isfinite(grad).all()
+
+
+def bad(**changes):
+    arguments = dict(
+        q=torch.randn(2, 9, 4, 8), k=torch.randn(2, 9, 2, 8), v=torch.randn(2, 9, 2, 8), g=-torch.rand(2, 9, 2, 8)
+    )
+    return {**arguments, **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(q=torch.randn(2, 9, 8)), r"q: expected \[batch, time, heads, width\]"),
+        (dict(q=torch.randn(2, 9, 3, 8)), "q: expected a number of heads divisible"),
+        (dict(k=torch.randn(2, 8, 2, 8)), "k: expected"),
+        (dict(v=torch.randn(2, 9, 3, 8)), "v: expected"),
+        (dict(v=torch.randn(2, 9, 2, 8, dtype=torch.float64)), "v: expected a floating dtype"),
+        (dict(g=torch.rand(2, 9, 2, 8) + 0.1), "g: expected log decays <= 0"),
+        (dict(g=-torch.rand(2, 9, 2)), "g: expected shape"),
+        (dict(initial_state=torch.randn(2, 2, 8, 9)), "initial_state: expected shape"),
+        (dict(cu_seqlens=torch.tensor([0, 9])), "cu_seqlens: expected batch 1"),
+        (dict(chunk_size=0), "chunk_size: expected an integer"),
+    ],
+)
+def test_bad_arguments_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        chunk_gla(**bad(**changes))
+
+
+def test_cu_seqlens_must_rise():
+    x = torch.randn(1, 9, 2, 8)
+    with pytest.raises(ValueError, match="cu_seqlens: expected bounds that rise"):
+        chunk_linear_attn(x, x, x, cu_seqlens=torch.tensor([0, 5, 3, 9]))
