@@ -4,7 +4,6 @@ Shapes: B batch, T time, HQ query heads, H key/value heads, D head width, W wind
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from liger_layers._state import LigerState
@@ -89,12 +88,15 @@ class LigerAttention(nn.Module):
     def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> LigerState:
         """The state before the first token."""
         H, D, slots = self.num_kv_heads, self.head_dim, self.sinks + self.window
-        held = [torch.zeros(batch, slots, H, D, device=device, dtype=dtype) for _ in range(2)] if self.windows else [None] * 2
-        visible = torch.zeros(batch, slots, dtype=torch.bool, device=device) if self.windows else None
-        raw = torch.zeros(batch, self.window, H, D, device=device, dtype=dtype) if self.delayed else None
-        width = D + (self.delayed or self.normalize)
-        recurrent = torch.zeros(batch, H, D, width, device=device) if self.recurs else None
-        return LigerState(*held, visible, raw, recurrent, torch.zeros(batch, dtype=torch.long, device=device))
+        k = v = visible = raw = recurrent = None
+        if self.windows:
+            k, v = (torch.zeros(batch, slots, H, D, device=device, dtype=dtype) for _ in range(2))
+            visible = torch.zeros(batch, slots, dtype=torch.bool, device=device)
+        if self.delayed:
+            raw = torch.zeros(batch, self.window, H, D, device=device, dtype=dtype)
+        if self.recurs:
+            recurrent = torch.zeros(batch, H, D, D + (self.delayed or self.normalize), device=device)
+        return LigerState(k, v, visible, raw, recurrent, torch.zeros(batch, dtype=torch.long, device=device))
 
     def forward(
         self,
@@ -136,9 +138,7 @@ class LigerAttention(nn.Module):
             o, recurrent = self._joint(q, q_near, keys, values, raw[:, : k.shape[1]], visible, state.recurrent)
             raw = raw[:, k.shape[1] :]
         else:
-            o = sliding_window_attention(
-                q_near, keys, values, self.window, self.sinks, self.scale, visible=visible
-            )
+            o = sliding_window_attention(q_near, keys, values, self.window, self.sinks, self.scale, visible=visible)
             if self.recurs:
                 far, recurrent = self._recurrence(q, k, v, mask, state.recurrent)
                 mix = self.mix.to(o.dtype).unsqueeze(-1)

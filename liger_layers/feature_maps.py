@@ -32,7 +32,8 @@ class SoftmaxKernel(nn.Module):
 
     def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, rank: int = 16):
         super().__init__()
-        H, K, R = num_kv_heads, head_dim, min(rank, head_dim)
+        # The largest power of two within rank and width: a Hadamard basis must exist.
+        H, K, R = num_kv_heads, head_dim, 1 << (min(rank, head_dim).bit_length() - 1)
         self.rank = R
         start = torch.eye(K, R).expand(H, K, R) * K**-0.25
         self.query_directions = nn.Parameter(start.clone())
@@ -45,13 +46,14 @@ class SoftmaxKernel(nn.Module):
 
     @staticmethod
     def _frequencies(rank: int, features: int) -> torch.Tensor:
-        """Orthogonal directions of length sqrt(R), each with its opposite, [R,M]; the same in every process."""
+        """Orthogonal directions of length sqrt(R), each with its opposite, [R,M]: Hadamard bases under fixed signs."""
+        base = torch.ones(1, 1, device="cpu")
+        while len(base) < rank:
+            base = torch.cat([torch.cat([base, base], 1), torch.cat([base, -base], 1)])
+        half = (features + 1) // 2
         generator = torch.Generator(device="cpu").manual_seed(0)
-        half, blocks = (features + 1) // 2, []
-        while sum(b.shape[0] for b in blocks) < half:
-            draw = torch.randn(rank, rank, generator=generator, device="cpu", dtype=torch.float64)
-            blocks.append(torch.linalg.qr(draw)[0])
-        w = torch.cat(blocks)[:half] * rank**0.5
+        signs = torch.randint(2, (-(-half // rank), rank), generator=generator, device="cpu") * 2.0 - 1.0
+        w = (base * signs.unsqueeze(1)).flatten(0, 1)[:half]
         return torch.cat([w, -w])[:features].T.contiguous().to(torch.get_default_dtype())
 
     def _log(self, x, mean, directions, weight):

@@ -18,5 +18,5 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     width = cos.shape[-1]
     turned, still = x[..., :width], x[..., width:]
     a, b = turned.chunk(2, -1)
-    turned = turned * cos.unsqueeze(2) + torch.cat([-b, a], -1) * sin.unsqueeze(2)
+    turned = (turned * cos.unsqueeze(2) + torch.cat([-b, a], -1) * sin.unsqueeze(2)).to(x.dtype)
     return turned if not still.shape[-1] else torch.cat([turned, still], -1)

@@ -31,7 +31,9 @@ def draw_text(model: PreTrainedModel, batch: int = 8, length: int = 512, passes:
     for _ in tqdm(range(passes), desc="Drawing calibration text", leave=False):
         for row in ids:
             logits = model(row[None].to(device), use_cache=False).logits[0, :-1].float().cpu()
-            row[1:] = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
+            cumulative = logits.softmax(-1).cumsum(-1)
+            level = torch.rand(length - 1, 1, generator=generator) * cumulative[:, -1:]
+            row[1:] = torch.searchsorted(cumulative, level).squeeze(-1).clamp(max=logits.shape[-1] - 1)
     return ids
 
 

@@ -51,8 +51,7 @@ def _markdown(result: dict) -> str:
         lines.append(f"| {a['context']:,} | {' | '.join(cells)} |")
     lines += [
         "",
-        "Original -> linearized; one run each on this machine"
-        f" ({result['threads']} threads, torch {result['torch']}).",
+        f"Original -> linearized; one run each on this machine ({result['threads']} threads, torch {result['torch']}).",
         "",
         "![cache, decoding and prefill against context length](report.png)",
         "",

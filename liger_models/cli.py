@@ -22,7 +22,7 @@ _MODEL = "a local folder, a GGUF file, or the name of a model on the Hugging Fac
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="liger",
-        description="Turn a pretrained Transformer into a gated linear-recurrent model that decodes in constant memory.",
+        description="Turn a pretrained Transformer into a linear-recurrent model that decodes in constant memory.",
         epilog="A first session: liger linearize MODEL --out small; liger finetune small --text book.txt --out tuned; "
         'liger generate tuned "Once upon a time"; liger evaluate tuned --text other.txt',
     )
@@ -132,8 +132,9 @@ def _evaluate(args) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
+    commands = {"linearize": _linearize, "finetune": _finetune, "generate": _generate, "evaluate": _evaluate}
     try:
-        {"linearize": _linearize, "finetune": _finetune, "generate": _generate, "evaluate": _evaluate}[args.command](args)
+        commands[args.command](args)
     except (ValueError, OSError) as error:
         print(f"liger: {error}", file=sys.stderr)
         return 2

@@ -47,8 +47,15 @@ RECIPES = {
     "default": Recipe(),
     # The published recipe, arXiv 2503.01496, section 4.1.
     "paper": Recipe(
-        rank=8, alpha=8, targets=("q_proj", "k_proj", "v_proj"), learning_rate=1e-3, length=1024, batch=8, epochs=2.0,
-        warmup=0, features=False,
+        rank=8,
+        alpha=8,
+        targets=("q_proj", "k_proj", "v_proj"),
+        learning_rate=1e-3,
+        length=1024,
+        batch=8,
+        epochs=2.0,
+        warmup=0,
+        features=False,
     ),
 }
 

@@ -3,6 +3,8 @@
 Shapes: B batch, T time, HQ query heads, H key/value heads, K key width, V value width, N sequences.
 """
 
+import itertools
+
 import torch
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -68,7 +70,7 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor | None, batch: int, length: int) -
     if batch != 1:
         fail("cu_seqlens", "batch 1 (sequences packed along time)", f"batch {batch}")
     bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != length or any(a > b for a, b in zip(bounds[:-1], bounds[1:], strict=True)):
+    if bounds[0] != 0 or bounds[-1] != length or any(a > b for a, b in itertools.pairwise(bounds)):
         fail("cu_seqlens", f"bounds that rise from 0 to {length}", bounds)
     return bounds
 

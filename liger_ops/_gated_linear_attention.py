@@ -3,6 +3,8 @@
 Shapes: B batch, T time, HQ query heads, H key/value heads (HQ = G * H), K key width, V value width, N sequences.
 """
 
+import itertools
+
 import torch
 
 from liger_ops import _checks
@@ -29,7 +31,7 @@ def _chunk(q, k, v, g, ranks, scale, initial_state, output_final_state, normaliz
         v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
 
     outputs, states = [], []
-    for n, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for n, (start, end) in enumerate(itertools.pairwise(bounds)):
         rows, part = (slice(None) if cu_seqlens is None else slice(n, n + 1)), slice(start, end)
         state = None if initial_state is None else initial_state[rows]
         gate = None if g is None else g[:, part]

@@ -6,9 +6,9 @@ Shapes: B batch, T queries, S = W + T keys, HQ query heads, H key/value heads, D
 import torch
 
 from liger_ops import _checks
+from liger_ops._gated_linear_attention import _CHUNK, _CHUNK_PER_CHANNEL
 from liger_ops._torch.additive import recurrence
 from liger_ops._torch.window import SEGMENT, attend, take_sinks
-from liger_ops._gated_linear_attention import _CHUNK, _CHUNK_PER_CHANNEL
 
 # exp(30) squared, times features, times a million tokens, stays inside float32.
 _MAX_LOG = 30.0
@@ -59,7 +59,7 @@ def liger_attention(
     """
     _checks.check_qkv(q, k, v, same_length=False)
     B, T, S = q.shape[0], q.shape[1], k.shape[1]
-    if S < T + window:
+    if T + window > S:
         _checks.fail("k", f"at least T + window = {T + window} tokens", S)
     far = slice(S - T - window, S - window)
     _checks.check_qkv(q_log, k_log, v[:, far].to(q_log.dtype))

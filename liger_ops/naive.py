@@ -3,6 +3,8 @@
 Shapes: B batch, T time, HQ query heads, H key/value heads (HQ = G * H), K key width, V value width, N sequences.
 """
 
+import itertools
+
 import torch
 
 
@@ -38,7 +40,7 @@ def naive_recurrence(
     bounds = [0, T] if cu_seqlens is None else cu_seqlens.tolist()
 
     outputs, states = [], []
-    for n, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for n, (start, end) in enumerate(itertools.pairwise(bounds)):
         rows = slice(None) if cu_seqlens is None else slice(n, n + 1)
         h = q.new_zeros(B, H, K, V) if initial_state is None else initial_state[rows].to(q.dtype)
         for t in range(start, end):

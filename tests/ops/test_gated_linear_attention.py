@@ -1,5 +1,7 @@
 """The chunked recurrence against the naive one in float64, and the identities it must keep."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -36,9 +38,7 @@ def gradients(outputs, leaves, weights):
 @given(cases())
 def test_output_state_and_every_gradient_match_naive_float64(case):
     exact, fast = case.leaves(torch.float64), case.leaves(torch.float32)
-    wanted = naive_recurrence(
-        *exact[:4], initial_state=exact[4], normalize=case.normalize, cu_seqlens=case.cu_seqlens
-    )
+    wanted = naive_recurrence(*exact[:4], initial_state=exact[4], normalize=case.normalize, cu_seqlens=case.cu_seqlens)
     got = run(case, leaves=fast)
     assert got[1].dtype == torch.float32
     for a, b in zip(got, wanted, strict=True):
@@ -97,7 +97,7 @@ def test_split_anywhere_equals_whole(case, data):
 def test_packed_equals_separate(case):
     packed, states = run(case)
     bounds = case.cu_seqlens.tolist()
-    for n, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for n, (a, b) in enumerate(itertools.pairwise(bounds)):
         g = case.g if case.g is None or case.g.ndim == 1 else case.g[:, a:b]
         state = None if case.initial_state is None else case.initial_state[n : n + 1]
         alone = Case(case.q[:, a:b], case.k[:, a:b], case.v[:, a:b], g, state, None, case.normalize, case.gate)

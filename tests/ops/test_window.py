@@ -32,7 +32,9 @@ def test_output_and_gradients_match_naive(case):
     assert distance(got, wanted) <= 1e-6
     weight = torch.randn(wanted.shape)
     grads = zip(
-        torch.autograd.grad((got * weight).sum(), fast), torch.autograd.grad((wanted * weight).sum(), exact), strict=True
+        torch.autograd.grad((got * weight).sum(), fast),
+        torch.autograd.grad((wanted * weight).sum(), exact),
+        strict=True,
     )
     for a, b in grads:
         assert (a.double() - b).norm() <= 5e-6 * b.norm() + 1e-5

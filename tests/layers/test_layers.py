@@ -1,0 +1,150 @@
+"""Layers on their own: pieces equal the whole, padding, feature maps, gates, and clear refusals."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from liger_layers import (
+    GATES,
+    Gate,
+    GatedRecurrence,
+    LigerAttention,
+    SlidingWindowAttention,
+    SoftmaxKernel,
+    register_gate,
+)
+from liger_layers.gates import log_decay
+
+KINDS = {
+    "joint": lambda: LigerAttention(32, 4, 2, window=6, sinks=2),
+    "joint-gla": lambda: LigerAttention(32, 4, 2, window=6, sinks=2, gate="gla"),
+    "sum": lambda: LigerAttention(32, 4, 2, window=6, sinks=0, mixing="sum", mix=0.5, feature_map="softmax"),
+    "recurrence": lambda: GatedRecurrence(32, 4, 2, gate="gla", feature_map="softmax", tau=16.0),
+    "window": lambda: SlidingWindowAttention(32, 4, 2, window=6, sinks=2),
+    "odd heads": lambda: LigerAttention(36, 3, 1, head_dim=12, window=5, sinks=1),
+}
+
+
+@pytest.fixture(params=KINDS)
+def layer(request):
+    return KINDS[request.param]()
+
+
+def width(layer) -> int:
+    return layer.q_proj.in_features
+
+
+def test_pieces_equal_the_whole(layer):
+    x = torch.randn(2, 40, width(layer))
+    whole, _ = layer(x)
+    for sizes in ((1,) * 40, (13, 1, 20, 6)):
+        state, parts = None, []
+        for part in x.split(sizes, 1):
+            y, state = layer(part, state=state)
+            parts.append(y)
+        assert (torch.cat(parts, 1) - whole).abs().max() <= 1e-5
+        assert state.position.tolist() == [40, 40]
+
+
+def test_left_padding_changes_nothing(layer):
+    x = torch.randn(1, 25, width(layer))
+    alone, _ = layer(x)
+    padded = torch.cat([torch.randn(1, 9, width(layer)), x], 1)
+    mask = torch.arange(34)[None] >= 9
+    y, state = layer(padded, mask)
+    assert torch.isfinite(y).all()
+    assert (y[:, 9:] - alone).abs().max() <= 1e-5
+    more = torch.randn(1, 3, width(layer))
+    _, plain = layer(x)
+    assert (layer(more, state=state)[0] - layer(more, state=plain)[0]).abs().max() <= 1e-5
+
+
+def test_the_state_has_one_size(layer):
+    sizes = {layer(torch.randn(1, t, width(layer)))[1].nbytes() for t in (1, 5, 50)}
+    assert len(sizes) == 1
+
+
+def test_the_future_does_not_reach_the_past(layer):
+    x = torch.randn(1, 30, width(layer))
+    y = torch.cat([x[:, :17], torch.randn(1, 13, width(layer))], 1)
+    assert torch.equal(layer(x)[0][:, :17], layer(y)[0][:, :17])
+
+
+def test_every_parameter_gets_a_finite_gradient(layer):
+    layer(torch.randn(2, 30, width(layer)))[0].square().sum().backward()
+    for name, p in layer.named_parameters():
+        if p.requires_grad:
+            assert p.grad is not None and torch.isfinite(p.grad).all(), name
+            assert p.grad.abs().sum() > 0, name
+
+
+def test_half_precision_runs(layer):
+    layer = layer.to(torch.bfloat16)
+    y, _ = layer(torch.randn(1, 30, width(layer), dtype=torch.bfloat16))
+    assert y.dtype == torch.bfloat16 and torch.isfinite(y).all()
+
+
+def test_kernel_features_estimate_the_exponential_after_calibration():
+    torch.manual_seed(1)
+    K, n = 16, 4096
+    q_mean, k_mean = torch.randn(1, K), torch.randn(1, K)
+    q = q_mean.view(1, 1, 1, K) + 0.5 * torch.randn(1, n, 2, K)
+    k = k_mean.view(1, 1, 1, K) + 0.5 * torch.randn(1, n, 1, K)
+    kernel = SoftmaxKernel(2, 1, K, rank=16)
+    eye = 0.25 * torch.eye(K)[None]
+    kernel.calibrate(q_mean, k_mean, eye, eye, torch.ones(K, dtype=torch.bool))
+    with torch.no_grad():
+        estimate = (kernel.query(q).exp() * kernel.key(k).exp()).sum(-1)
+    wanted = (q * k).sum(-1).mul(K**-0.5).exp()
+    constant = wanted.mean().expand_as(wanted)
+    assert (estimate.mean() / wanted.mean() - 1).abs() < 0.1
+    assert (estimate - wanted).norm() < 0.5 * (constant - wanted).norm()
+
+
+def test_gates_follow_their_formula():
+    k = 8 * torch.randn(2, 5, 3, 4)
+    wanted = {"gla": k.sigmoid().log() / 16, "gated_retention": k.mean(-1).sigmoid().log() / 16}
+    for name, value in wanted.items():
+        got = log_decay(name, k, 16.0)
+        assert torch.allclose(got, value, atol=1e-4)
+        assert (got <= 0).all()
+
+
+def test_a_registered_gate_works_in_a_layer():
+    register_gate("test_gate", Gate(False, lambda pooled, tau: -pooled.abs() / tau))
+    try:
+        y, _ = LigerAttention(16, 2, gate="test_gate", window=4)(torch.randn(1, 20, 16))
+        assert torch.isfinite(y).all()
+        with pytest.raises(ValueError, match="gate: expected a new name"):
+            register_gate("test_gate", GATES["gla"])
+    finally:
+        del GATES["test_gate"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(gate="mamba9"), "gate: expected one of gla, gated_retention, got 'mamba9'"),
+        (dict(feature_map="cosine"), "feature_map: expected one of softmax, kernel"),
+        (dict(mixing="max"), "mixing: expected one of joint, sum"),
+        (dict(num_kv_heads=3), "num_heads: expected a multiple"),
+        (dict(window=0), "window, sinks: expected"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        LigerAttention(32, 4, **options)
+
+
+def test_layers_import_without_hugging_face():
+    code = (
+        "import sys\n"
+        "for name in ('transformers', 'peft', 'accelerate', 'triton'): sys.modules[name] = None\n"
+        "import torch, liger_layers\n"
+        "print(liger_layers.LigerAttention(16, 2, window=4)(torch.randn(1, 9, 16))[0].shape)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "[1, 9, 16]" in done.stdout

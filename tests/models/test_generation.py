@@ -1,0 +1,91 @@
+"""Generation through transformers: beams, sampling, multi-turn caches, constant memory, refusals."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from liger_models import cache_bytes, linearize, make_cache
+from tests.models.test_exactness import ids
+from tests.models.tiny import NAMES, tiny
+
+
+@pytest.fixture(params=NAMES)
+def model(request):
+    return linearize(tiny(request.param), window=8, sinks=2)
+
+
+def generate(model, x, **options):
+    return model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=20, eos_token_id=None, **options)
+
+
+def test_greedy_equals_recomputing_everything(model):
+    x = ids(2, 15)
+    wanted = x
+    with torch.no_grad():
+        for _ in range(20):
+            wanted = torch.cat([wanted, model(wanted, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(generate(model, x, do_sample=False), wanted)
+
+
+def test_beam_search_equals_beam_search_without_a_cache(model):
+    x = ids(2, 12)
+    kept = generate(model, x, num_beams=3, do_sample=False)
+    assert torch.equal(kept, generate(model, x, num_beams=3, do_sample=False, use_cache=False))
+
+
+def test_sampling_is_reproducible_and_batched(model):
+    torch.manual_seed(3)
+    a = generate(model, ids(2, 12), do_sample=True, num_return_sequences=2)
+    torch.manual_seed(3)
+    b = generate(model, ids(2, 12), do_sample=True, num_return_sequences=2)
+    assert a.shape == (4, 32)
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("make", [make_cache, lambda c: DynamicCache(config=c), lambda c: DynamicCache()])
+def test_multi_turn_cache_reuse(model, make):
+    cache = make(model.config)
+    first = generate(model, ids(1, 10), past_key_values=cache, do_sample=False)
+    turn = torch.cat([first, ids(1, 7)], 1)
+    second = generate(model, turn, past_key_values=cache, do_sample=False)
+    assert torch.equal(second, generate(model, turn, do_sample=False))
+
+
+def test_a_foreign_cache_is_refused(model):
+    original = tiny()
+    cache = DynamicCache()
+    original(ids(1, 5), past_key_values=cache)
+    with pytest.raises(ValueError, match="past_key_values: expected an empty cache"):
+        model(ids(1, 5), past_key_values=cache)
+
+
+def test_assisted_decoding_refuses(model):
+    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+        generate(model, ids(1, 5), assistant_model=tiny())
+    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+        generate(model, ids(1, 5), prompt_lookup_num_tokens=3)
+
+
+def test_crop_refuses(model):
+    cache = make_cache(model.config)
+    model(ids(1, 5), past_key_values=cache)
+    with pytest.raises(RuntimeError, match="cannot forget"):
+        cache.crop(-1)
+
+
+@torch.no_grad()
+def test_cache_bytes_do_not_grow(model):
+    sizes = []
+    for tokens in (1, 100, 4000):
+        cache = make_cache(model.config)
+        model(ids(1, tokens), past_key_values=cache, logits_to_keep=1)
+        sizes.append(cache_bytes(cache))
+    assert sizes[0] == sizes[1] == sizes[2] > 0
+
+
+@torch.no_grad()
+def test_no_square_mask_is_built(model):
+    x = ids(1, 20_000)
+    mask = torch.ones_like(x)
+    mask[:, :100] = 0
+    assert torch.isfinite(model.model(x, attention_mask=mask, use_cache=False).last_hidden_state[:, 100:]).all()

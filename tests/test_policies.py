@@ -1,0 +1,51 @@
+"""The rules of the house as tests: public names, layering, file sizes, nothing borrowed at run time."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import liger_layers
+import liger_models
+import liger_ops
+
+ROOT = Path(__file__).parent.parent
+SOURCES = [p for package in ("liger_ops", "liger_layers", "liger_models") for p in (ROOT / package).rglob("*.py")]
+
+PUBLIC = {
+    liger_ops: "chunk_gla chunk_linear_attn chunk_simple_gla liger_attention naive_recurrence "
+    "naive_sliding_window_attention sliding_window_attention",
+    liger_layers: "FEATURE_MAPS GATES Gate GatedRecurrence LigerAttention LigerState SlidingWindowAttention Softmax "
+    "SoftmaxKernel register_gate",
+    liger_models: "FAMILIES LigerCacheLayer LigerConfig PRESETS cache_bytes evaluate finetune linearize make_cache "
+    "perplexity",
+}
+
+
+@pytest.mark.parametrize("package", PUBLIC, ids=lambda p: p.__name__)
+def test_public_names(package):
+    assert sorted(package.__all__) == sorted(PUBLIC[package].split())
+    assert all(getattr(package, name).__doc__ or not callable(getattr(package, name)) for name in package.__all__)
+
+
+def test_imports_go_down():
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("lint-imports"))], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+    assert "3 kept, 0 broken" in done.stdout
+
+
+def test_ops_import_without_triton():
+    code = "import sys; sys.modules['triton'] = None; import liger_ops; print(len(liger_ops.__all__))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_file_has_one_subject(path):
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 400
+    assert "make_block_ptr" not in text
+    assert ast.get_docstring(ast.parse(text)), "a file says what it is"
