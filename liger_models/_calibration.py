@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
+from transformers.generation import BaseStreamer
 
 # A rotary channel counts as slow when it turns by less than a radian over this many tokens.
 _REACH = 512
@@ -16,25 +17,42 @@ _REACH = 512
 _SKIP = 8
 
 
-@torch.no_grad()
-def draw_text(model: PreTrainedModel, batch: int = 8, length: int = 512, passes: int = 3) -> torch.Tensor:
-    """Token ids [batch, length] resampled in parallel from the model's own next-token distributions.
+class _Bar(BaseStreamer):
+    """A progress bar that moves with every generated token."""
 
-    Starts from uniform tokens; each pass redraws every token given the last pass's prefix, so that local statistics
-    approach those of the model's language at the price of a few forward passes. The draw is the same every time.
-    """
+    def __init__(self, tokens: int):
+        self.bar = tqdm(total=tokens, desc="Drawing calibration text", leave=False)
+
+    def put(self, value) -> None:
+        self.bar.update()
+
+    def end(self) -> None:
+        self.bar.close()
+
+
+@torch.no_grad()
+def draw_text(model: PreTrainedModel, batch: int = 8, length: int = 256) -> torch.Tensor:
+    """Token ids [batch, length] that the model samples from itself; the same every time."""
     device = model.get_input_embeddings().weight.device
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.vocab_size, (batch, length), generator=generator)
-    if isinstance(start := model.config.bos_token_id, int):
-        ids[:, 0] = start
-    for _ in tqdm(range(passes), desc="Drawing calibration text", leave=False):
-        for row in ids:
-            logits = model(row[None].to(device), use_cache=False).logits[0, :-1].float().cpu()
-            cumulative = logits.softmax(-1).cumsum(-1)
-            level = torch.rand(length - 1, 1, generator=generator) * cumulative[:, -1:]
-            row[1:] = torch.searchsorted(cumulative, level).squeeze(-1).clamp(max=logits.shape[-1] - 1)
-    return ids
+    start = model.config.bos_token_id
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        if isinstance(start, int):
+            first = torch.full((batch, 1), start)
+        else:
+            first = torch.randint(model.config.vocab_size, (batch, 1))
+        return model.generate(
+            first.to(device),
+            attention_mask=torch.ones_like(first).to(device),
+            streamer=_Bar(length),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            min_new_tokens=length - 1,
+            max_new_tokens=length - 1,
+            pad_token_id=0,
+        )
 
 
 class _Moments:
