@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import tempfile
 import threading
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -148,19 +149,37 @@ def finetune(
     return _train(model, blocks, recipe, Path(checkpoints), last, seed)
 
 
+@contextmanager
+def _quiet_peft():
+    """peft still asks transformers about gradient checkpointing by its old name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
+        yield
+
+
+def _checkpointing(wanted: bool) -> dict[str, Any]:
+    """TrainingArguments under the name that the installed transformers uses."""
+    if not wanted:
+        return {}
+    known = {f.name for f in fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+
+
 def _train(model, blocks, recipe: Recipe, folder: Path, last: str | None, seed: int) -> PreTrainedModel:
     features = ["feature_map"] if recipe.features and isinstance(model, LigerMixin) else None
     torch.manual_seed(seed)
-    adapted = get_peft_model(
-        model,
-        LoraConfig(
-            r=recipe.rank,
-            lora_alpha=recipe.alpha,
-            target_modules=list(recipe.targets),
-            modules_to_save=features,
-            task_type="CAUSAL_LM",
-        ),
-    )
+    with _quiet_peft():
+        adapted = get_peft_model(
+            model,
+            LoraConfig(
+                r=recipe.rank,
+                lora_alpha=recipe.alpha,
+                target_modules=list(recipe.targets),
+                modules_to_save=features,
+                task_type="CAUSAL_LM",
+            ),
+        )
     interrupt = _Interrupt()
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -171,14 +190,13 @@ def _train(model, blocks, recipe: Recipe, folder: Path, last: str | None, seed: 
         lr_scheduler_type="linear",
         warmup_steps=recipe.warmup,
         weight_decay=0.0,
-        gradient_checkpointing=recipe.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if recipe.gradient_checkpointing else None,
         logging_steps=10,
         save_strategy="no",
         report_to="none",
         seed=seed,
         dataloader_pin_memory=False,
         use_cpu=not torch.cuda.is_available(),
+        **_checkpointing(recipe.gradient_checkpointing),
     )
     trainer = Trainer(
         model=adapted,
@@ -187,7 +205,7 @@ def _train(model, blocks, recipe: Recipe, folder: Path, last: str | None, seed: 
         data_collator=default_data_collator,
         callbacks=[interrupt],
     )
-    with interrupt.listening():
+    with interrupt.listening(), _quiet_peft():
         trainer.train(resume_from_checkpoint=last)
     if interrupt.asked:
         raise KeyboardInterrupt(f"fine-tuning interrupted; the checkpoint in {folder} can be resumed")

@@ -80,7 +80,7 @@ def check_architecture(model: PreTrainedModel) -> None:
         reason = "it is an encoder-decoder; only decoders are linearized"
     elif getattr(config, "kv_lora_rank", None):
         reason = "it uses multi-head latent attention (MLA), which has no per-head keys to gate"
-    elif getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt", "falcon"):
+    elif getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
         reason = "it uses ALiBi position biases, which the window branch does not have"
     elif config.model_type not in FAMILIES:
         reason = f"its architecture {config.model_type!r} is not in the list"

@@ -48,3 +48,22 @@ def tiny(name: str = "llama", scale: float = 8.0):
                 if getattr(layer.self_attn, p).bias is not None:
                     getattr(layer.self_attn, p).bias.normal_()
     return model
+
+
+def tiny_tokenizer():
+    """One token a printable character; ids 0, 1, 2 are padding, start and end."""
+    import string
+
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    characters = [c for c in string.printable if c not in "\r\x0b\x0c"][:93]
+    vocabulary = {c: i for i, c in enumerate(["<pad>", "<s>", "</s>", "<unk>", *characters])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+TEXT = "the quick brown fox jumps over the lazy dog. " * 60

@@ -1,0 +1,77 @@
+"""Names survive linearizing, folders reload to the same logits, and nothing half-written stays behind."""
+
+import errno
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from liger_models import checkpoint, linearize
+from tests.models.test_exactness import ids
+from tests.models.tiny import NAMES, tiny, tiny_tokenizer
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pretrained_names_and_weights_stay(name):
+    model = tiny(name)
+    before = {n: p.clone() for n, p in model.state_dict().items()}
+    assert linearize(model, window=8) is model
+    after = model.state_dict()
+    assert set(before) <= set(after)
+    assert all(torch.equal(value, after[n]) for n, value in before.items())
+    new = sum(p.numel() for n, p in after.items() if n not in before)
+    assert 0 < new < 0.5 * sum(p.numel() for p in before.values())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [dict(window=8, sinks=2), dict(preset="paper-gla"), dict(keep=[0, -1])], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_save_and_reload_gives_the_same_logits(name, options, tmp_path):
+    model = linearize(tiny(name), **options)
+    x = ids(2, 30)
+    wanted = model(x, use_cache=False).logits
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(again) is type(model)
+    assert again.config.liger == model.config.liger
+    assert AutoConfig.from_pretrained(tmp_path).model_type == f"liger_{name}"
+    assert (again(x, use_cache=False).logits - wanted).abs().max() <= 1e-5
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    out = half.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=5, eos_token_id=None)
+    assert out.shape == (2, 35)
+
+
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
+    out = tmp_path / "model"
+    with pytest.raises(OSError, match="No space left"), checkpoint.written_whole(out) as part:
+        (part / "half").write_text("x")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+    with checkpoint.written_whole(out) as part:
+        (part / "first").write_text("x")
+    with pytest.raises(ValueError, match="exists; pass --overwrite"):
+        checkpoint.check_output(out, overwrite=False)
+    with pytest.raises(OSError), checkpoint.written_whole(out, overwrite=True) as part:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert [p.name for p in out.iterdir()] == ["first"]
+    with checkpoint.written_whole(out, overwrite=True) as part:
+        (part / "second").write_text("x")
+    assert [p.name for p in out.iterdir()] == ["second"]
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_load_names_what_it_looked_for(tmp_path):
+    for name, message in (
+        (tmp_path / "no.gguf", "expected a GGUF file"),
+        (tmp_path, "expected a folder with a config.json"),
+        ("./nowhere", "expected a folder, a .gguf file or a hub name"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            checkpoint.load(name)
+
+
+def test_save_and_load_a_pair(tmp_path):
+    checkpoint.save(linearize(tiny(), window=8), tiny_tokenizer(), tmp_path / "m")
+    model, tokenizer = checkpoint.load(tmp_path / "m")
+    assert model.config.liger["window"] == 8
+    assert tokenizer("the")["input_ids"] == tiny_tokenizer()("the")["input_ids"]

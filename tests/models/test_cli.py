@@ -1,0 +1,58 @@
+"""The command line on a tiny local folder, from linearize to evaluate, and its one-line refusals."""
+
+import json
+
+import pytest
+
+from liger_models import checkpoint
+from liger_models.cli import main
+from tests.models.tiny import TEXT, tiny, tiny_tokenizer
+
+
+@pytest.fixture
+def folder(tmp_path):
+    checkpoint.save(tiny(), tiny_tokenizer(), tmp_path / "original")
+    (tmp_path / "text.txt").write_text(TEXT)
+    return tmp_path
+
+
+def test_the_whole_journey(folder, capsys):
+    text = ["--text", str(folder / "text.txt")]
+    small, tuned = str(folder / "small"), str(folder / "tuned")
+    assert main(["linearize", str(folder / "original"), "--out", small, "--window", "8", "--keep", "1"]) == 0
+    quick = ["--steps", "2", "--length", "32", "--batch", "2"]
+    assert main(["finetune", small, "--out", tuned, *text, *quick]) == 0
+    assert main(["generate", tuned, "the quick", "--max-new-tokens", "5"]) == 0
+    report = folder / "figures.json"
+    assert main(["evaluate", tuned, *text, "--length", "32", "--max-blocks", "3", "--json", str(report)]) == 0
+    assert "perplexity_window_only" in capsys.readouterr().out
+    assert set(json.loads(report.read_text())) == {"perplexity", "perplexity_window_only", "tokens"}
+    assert sorted(p.name for p in folder.iterdir()) == ["figures.json", "original", "small", "text.txt", "tuned"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["linearize", "{0}/original", "--out", "{0}/original"], "exists; pass --overwrite"),
+        (["linearize", "{0}/nothing", "--out", "{0}/x"], "model: expected a folder, a .gguf file or a hub name"),
+        (["linearize", "{0}/original", "--out", "{0}/x", "--keep", "9"], "keep: expected layer indices below 3"),
+        (["evaluate", "{0}/original", "--text", "{0}/text.txt", "--length", "9999"], "text: expected at least"),
+        (["evaluate", "{0}/original", "--text", "{0}/none.txt"], "text: could not read"),
+        (["finetune", "{0}/original", "--out", "{0}/x", "--text", "{0}/text.txt", "--resume"], "resume: expected"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_leaves_nothing(folder, capsys, arguments, message):
+    before = sorted(folder.rglob("*"))
+    capsys.readouterr()
+    assert main([a.format(folder) for a in arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("liger: ") and message in error
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("command", [[], ["linearize"], ["finetune"], ["generate"], ["evaluate"]])
+def test_help_reads_like_a_manual(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--help"])
+    assert stop.value.code == 0
+    assert len(capsys.readouterr().out.splitlines()) > 8
