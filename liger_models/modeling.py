@@ -83,7 +83,10 @@ def _before_decoder(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple
     cache = kwargs.get("past_key_values")
     if cache is not None:
         fit_cache(cache, module.config)
-    elif use_cache and not (module.training and getattr(module, "gradient_checkpointing", False)):
+    elif module.training:
+        # Nobody reads a cache while training, and with gradient checkpointing none may be written.
+        kwargs["use_cache"] = False
+    elif use_cache:
         kwargs["past_key_values"] = make_cache(module.config)
     return (), kwargs
 

@@ -77,6 +77,10 @@ def liger_attention(
     k_far = k_far.masked_fill(outside[..., None, None], 0.0)
     g = None if g is None else g.masked_fill(outside.view(*outside.shape, *[1] * (g.ndim - 2)), 0.0)
 
+    if T == 0:
+        state = q.new_zeros(B, k.shape[2], k_log.shape[-1], v.shape[-1] + 1, dtype=work)
+        state = state if initial_state is None else initial_state
+        return v.new_zeros(B, 0, q.shape[2], v.shape[-1]), state if output_final_state else None
     state, outputs = initial_state, []
     for s in range(0, T, SEGMENT):
         e = min(s + SEGMENT, T)
@@ -85,7 +89,7 @@ def liger_attention(
             q[:, s:e].to(work), k[:, keys].to(work), v[:, keys].to(work), rest[:, keys], held, S - T + s, scale
         )
         # In units of the window's own denominator, which keeps both factors inside float32.
-        q_far = (q_log[:, s:e] - lse.unsqueeze(-1)).clamp_(max=_MAX_LOG).exp()
+        q_far = (q_log[:, s:e] - lse.unsqueeze(-1)).clamp_(max=_MAX_LOG).exp_()
         gate = None if g is None else g[:, s:e]
         o, state = recurrence(q_far, k_far[:, s:e], values[:, s:e], gate, 1.0, state, chunk)
         share = 1.0 / (1.0 + mix * o[..., -1:])

@@ -79,6 +79,7 @@ def _segment(
     C = min(chunk, T)
     N = -(-T // C)
     q, k, v = (_split(x, N, C) for x in (q, k, v))
+    q = q.flatten(3, 4).unflatten(3, (C, G))
     if g is None:
         read, write = q, k
     else:

@@ -21,6 +21,10 @@ from tests.models.tiny import tiny
 SMALL = dict(vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
 
 
+def t5():
+    return T5ForConditionalGeneration(T5Config(vocab_size=20, d_model=16, d_ff=16, num_layers=1, num_heads=2))
+
+
 def deepseek():
     sizes = dict(q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8)
     experts = dict(n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2, moe_intermediate_size=8)
@@ -30,7 +34,7 @@ def deepseek():
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: T5ForConditionalGeneration(T5Config(vocab_size=20, d_model=16, d_ff=16, num_layers=1)), "encoder-decoder"),
+        (t5, "encoder-decoder"),
         (deepseek, "multi-head latent attention"),
         (lambda: BloomForCausalLM(BloomConfig(**SMALL)), "ALiBi"),
         (lambda: GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=2)), "'gpt2' is not in"),

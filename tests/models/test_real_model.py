@@ -1,0 +1,69 @@
+"""SmolLM2-135M itself: the bars that a tiny random model cannot show."""
+
+import pytest
+import torch
+
+from liger_models import cache_bytes, checkpoint, linearize, make_cache, perplexity
+from liger_models.demo import bundled_model
+from liger_models.evaluation import without_recurrence
+from liger_models.text import standard_text, to_blocks
+from tests.models.test_exactness import check_published
+
+
+def load():
+    return checkpoint.load(bundled_model(), torch.float32)
+
+
+@pytest.fixture(scope="module")
+def original():
+    return load()
+
+
+@pytest.fixture(scope="module")
+def held_out(original):
+    return to_blocks(original[1], standard_text()[1], 512)[:4]
+
+
+@pytest.fixture(scope="module")
+def linearized():
+    return linearize(load()[0])
+
+
+def test_perplexity_of_the_default_before_training(original, linearized, held_out):
+    assert perplexity(original[0], held_out) == pytest.approx(15.28, abs=0.02)
+    whole = perplexity(linearized, held_out)
+    with without_recurrence(linearized):
+        assert whole < perplexity(linearized, held_out) - 0.3
+    assert whole <= 17.2
+
+
+@torch.no_grad()
+def test_paper_gla_is_the_published_formula_in_every_layer(held_out):
+    check_published(linearize(load()[0], preset="paper-gla"), held_out[:1, :160], 64, 1e-4)
+
+
+@torch.no_grad()
+def test_wide_window_without_recurrence_is_the_original(original, held_out):
+    x = held_out[:1, :300]
+    wanted = original[0](x).logits
+    assert (linearize(load()[0], window=300, mix=0.0)(x).logits - wanted).abs().max() <= 1e-4
+
+
+@torch.no_grad()
+def test_pieces_equal_the_whole(linearized, held_out):
+    x = held_out[:1, :200]
+    whole = linearized(x, use_cache=False).logits
+    cache, parts = make_cache(linearized.config), []
+    for part in x.split((90, 1, 1, 73, *[1] * 35), 1):
+        parts.append(linearized(part, past_key_values=cache).logits)
+    assert (torch.cat(parts, 1) - whole).norm() <= 1e-4 * whole.norm()
+
+
+@torch.no_grad()
+def test_cache_bytes_after_100_and_4000_tokens(linearized, held_out):
+    sizes = []
+    for tokens in (100, 4000):
+        cache = make_cache(linearized.config)
+        linearized(held_out.reshape(1, -1).repeat(1, 2)[:, :tokens], past_key_values=cache, logits_to_keep=1)
+        sizes.append(cache_bytes(cache))
+    assert sizes[0] == sizes[1]
