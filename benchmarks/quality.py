@@ -20,7 +20,7 @@ from liger_models.text import standard_text, to_blocks
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--prefill", action="store_true", help="also compare prefill at 8,192 tokens, interleaved")
     args = parser.parse_args()
     training, held_out = standard_text()

@@ -136,7 +136,7 @@ class LigerAttention(nn.Module):
         if self.delayed:
             raw = torch.cat([state.raw, k], 1)
             o, recurrent = self._joint(q, q_near, keys, values, raw[:, : k.shape[1]], visible, state.recurrent)
-            raw = raw[:, k.shape[1] :]
+            raw = raw[:, k.shape[1] :].clone()
         else:
             o = sliding_window_attention(q_near, keys, values, self.window, self.sinks, self.scale, visible=visible)
             if self.recurs:
@@ -186,7 +186,8 @@ class LigerAttention(nn.Module):
         columns = torch.arange(S, device=visible.device)
         tail = slice(S - self.window, S)
         if not P:
-            return keys[:, tail], values[:, tail], visible[:, tail]
+            # Copies: a view would keep the whole prompt alive.
+            return keys[:, tail].clone(), values[:, tail].clone(), visible[:, tail].clone()
         first = torch.where(visible, columns, S).topk(P, dim=1, largest=False, sorted=True).values
         last = first.masked_fill(first == S, -1).amax(1, keepdim=True)
         index = first.clamp(max=S - 1)[:, :, None, None].expand(-1, -1, *keys.shape[2:])

@@ -34,7 +34,7 @@ class Recipe:
     rank: int = 16
     alpha: int = 32
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     length: int = 512
     batch: int = 2
     epochs: float = 1.0

@@ -89,7 +89,8 @@ def _segment(
         write = k * _suffix(wide).exp()
     states = _states(write.transpose(-1, -2) @ v, None if g is None else wide.sum(3), state)
     o = (_scores(q, k, g) @ v).add_(read.flatten(3, 4) @ states[:, :, :N])
-    return o.unflatten(3, (C, G)).movedim(1, 3).flatten(1, 2)[:, :T], states[:, :, N]
+    # A copy: a view would keep every chunk's state alive.
+    return o.unflatten(3, (C, G)).movedim(1, 3).flatten(1, 2)[:, :T], states[:, :, N].clone()
 
 
 class _ChunkedRecurrence(torch.autograd.Function):

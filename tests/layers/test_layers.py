@@ -61,8 +61,13 @@ def test_left_padding_changes_nothing(layer):
     assert (layer(more, state=state)[0] - layer(more, state=plain)[0]).abs().max() <= 1e-5
 
 
-def test_the_state_has_one_size(layer):
-    sizes = {layer(torch.randn(1, t, width(layer)))[1].nbytes() for t in (1, 5, 50)}
+def test_the_state_has_one_size_and_keeps_no_prompt_alive(layer):
+    sizes = set()
+    for tokens in (1, 5, 50):
+        _, state = layer(torch.randn(1, tokens, width(layer)))
+        sizes.add(state.nbytes())
+        held = [x for x in vars(state).values() if x is not None]
+        assert sum(x.untyped_storage().nbytes() for x in held) == state.nbytes()
     assert len(sizes) == 1
 
 

@@ -6,16 +6,16 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from liger_models import checkpoint, linearize
+from liger_models import checkpoint
 from tests.models.test_exactness import ids
-from tests.models.tiny import NAMES, tiny, tiny_tokenizer
+from tests.models.tiny import NAMES, linearize_tiny, tiny, tiny_tokenizer
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_pretrained_names_and_weights_stay(name):
     model = tiny(name)
     before = {n: p.clone() for n, p in model.state_dict().items()}
-    assert linearize(model, window=8) is model
+    assert linearize_tiny(model, window=8) is model
     after = model.state_dict()
     assert set(before) <= set(after)
     assert all(torch.equal(value, after[n]) for n, value in before.items())
@@ -27,7 +27,7 @@ def test_pretrained_names_and_weights_stay(name):
 @pytest.mark.parametrize("options", [dict(window=8, sinks=2), dict(preset="paper-gla"), dict(keep=[0, -1])], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_save_and_reload_gives_the_same_logits(name, options, tmp_path):
-    model = linearize(tiny(name), **options)
+    model = linearize_tiny(tiny(name), **options)
     x = ids(2, 30)
     wanted = model(x, use_cache=False).logits
     model.save_pretrained(tmp_path)
@@ -71,7 +71,7 @@ def test_load_names_what_it_looked_for(tmp_path):
 
 
 def test_save_and_load_a_pair(tmp_path):
-    checkpoint.save(linearize(tiny(), window=8), tiny_tokenizer(), tmp_path / "m")
+    checkpoint.save(linearize_tiny(tiny(), window=8), tiny_tokenizer(), tmp_path / "m")
     model, tokenizer = checkpoint.load(tmp_path / "m")
     assert model.config.liger["window"] == 8
     assert tokenizer("the")["input_ids"] == tiny_tokenizer()("the")["input_ids"]

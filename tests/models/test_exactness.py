@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from liger_models import linearize, make_cache
+from liger_models import make_cache
 from liger_ops import naive_recurrence, naive_sliding_window_attention
-from tests.models.tiny import NAMES, tiny
+from tests.models.tiny import NAMES, linearize_tiny, tiny
 
 VARIANTS = {
     "default": dict(window=8, sinks=2),
@@ -23,7 +23,7 @@ def ids(rows: int, tokens: int) -> torch.Tensor:
 @pytest.fixture(params=[(n, v) for n in NAMES for v in (VARIANTS if n == "llama" else ("default", "hybrid"))], ids=str)
 def model(request):
     name, variant = request.param
-    return linearize(tiny(name), **VARIANTS[variant])
+    return linearize_tiny(tiny(name), **VARIANTS[variant])
 
 
 @torch.no_grad()
@@ -33,7 +33,7 @@ def test_wide_window_without_recurrence_is_the_original(name, options):
     original = tiny(name)
     x = ids(2, 40)
     wanted = original(x).logits
-    assert (linearize(original, **options)(x).logits - wanted).abs().max() <= 1e-4
+    assert (linearize_tiny(original, **options)(x).logits - wanted).abs().max() <= 1e-4
 
 
 @torch.no_grad()
@@ -42,7 +42,7 @@ def test_wide_window_of_the_default_is_the_original(name):
     original = tiny(name)
     x = ids(2, 40)
     wanted = original(x).logits
-    assert (linearize(original, window=40)(x).logits - wanted).abs().max() <= 1e-4
+    assert (linearize_tiny(original, window=40)(x).logits - wanted).abs().max() <= 1e-4
 
 
 @torch.no_grad()
@@ -94,7 +94,7 @@ def test_right_padding_changes_no_real_token(model):
 @torch.no_grad()
 @pytest.mark.parametrize("name", NAMES)
 def test_paper_gla_is_the_published_formula_layer_by_layer(name):
-    model = linearize(tiny(name), preset="paper-gla", window=16)
+    model = linearize_tiny(tiny(name), preset="paper-gla", window=16)
     check_published(model, ids(2, 60), 16)
 
 
@@ -132,7 +132,7 @@ def check_published(model, x, window, tolerance=1e-4):
 
 @torch.no_grad()
 def test_the_recurrence_reaches_beyond_the_window():
-    model = linearize(tiny(), window=8, sinks=0)
+    model = linearize_tiny(tiny(), window=8, sinks=0)
     x = ids(1, 60)
     y = x.clone()
     y[0, 5] = (x[0, 5] + 1) % 97

@@ -6,17 +6,17 @@ import signal
 import pytest
 import torch
 
-from liger_models import evaluate, finetune, linearize
+from liger_models import evaluate, finetune
 from liger_models.finetune import RECIPES, _Interrupt
 from tests.models.test_exactness import ids
-from tests.models.tiny import TEXT, tiny, tiny_tokenizer
+from tests.models.tiny import TEXT, linearize_tiny, tiny, tiny_tokenizer
 
 QUICK = dict(length=32, batch=4, warmup=1, learning_rate=3e-3)
 
 
 @pytest.mark.parametrize("options", [dict(window=8, sinks=2), dict(preset="paper-gla", window=8)], ids=str)
 def test_learns_and_keeps_the_class(options):
-    model, tokenizer = linearize(tiny(scale=1.0), **options), tiny_tokenizer()
+    model, tokenizer = linearize_tiny(tiny(scale=1.0), **options), tiny_tokenizer()
     before = evaluate(model, tokenizer, TEXT, length=32)
     tuned = finetune(model, tokenizer, TEXT, steps=25, **QUICK)
     after = evaluate(tuned, tokenizer, TEXT, length=32)
@@ -33,7 +33,7 @@ def test_the_original_can_be_tuned_the_same_way():
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
 def test_gradient_checkpointing_gives_the_same_gradients(name):
-    model = linearize(tiny(name), window=8, sinks=2).train()
+    model = linearize_tiny(tiny(name), window=8, sinks=2).train()
     x = ids(2, 40)
     found = []
     for checkpointing in (False, True):
@@ -53,12 +53,12 @@ def test_gradient_checkpointing_gives_the_same_gradients(name):
 
 
 def test_gradient_checkpointing_through_the_trainer():
-    finetune(linearize(tiny(), window=8), tiny_tokenizer(), TEXT, steps=2, gradient_checkpointing=True, **QUICK)
+    finetune(linearize_tiny(tiny(), window=8), tiny_tokenizer(), TEXT, steps=2, gradient_checkpointing=True, **QUICK)
 
 
 def test_control_c_leaves_a_checkpoint_that_resumes(tmp_path, monkeypatch):
     store = tmp_path / "checkpoints"
-    whole = finetune(linearize(tiny(), window=8), tiny_tokenizer(), TEXT, steps=8, **QUICK)
+    whole = finetune(linearize_tiny(tiny(), window=8), tiny_tokenizer(), TEXT, steps=8, **QUICK)
 
     def strike(self, args, state, control, **kwargs):
         if state.global_step == 2:
@@ -68,11 +68,11 @@ def test_control_c_leaves_a_checkpoint_that_resumes(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(_Interrupt, "on_step_begin", strike)
         with pytest.raises(KeyboardInterrupt, match="can be resumed"):
-            finetune(linearize(tiny(), window=8), tiny_tokenizer(), TEXT, steps=8, checkpoints=store, **QUICK)
+            finetune(linearize_tiny(tiny(), window=8), tiny_tokenizer(), TEXT, steps=8, checkpoints=store, **QUICK)
     assert signal.getsignal(signal.SIGINT) is before
     assert [p.name for p in store.iterdir()] == ["checkpoint-3"]
     resumed = finetune(
-        linearize(tiny(), window=8), tiny_tokenizer(), TEXT, steps=8, checkpoints=store, resume=True, **QUICK
+        linearize_tiny(tiny(), window=8), tiny_tokenizer(), TEXT, steps=8, checkpoints=store, resume=True, **QUICK
     )
     for (n, a), (_, b) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-5), n
@@ -91,7 +91,7 @@ def test_the_published_recipe():
 
 
 def test_bad_input_is_named(tmp_path):
-    model, tokenizer = linearize(tiny(), window=8), tiny_tokenizer()
+    model, tokenizer = linearize_tiny(tiny(), window=8), tiny_tokenizer()
     for arguments, message in (
         (dict(text="short"), "text: expected at least one block of 512 tokens, got 5"),
         (dict(text=TEXT, recipe="fast"), "recipe: expected one of default, paper, got 'fast'"),

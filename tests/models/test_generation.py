@@ -6,12 +6,12 @@ from transformers import DynamicCache
 
 from liger_models import cache_bytes, linearize, make_cache
 from tests.models.test_exactness import ids
-from tests.models.tiny import NAMES, tiny
+from tests.models.tiny import NAMES, linearize_tiny, tiny
 
 
 @pytest.fixture(params=NAMES)
 def model(request):
-    return linearize(tiny(request.param), window=8, sinks=2)
+    return linearize_tiny(tiny(request.param), window=8, sinks=2)
 
 
 def generate(model, x, **options):
@@ -89,3 +89,9 @@ def test_no_square_mask_is_built(model):
     mask = torch.ones_like(x)
     mask[:, :100] = 0
     assert torch.isfinite(model.model(x, attention_mask=mask, use_cache=False).last_hidden_state[:, 100:]).all()
+
+
+def test_linearizing_without_any_data_is_deterministic():
+    first, second = linearize(tiny(), window=8), linearize(tiny(), window=8)
+    for (name, a), (_, b) in zip(first.named_parameters(), second.named_parameters(), strict=True):
+        assert torch.equal(a, b), name

@@ -16,7 +16,7 @@ from transformers import (
 
 from liger_models import LigerConfig, linearize
 from tests.models.test_exactness import ids
-from tests.models.tiny import tiny
+from tests.models.tiny import linearize_tiny, tiny
 
 SMALL = dict(vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
 
@@ -39,7 +39,7 @@ def deepseek():
         (lambda: BloomForCausalLM(BloomConfig(**SMALL)), "ALiBi"),
         (lambda: GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=2)), "'gpt2' is not in"),
         (lambda: LlamaForSequenceClassification(tiny().config), "only the causal LM"),
-        (lambda: linearize(tiny(), window=8), "already linearized"),
+        (lambda: linearize_tiny(tiny(), window=8), "already linearized"),
     ],
     ids=["t5", "deepseek", "bloom", "gpt2", "classifier", "twice"],
 )  # fmt: skip
@@ -113,4 +113,4 @@ def test_options(options, message):
 
 def test_a_square_mask_is_refused():
     with pytest.raises(ValueError, match="attention_mask: expected"):
-        linearize(tiny(), window=8)(ids(1, 5), attention_mask=torch.ones(1, 1, 5, 5))
+        linearize_tiny(tiny(), window=8)(ids(1, 5), attention_mask=torch.ones(1, 1, 5, 5))

@@ -12,6 +12,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from liger_models import linearize
+
 _SIZES = dict(
     vocab_size=97,
     hidden_size=48,
@@ -64,6 +66,12 @@ def tiny_tokenizer():
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
+
+
+def linearize_tiny(model, **options):
+    """linearize, measured on given tokens: drawing them takes a second that hundreds of tests need not spend."""
+    calibration = torch.randint(3, 97, (4, 64), generator=torch.Generator().manual_seed(2))
+    return linearize(model, calibration=calibration, **options)
 
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 60
