@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--text", type=Path, metavar="FILE", help="your own text instead of Python's help topics")
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder to write (default: %(default)s)")
     parser.add_argument(
-        "--steps", type=int, default=60, help="fine-tuning steps of 1,024 tokens (default: %(default)s)"
+        "--steps", type=int, default=80, help="fine-tuning steps of 1,024 tokens (default: %(default)s)"
     )
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048, 8192], help="context lengths to measure")
     args = parser.parse_args(argv)
