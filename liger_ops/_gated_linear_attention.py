@@ -12,7 +12,7 @@ from liger_ops._torch.additive import recurrence
 
 # A per-channel gate costs an exponential per row, column and channel of a chunk, the others one per row and column.
 _CHUNK_PER_CHANNEL = 16
-_CHUNK = 64
+_CHUNK = 32
 
 
 def _chunk(q, k, v, g, ranks, scale, initial_state, output_final_state, normalize, cu_seqlens, chunk_size):

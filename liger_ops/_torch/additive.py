@@ -88,7 +88,8 @@ def _segment(
         read = q * wide.cumsum(3).exp().unsqueeze(4)
         write = k * _suffix(wide).exp()
     states = _states(write.transpose(-1, -2) @ v, None if g is None else wide.sum(3), state)
-    o = (_scores(q, k, g) @ v).add_(read.flatten(3, 4) @ states[:, :, :N])
+    flat = (x.flatten(0, 2) for x in (_scores(q, k, g) @ v, read.flatten(3, 4), states[:, :, :N]))
+    o = torch.baddbmm(*flat).view(*k.shape[:3], C * G, v.shape[-1])
     # A copy: a view would keep every chunk's state alive.
     return o.unflatten(3, (C, G)).movedim(1, 3).flatten(1, 2)[:, :T], states[:, :, N].clone()
 
@@ -107,7 +108,7 @@ class _ChunkedRecurrence(torch.autograd.Function):
             outputs.append(o)
         ctx.chunk, ctx.length = chunk, length
         ctx.save_for_backward(q, k, v, g, *starts)
-        return torch.cat(outputs, 1), state
+        return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0], state
 
     @staticmethod
     @torch.autograd.function.once_differentiable
