@@ -146,7 +146,7 @@ class LigerAttention(nn.Module):
         return o, LigerState(*self._keep(keys, values, visible), raw, recurrent, position)
 
     def _recurrence(self, q, k, v, mask, state):
-        """Both branches at once over every token: q' [B,T,HQ,M], k' [B,T,H,M], an own decay, a padding mask."""
+        """The recurrence over every token, no delay: o [B,T,HQ,D], state; padding neither writes nor decays."""
         real = mask[:, :, None, None]
         features = self.feature_map.key(k).exp().masked_fill(~real, 0.0)
         g = log_decay(self.gate, k, self.tau)

@@ -139,7 +139,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"liger: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
-        print(f"liger: {error or 'interrupted'}; the same command with --resume continues", file=sys.stderr)
+        hint = "; the same command with --resume continues" if args.command == "finetune" else ""
+        print(f"liger: {str(error) or 'interrupted'}{hint}", file=sys.stderr)
         return 130
     return 0
 

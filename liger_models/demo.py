@@ -52,7 +52,7 @@ def run(model_name: str, text: Path | None, out: Path, steps: int, contexts: lis
     figures["linearized"] = perplexity(model, blocks)
     say(f"Held-out perplexity, linearized, before training: {figures['linearized']:.2f}")
 
-    say(f"Fine-tuning with LoRA, {steps} steps (Ctrl-C leaves a checkpoint)")
+    say(f"Fine-tuning with LoRA, {steps} steps")
     store = out.with_name(out.name + ".checkpoints")
     model = finetune(model, tokenizer, training, checkpoints=store, steps=steps)
     figures["fine_tuned"] = perplexity(model, blocks)
