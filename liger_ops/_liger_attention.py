@@ -7,11 +7,8 @@ import torch
 
 from liger_ops import _checks
 from liger_ops._gated_linear_attention import _CHUNK, _CHUNK_PER_CHANNEL
-from liger_ops._torch.additive import recurrence
-from liger_ops._torch.window import SEGMENT, attend, take_sinks
-
-# exp(30) squared, times features, times a million tokens, stays inside float32.
-_MAX_LOG = 30.0
+from liger_ops._torch.joint import joint
+from liger_ops._torch.window import make_window, take_sinks
 
 
 def liger_attention(
@@ -65,33 +62,19 @@ def liger_attention(
     _checks.check_qkv(q_log, k_log, v[:, far].to(q_log.dtype))
     _checks.check_decay(g, k_log, (3, 4))
     _checks.check_state(initial_state, B, k_log, v.shape[-1] + 1)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    dtype, scale = q.dtype, q.shape[-1] ** -0.5 if scale is None else scale
 
     chunk = _CHUNK_PER_CHANNEL if g is not None and g.ndim == 4 else _CHUNK
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
-    mix = mix.to(work).view(-1, 1) if isinstance(mix, torch.Tensor) else mix
-    held, rest = take_sinks(k.to(work), v.to(work), sinks, visible)
-    values = torch.cat([v[:, far], torch.ones_like(v[:, far, :, :1])], -1).to(work)
-    k_far = k_log.to(work).clamp(max=_MAX_LOG).exp()
-    outside = ~rest[:, far]
-    k_far = k_far.masked_fill(outside[..., None, None], 0.0)
-    g = None if g is None else g.masked_fill(outside.view(*outside.shape, *[1] * (g.ndim - 2)), 0.0)
-
+    M, U = k_log.shape[-1], v.shape[-1] + 1
+    state = q.new_zeros(B, k.shape[2], M, U, dtype=work) if initial_state is None else initial_state.to(work)
     if T == 0:
-        state = q.new_zeros(B, k.shape[2], k_log.shape[-1], v.shape[-1] + 1, dtype=work)
-        state = state if initial_state is None else initial_state
         return v.new_zeros(B, 0, q.shape[2], v.shape[-1]), state if output_final_state else None
-    state, outputs = initial_state, []
-    for s in range(0, T, SEGMENT):
-        e = min(s + SEGMENT, T)
-        keys = slice(S - T - window + 1 + s, S - T + e)
-        near, lse = attend(
-            q[:, s:e].to(work), k[:, keys].to(work), v[:, keys].to(work), rest[:, keys], held, S - T + s, scale
-        )
-        # In units of the window's own denominator, which keeps both factors inside float32.
-        q_far = (q_log[:, s:e] - lse.unsqueeze(-1)).clamp_(max=_MAX_LOG).exp_()
-        gate = None if g is None else g[:, s:e]
-        o, state = recurrence(q_far, k_far[:, s:e], values[:, s:e], gate, 1.0, state, chunk)
-        share = 1.0 / (1.0 + mix * o[..., -1:])
-        outputs.append(torch.addcmul(near * share, o[..., :-1], mix * share))
-    return torch.cat(outputs, 1).to(q.dtype), state if output_final_state else None
+    mix = torch.as_tensor(mix, dtype=work, device=q.device).expand(q.shape[2])
+    near = slice(S - T - window, S)
+    held, rest = take_sinks(k.to(work), v.to(work), sinks, visible)
+    q, k, v, q_log, k_log = (x.to(work) for x in (q, k[:, near], v[:, near], q_log, k_log))
+    g = None if g is None else g.to(work)
+    where = make_window(rest[:, near], T, S - T, scale, min(chunk, T), work)
+    o, state = joint(q, k, v, q_log, k_log, g, mix, state, held, where)
+    return o.to(dtype), state if output_final_state else None

@@ -67,3 +67,42 @@ def naive_sliding_window_attention(
     k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
     scores = torch.einsum("bihk,bjhk->bhij", q, k) * scale
     return torch.einsum("bhij,bjhv->bihv", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+
+
+def naive_liger_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_log: torch.Tensor,
+    k_log: torch.Tensor,
+    g: torch.Tensor | None = None,
+    mix: torch.Tensor | float = 1.0,
+    *,
+    window: int,
+    sinks: int = 0,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """One softmax, exact over the last `window` and the first `sinks` tokens, a recurrence over features for the rest.
+
+    o_i = (sum_near exp(s_ij) v_j + mix exp(q_log_i) h_i) / (sum_near exp(s_ij) + mix exp(q_log_i) z_i), where token
+    j = i - window enters [h, z] at step i: [h, z] = exp(g_j) [h, z] + exp(k_log_j) [v_j, 1]^T, unless it is a sink.
+
+    q [B,T,HQ,D], k [B,T,H,D], v [B,T,H,V], q_log [B,T,HQ,M], k_log [B,T,H,M], g [B,T,H,M], [B,T,H] or None, mix a
+    number or [HQ] -> [B,T,HQ,V].
+    """
+    (B, T, HQ, D), (H, V), M = q.shape, v.shape[2:], q_log.shape[-1]
+    G, scale = HQ // H, D**-0.5 if scale is None else scale
+    gain = (mix if isinstance(mix, torch.Tensor) else q.new_tensor(mix)).expand(HQ).view(HQ, 1)
+    ones = torch.cat([v, torch.ones_like(v[..., :1])], -1)
+    h, outputs = q.new_zeros(B, H, M, V + 1), []
+    for i in range(T):
+        j = i - window
+        if j >= sinks:
+            decay = q.new_ones(1) if g is None else g[:, j].exp()
+            h = decay.reshape(*decay.shape[:2], -1, 1) * h + k_log[:, j].exp().unsqueeze(-1) * ones[:, j].unsqueeze(-2)
+        near = [j for j in range(i + 1) if i - j < window or j < sinks]
+        s = torch.einsum("bhgd,bnhd->bhgn", q[:, i].view(B, H, G, D), k[:, near]) * scale
+        o = torch.einsum("bhgn,bnhv->bhgv", s.exp(), ones[:, near]).flatten(1, 2)
+        o = o + gain * (q_log[:, i].exp().view(B, H, G, M) @ h).flatten(1, 2)
+        outputs.append(o[..., :-1] / o[..., -1:])
+    return torch.stack(outputs, 1) if outputs else q.new_zeros(B, 0, HQ, V)

@@ -15,8 +15,8 @@ ROOT = Path(__file__).parent.parent
 SOURCES = [p for package in ("liger_ops", "liger_layers", "liger_models") for p in (ROOT / package).rglob("*.py")]
 
 PUBLIC = {
-    liger_ops: "chunk_gla chunk_linear_attn chunk_simple_gla liger_attention naive_recurrence "
-    "naive_sliding_window_attention sliding_window_attention",
+    liger_ops: "chunk_gla chunk_linear_attn chunk_simple_gla liger_attention "
+    "naive_liger_attention naive_recurrence naive_sliding_window_attention sliding_window_attention",
     liger_layers: "FEATURE_MAPS GATES Gate GatedRecurrence LigerAttention LigerState SlidingWindowAttention Softmax "
     "SoftmaxKernel register_gate",
     liger_models: "FAMILIES LigerCacheLayer LigerConfig PRESETS cache_bytes evaluate finetune linearize make_cache "

@@ -1,17 +1,23 @@
-"""Blocked causal window attention with sinks: cost linear in T, with the log-sum-exp of every row.
+"""Blocked causal window attention with sinks: cost linear in T.
 
 Shapes: B batch, T queries, S keys (the queries are the last T of them), HQ query heads, H key/value heads, G query
-heads per key/value head, D width, W window, P sinks, N blocks of C queries, L = W - 1 + C keys in reach of a block.
+heads per key/value head, D width, W window, P sinks, N blocks of C queries, L = W + C keys in reach of a block.
+A segment of rows at a time, all heads together; a head's key blocks overlap in memory and are never copied out.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-_BLOCK = 32
-SEGMENT = 512
+from liger_ops._torch.layout import divide, head_major, head_major_ones, pack, unpack
+
+BLOCK = 32
+# Floats of scores in a segment, 4 MB of float32: beyond, products wait for memory; below, for the interpreter.
+_SCORES = 1 << 20
 _MASKED = -1e30
+LOG2 = math.log2(math.e)
 
 
 class Sinks(NamedTuple):
@@ -20,6 +26,26 @@ class Sinks(NamedTuple):
     k: torch.Tensor
     v: torch.Tensor
     column: torch.Tensor
+
+
+class Window(NamedTuple):
+    """What a window may show and how: rest [B,W+T] marks its keys, from W before the first query on.
+
+    near [C,L] is added to the scores of every block, first is the column of the first query, scale the scores' factor.
+    """
+
+    rest: torch.Tensor
+    near: torch.Tensor
+    first: int
+    scale: float
+
+
+def make_window(rest: torch.Tensor, length: int, first: int, scale: float, block: int, dtype: torch.dtype) -> Window:
+    """The window of `length` queries, `block` at a time, over the keys of rest [B,W+T]."""
+    reach, device = rest.shape[1] - length, rest.device
+    r, c = torch.arange(block, device=device)[:, None], torch.arange(reach + block, device=device)
+    near = torch.zeros(block, reach + block, dtype=dtype, device=device)
+    return Window(rest, near.masked_fill_((c <= r) | (c > r + reach), _MASKED), first, scale)
 
 
 def take_sinks(
@@ -42,47 +68,77 @@ def take_sinks(
     return Sinks(*picked, column), rest
 
 
-def _blocks(x: torch.Tensor, sinks: torch.Tensor, count: int, size: int, length: int) -> torch.Tensor:
-    """[B,H,(count-1)*size+length,D] and [B,H,P,D] -> [B,H,count,P+length,D]: the sinks, then a block's reach."""
-    x = x.unfold(2, length, size).transpose(-1, -2)
-    return torch.cat([sinks.unsqueeze(2).expand(-1, -1, count, -1, -1), x], 3)
+def _masks(window: Window, sinks: Sinks, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What is added to the scores of `count` blocks from query `start` on, and to those of the sinks.
 
-
-def attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    rest: torch.Tensor,
-    sinks: Sinks,
-    start: int,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """q [B,T,HQ,D] whose first query stands at column `start`, over the W - 1 + T keys that end with its last one.
-
-    k [B,W-1+T,H,D], v, rest [B,W-1+T] -> o [B,T,HQ,V], lse [B,T,HQ].
+    [B or 1,1,N or 1,C,1,L] and [B,1,P,N,C,1], or None where every sink is in the past.
     """
-    B, T, HQ, _ = q.shape
-    H, window, C = k.shape[2], k.shape[1] - T + 1, min(_BLOCK, T)
-    N, L = -(-T // C), window - 1 + C
-    G, short = HQ // H, -(-T // C) * C - T
-    if short:
-        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, short)) for x in (q, k, v))
-        rest = F.pad(rest, (0, short))
-    r, c = torch.arange(C, device=q.device)[:, None], torch.arange(L, device=q.device)[None]
-    near = (c >= r) & (c < r + window) & rest.unfold(1, L, C)[:, :, None]
-    rows = torch.arange(start, start + N * C, device=q.device).view(1, N, C, 1)
-    open_ = torch.cat([sinks.column[:, None, None] <= rows, near], -1)
-    bias = q.new_zeros(()).masked_fill(~open_, _MASKED)[:, None, :, None]
+    C, L = window.near.shape
+    near, sink, first = window.near.view(1, 1, 1, C, 1, L), None, window.first + start
+    rest = window.rest[:, start : start + count * C + L - C]
+    if (short := count * C + L - C - rest.shape[1]) or not rest.all():
+        hidden = near.new_zeros(()).masked_fill(~F.pad(rest, (0, short)), _MASKED)
+        near = near + hidden.unfold(1, L, C).unflatten(1, (1, count, 1, 1))
+    if not (sinks.column <= first).all():
+        query = torch.arange(first, first + count * C, device=rest.device).view(1, 1, 1, count, C, 1)
+        sink = near.new_zeros(()).masked_fill(sinks.column.view(len(rest), 1, -1, 1, 1, 1) > query, _MASKED)
+    return near, sink
 
-    q = q.view(B, N, C, H, G, -1).permute(0, 3, 1, 4, 2, 5).flatten(3, 4)
-    k = _blocks((k * scale).transpose(1, 2), sinks.k * scale, N, C, L)
-    v = _blocks(v.transpose(1, 2), sinks.v, N, C, L)
-    scores = (q @ k.transpose(-1, -2)).unflatten(3, (G, C)).add_(bias).flatten(3, 4)
-    p = scores.softmax(-1)
-    # The largest weight never underflows, and this is cheaper than a second pass of exponentials.
-    lse = scores.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()
-    o, lse = (x.unflatten(3, (G, C)).permute(0, 2, 4, 1, 3, 5).reshape(B, N * C, HQ, -1)[:, :T] for x in (p @ v, lse))
-    return o, lse.squeeze(-1)
+
+def _each(x: torch.Tensor, y: list[torch.Tensor]) -> torch.Tensor:
+    """x [B*H,N,R,D] times one y [N,D,E] per head, whose matrices may overlap in memory: no copy is made of them."""
+    if torch.is_grad_enabled():
+        return torch.stack([a @ b for a, b in zip(x, y, strict=True)])
+    out = x.new_empty(*x.shape[:3], y[0].shape[-1])
+    for a, b, o in zip(x, y, out, strict=True):
+        torch.bmm(a, b, out=o)
+    return out
+
+
+class Weights(NamedTuple):
+    """weights 2^(score - top) of the window [B,H,N,C,G,L] and sinks [B*H,P,N*C*G]; top [B,H,N,C,G,1], the largest.
+
+    Scores are logarithms to base 2, whose exponential stays fast far below the underflow.
+    """
+
+    weights: torch.Tensor
+    sinks: torch.Tensor
+    top: torch.Tensor
+
+
+def weigh(q: torch.Tensor, k: torch.Tensor, sinks: Sinks, window: Window, start: int) -> Weights:
+    """q [B,H,N,C,G,D] from row `start` on, and k [B,H,W+N*C,D], which it changes."""
+    (B, H, N, _, G, D), P, (C, L) = q.shape, sinks.k.shape[2], window.near.shape
+    scale = window.scale * LOG2
+    near, future = _masks(window, sinks, start, N)
+    keys = [x.unfold(0, L, C) for x in k.mul_(scale).flatten(0, 1)]
+    scores = _each(q.view(B * H, N, C * G, D), keys).view(B, H, N, C, G, L).add_(near)
+    # A constant to the gradient: it divides out.
+    top = scores.detach().amax(-1, keepdim=True)
+    # Keys first: with P so small, everything else is far slower.
+    sink = torch.bmm(sinks.k.flatten(0, 1) * scale, q.view(B * H, -1, D).transpose(1, 2))
+    if P:
+        if future is not None:
+            sink.view(B, H, P, N, C, G).add_(future)
+        top = torch.maximum(top, sink.detach().amax(1).view(top.shape))
+        sink.sub_(top.view(B * H, 1, -1)).exp2_()
+    return Weights(scores.sub_(top).exp2_(), sink, top)
+
+
+def attend(weights: Weights, v: torch.Tensor, sink_v: torch.Tensor) -> torch.Tensor:
+    """v [B,H,W+N*C,V+1], sink_v [B,H,P,V] -> weighted sums [B,H,N,C,G,V+1]."""
+    B, H, N, C, G, L = weights.weights.shape
+    values = [x.unfold(0, L, C).transpose(1, 2) for x in v.flatten(0, 1)]
+    o = _each(weights.weights.view(B * H, N, C * G, L), values)
+    if sink_v.shape[2]:
+        sink_v = F.pad(sink_v.flatten(0, 1), (0, 1), value=1.0)
+        o.view(B * H, N * C * G, -1).baddbmm_(weights.sinks.transpose(1, 2), sink_v)
+    return o.view(B, H, N, C, G, -1)
+
+
+def rows_at_once(batch: int, num_heads: int, reach: int, size: int) -> int:
+    """How many queries a segment takes: a multiple of `size`, with scores that fit a core's cache."""
+    return max(_SCORES // (batch * num_heads * reach * size), 1) * size
 
 
 def window_attention(
@@ -95,21 +151,25 @@ def window_attention(
     visible: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q [B,T,HQ,D], k [B,S,H,D], v [B,S,H,V], visible [B,S] bool -> o [B,T,HQ,V], lse [B,T,HQ] in float32."""
-    dtype, T, S = q.dtype, q.shape[1], k.shape[1]
+    dtype, (B, T, HQ, _), (S, H) = q.dtype, q.shape, k.shape[1:3]
     work = torch.float64 if dtype == torch.float64 else torch.float32
     if T == 0:
         return q.new_zeros(*q.shape[:3], v.shape[-1]), q.new_zeros(q.shape[:3], dtype=work)
     q, k, v = q.to(work), k.to(work), v.to(work)
-    window = min(window, S)
+    window, block = min(window, S), min(BLOCK, T)
     held, rest = take_sinks(k, v, sinks, visible)
-    lead = max(T + window - 1 - S, 0)
-    if lead:
-        k, v, rest = F.pad(k, (0, 0, 0, 0, lead, 0)), F.pad(v, (0, 0, 0, 0, lead, 0)), F.pad(rest, (lead, 0))
-    first = S + lead - T - window + 1
-    parts = []
-    for s in range(0, T, SEGMENT):
-        e = min(s + SEGMENT, T)
-        keys = slice(first + s, first + e + window - 1)
-        parts.append(attend(q[:, s:e], k[:, keys], v[:, keys], rest[:, keys], held, S - T + s, scale))
-    o, lse = (torch.cat(x, 1) for x in zip(*parts, strict=True))
-    return o.to(dtype), lse
+    first, lead = max(S - T - window, 0), max(T + window - S, 0)
+    k, v = (F.pad(x[:, first:], (0, 0, 0, 0, lead, 0)) for x in (k, v))
+    where = make_window(F.pad(rest[:, first:], (lead, 0)), T, S - T, scale, block, work)
+    step, outputs, lses = rows_at_once(B, HQ, window + block, block), [], []
+    o = None if torch.is_grad_enabled() else q.new_empty(B, T, HQ, v.shape[-1])
+    for s in range(0, T, step):
+        e = min(s + step, T)
+        keys, short = slice(s, e + window), -(e - s) % block
+        near_k, near_v = head_major(k[:, keys], short), head_major_ones(v[:, keys], short)
+        weights = weigh(pack(q[:, s:e], H, block), near_k, held, where, s)
+        sums = attend(weights, near_v, held.v)
+        outputs.append(divide(sums, e - s, None if o is None else o[:, s:e]))
+        lses.append(unpack(sums[..., -1:].log2() + weights.top, e - s).flatten(2))
+    o = torch.cat(outputs, 1) if o is None else o
+    return o.to(dtype), torch.cat(lses, 1) / LOG2

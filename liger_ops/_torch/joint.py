@@ -1,0 +1,71 @@
+"""One softmax over window, sinks and a delayed recurrence: shares the window's blocks and the recurrence's chunks.
+
+Shapes: as in `window` and `additive`; M features, U = V + 1, the last value column 1, so that it sums the weights.
+A block's first C keys are those that leave the window during the block: the chunk that its recurrence lets in.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from liger_ops._torch import additive
+from liger_ops._torch.layout import divide, head_major, head_major_ones, pack
+from liger_ops._torch.segments import segmented
+from liger_ops._torch.window import LOG2, Sinks, Window, attend, rows_at_once, weigh
+
+# exp(30) squared, times features, times a million tokens, stays inside float32.
+MAX_LOG = 30.0
+
+
+def _segment(window, rows, state, out, q, k, v, sink_k, sink_v, sink_column, q_log, k_log, g, mix):
+    """Rows of `joint`'s arguments: out [B,T,HQ,V] or None, state [B,H,M,U], mix [H,1,1,G,1]."""
+    (B, T), H, C = q.shape[:2], k.shape[2], len(window.near)
+    N, short = -(-T // C), -T % C
+    k, v = head_major(k, short), head_major_ones(v, short)
+    near = weigh(pack(q, H, C), k, Sinks(sink_k, sink_v, sink_column), window, rows.start)
+
+    k_far = head_major(k_log, short).clamp_(max=MAX_LOG).exp_()
+    g = None if g is None else head_major(g, short)
+    if short or not window.rest[:, rows].all():
+        enters = F.pad(window.rest[:, rows], (0, short)).view(B, 1, -1, 1)
+        k_far = k_far * enters.to(k.dtype)
+        g = None if g is None else g.masked_fill(~(enters if g.ndim == 4 else enters.squeeze(-1)), 0.0)
+    k_far, v_far, g = (x if x is None else x.contiguous().unflatten(2, (N, C)) for x in (k_far, v[:, :, : N * C], g))
+    decay = additive.make_decay(g)
+    before, state = additive.enter(k_far, v_far, decay, state)
+    # In units of the window's largest weight, which keeps both factors inside float32.
+    q_far = pack(q_log, H, C).mul_(LOG2).sub_(near.top).clamp_(max=MAX_LOG * LOG2).exp2_()
+    scores, q_far = additive.scores(q_far, k_far, decay, mix)
+    # A key that has left the window of a row is one that its recurrence has let in: their columns complement.
+    if torch.is_grad_enabled():
+        near = near._replace(weights=near.weights + F.pad(scores, (0, near.weights.shape[-1] - C)))
+    else:
+        near.weights[..., :C] += scores
+    o = attend(near, v, sink_v)
+    o.view(B * H * N, -1, o.shape[-1]).baddbmm_(additive.products(q_far), additive.products(before))
+    return divide(o, T, out), state
+
+
+def joint(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_log: torch.Tensor,
+    k_log: torch.Tensor,
+    g: torch.Tensor | None,
+    mix: torch.Tensor,
+    state: torch.Tensor,
+    sinks: Sinks,
+    window: Window,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q [B,T,HQ,D], k [B,W+T,H,D], v [B,W+T,H,V], q_log [B,T,HQ,M], k_log [B,T,H,M], mix [HQ], state [B,H,M,U].
+
+    k_log and g belong to the first T of the W + T keys. Returns o [B,T,HQ,V], state [B,H,M,U].
+    """
+    B, HQ, H, (C, L) = q.shape[0], q.shape[2], k.shape[2], window.near.shape
+    reach = L - C
+    inputs = [q, k, v, *sinks, q_log, k_log, g, mix.view(H, 1, 1, -1, 1)]
+    step = rows_at_once(B, HQ, L, C)
+    body = partial(_segment, window)
+    return segmented(body, step, v.shape[-1], state, inputs, [0, reach, reach, None, None, None, 0, 0, 0, None])

@@ -1,0 +1,42 @@
+"""Copies between [batch, time, heads, width] and the layouts that the chunked products want, all of them contiguous.
+
+Shapes: B batch, T time, HQ query heads, H key/value heads, G query heads per key/value head, D width, N chunks of C.
+Every function that packs returns a copy, even where the layout is already right: callers work on it in place.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def pack(x: torch.Tensor, num_kv_heads: int, size: int) -> torch.Tensor:
+    """[B,T,HQ,D] -> [B,H,N,C,G,D], zero-padded."""
+    T, N = x.shape[1], -(-x.shape[1] // size)
+    x = x.unflatten(2, (num_kv_heads, -1)).transpose(1, 2)
+    x = F.pad(x, (0, 0, 0, 0, 0, N * size - T)) if N * size > T else x
+    return x.clone(memory_format=torch.contiguous_format).unflatten(2, (N, size))
+
+
+def unpack(x: torch.Tensor, length: int) -> torch.Tensor:
+    """[B,H,N,C,G,D] -> a view [B,T,H,G,D]."""
+    return x.flatten(2, 3).transpose(1, 2)[:, :length]
+
+
+def head_major(x: torch.Tensor, after: int) -> torch.Tensor:
+    """[B,T,H,...] -> [B,H,T+after,...], zero-padded."""
+    x = x.transpose(1, 2)
+    x = F.pad(x, (0, 0) * (x.ndim - 3) + (0, after)) if after else x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def head_major_ones(v: torch.Tensor, after: int) -> torch.Tensor:
+    """[B,T,H,V] -> [B,H,T+after,V+1]: the last column is 1 and sums the weights; so is the padding."""
+    return F.pad(v.transpose(1, 2), (0, 1, 0, after), value=1.0).contiguous()
+
+
+def divide(x: torch.Tensor, length: int, out: torch.Tensor | None = None) -> torch.Tensor:
+    """[B,H,N,C,G,V+1] -> [B,T,HQ,V]: the first V columns divided by the last, into `out` if given."""
+    x = unpack(x, length)
+    if out is None:
+        return (x[..., :-1] / x[..., -1:]).flatten(2, 3)
+    torch.div(x[..., :-1], x[..., -1:], out=out.unflatten(2, x.shape[2:4]))
+    return out
