@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.test_ops import OPS
+from benchmarks.test_ops import OPS, settle_allocator
 
 
 def interleaved(functions: dict, rounds: int) -> dict[str, float]:
@@ -29,6 +29,12 @@ def interleaved(functions: dict, rounds: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def measure(result: dict, name: str, T: int, rounds: int) -> None:
+    times = interleaved({op: make(T) for op, make in OPS.items()}, rounds)
+    result[name] = {"ms": times, "sdpa_over": {op: times["sdpa"] / t for op, t in times.items()}}
+    print(name, {op: f"{t:.1f} ms, {times['sdpa'] / t:.2f}x" for op, t in times.items()}, flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
@@ -37,10 +43,10 @@ def main() -> None:
     torch.set_num_threads(2)
     result = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__, "threads": 2}
     with torch.no_grad():
+        measure(result, "fresh process, T=2048", 2048, args.rounds)
+        settle_allocator()
         for T in (512, 2048, 8192):
-            times = interleaved({name: make(T) for name, make in OPS.items()}, args.rounds)
-            result[f"T={T}"] = {"ms": times, "sdpa_over": {n: times["sdpa"] / t for n, t in times.items()}}
-            print(T, {n: f"{t:.1f} ms, {times['sdpa'] / t:.2f}x" for n, t in times.items()}, flush=True)
+            measure(result, f"T={T}", T, args.rounds)
     if args.out:
         args.out.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -56,25 +56,28 @@ class SoftmaxKernel(nn.Module):
         w = (base * signs.unsqueeze(1)).flatten(0, 1)[:half]
         return torch.cat([w, -w])[:features].T.contiguous().to(torch.get_default_dtype())
 
-    def _log(self, x, mean, directions, weight):
-        """x [B,T,H,...,K] -> log features [B,T,H,...,M]."""
+    def _log(self, x, mean, directions, weight, offset):
+        """x [B,T,H,...,K] -> log features [B,T,H,...,M]: y F - |y|^2 / 2 + weight d + offset, y = d W, d = x - mean."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        H, K = mean.shape
-        flat = (x - mean.view(H, *[1] * (x.ndim - 4), K)).movedim(2, 0).reshape(H, -1, K)
-        y = torch.bmm(flat, directions.to(flat.dtype))
-        own = torch.bmm(flat, weight.to(flat.dtype).unsqueeze(-1)) - y.square().sum(-1, keepdim=True) / 2
-        out = torch.add(own, y @ self.frequencies.to(flat.dtype))
-        return out.view(H, *x.shape[:2], *x.shape[3:-1], -1).movedim(0, 2)
+        (H, K), R = mean.shape, self.rank
+        # One product for y and for weight d, with the mean taken out after it, when there is less to subtract.
+        columns = torch.cat([directions, weight.unsqueeze(-1)], -1).to(x.dtype)
+        flat = x.movedim(2, 0).reshape(H, -1, K)
+        y = torch.baddbmm(-mean.to(x.dtype).unsqueeze(1) @ columns, flat, columns)
+        own = y[..., R:] - y[..., :R].square().sum(-1, keepdim=True) / 2 + offset
+        y = torch.cat([y[..., :R], own], -1).view(H, *x.shape[:2], *x.shape[3:-1], R + 1).movedim(0, 2)
+        frequencies = self.frequencies.to(x.dtype)
+        return y @ torch.cat([frequencies, torch.ones_like(frequencies[:1])])
 
     def query(self, q: torch.Tensor) -> torch.Tensor:
         """[B,T,HQ,K] -> [B,T,HQ,M]. The M features average, hence -log M; the means' own product is taken out once."""
         q = q.unflatten(2, (self.query_mean.shape[0], -1))
         common = (self.query_mean * self.query_weight).sum(-1)[:, None, None] - math.log(self.frequencies.shape[1])
-        return (self._log(q, self.query_mean, self.query_directions, self.query_weight) + common).flatten(2, 3)
+        return self._log(q, self.query_mean, self.query_directions, self.query_weight, common).flatten(2, 3)
 
     def key(self, k: torch.Tensor) -> torch.Tensor:
         """[B,T,H,K] -> [B,T,H,M]."""
-        return self._log(k, self.key_mean, self.key_directions, self.key_weight)
+        return self._log(k, self.key_mean, self.key_directions, self.key_weight, 0.0)
 
     @torch.no_grad()
     def calibrate(

@@ -16,7 +16,10 @@ def rotary_tables(position: torch.Tensor, width: int, theta: float) -> tuple[tor
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x [B,T,H,D] with tables [B or 1,T,D'] whose D' <= D channels turn."""
     width = cos.shape[-1]
-    turned, still = x[..., :width], x[..., width:]
-    a, b = turned.chunk(2, -1)
-    turned = (turned * cos.unsqueeze(2) + torch.cat([-b, a], -1) * sin.unsqueeze(2)).to(x.dtype)
-    return turned if not still.shape[-1] else torch.cat([turned, still], -1)
+    cos, sin, half = cos.unsqueeze(2), sin.unsqueeze(2), width // 2
+    a, b = x[..., :half], x[..., half:width]
+    turned = x[..., :width] * cos
+    turned[..., :half].addcmul_(b, sin[..., :half], value=-1)
+    turned[..., half:].addcmul_(a, sin[..., half:])
+    turned = turned.to(x.dtype)
+    return torch.cat([turned, x[..., width:]], -1) if width < x.shape[-1] else turned

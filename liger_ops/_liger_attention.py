@@ -7,7 +7,7 @@ import torch
 
 from liger_ops import _checks
 from liger_ops._gated_linear_attention import _CHUNK, _CHUNK_PER_CHANNEL
-from liger_ops._torch.joint import joint
+from liger_ops._torch.joint import joint, joint_step
 from liger_ops._torch.window import make_window, take_sinks
 
 
@@ -72,6 +72,11 @@ def liger_attention(
         return v.new_zeros(B, 0, q.shape[2], v.shape[-1]), state if output_final_state else None
     mix = torch.as_tensor(mix, dtype=work, device=q.device).expand(q.shape[2])
     near = slice(S - T - window, S)
+    if T == 1 and not torch.is_grad_enabled():
+        seen = torch.ones(B, S, dtype=torch.bool, device=k.device) if visible is None else visible
+        one = (None if x is None else x[:, 0].to(work) for x in (q_log, k_log, g))
+        o, state = joint_step(q[:, 0].to(work), k.to(work), v.to(work), *one, mix, state, seen, window, sinks, scale)
+        return o.unsqueeze(1).to(dtype), state if output_final_state else None
     held, rest = take_sinks(k.to(work), v.to(work), sinks, visible)
     q, k, v, q_log, k_log = (x.to(work) for x in (q, k[:, near], v[:, near], q_log, k_log))
     g = None if g is None else g.to(work)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from liger_ops._torch import additive
 from liger_ops._torch.layout import divide, head_major, head_major_ones, pack
 from liger_ops._torch.segments import segmented
-from liger_ops._torch.window import LOG2, Sinks, Window, attend, rows_at_once, weigh
+from liger_ops._torch.window import LOG2, MASKED, Sinks, Window, attend, rows_at_once, weigh
 
 # exp(30) squared, times features, times a million tokens, stays inside float32.
 MAX_LOG = 30.0
@@ -69,3 +69,44 @@ def joint(
     step = rows_at_once(B, HQ, L, C)
     body = partial(_segment, window)
     return segmented(body, step, v.shape[-1], state, inputs, [0, reach, reach, None, None, None, 0, 0, 0, None])
+
+
+def joint_step(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_log: torch.Tensor,
+    k_log: torch.Tensor,
+    g: torch.Tensor | None,
+    mix: torch.Tensor,
+    state: torch.Tensor,
+    visible: torch.Tensor,
+    window: int,
+    sinks: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token: q [B,HQ,D], k [B,S,H,D], v [B,S,H,V], q_log [B,HQ,M], k_log [B,H,M], g [B,H], [B,H,M] or None.
+
+    Returns o [B,HQ,V], state [B,H,M,U].
+    """
+    B, S, H, _ = k.shape
+    rank, last = visible.cumsum(1), S - window
+    rest = visible & (rank > sinks)
+    near = visible & ((rank <= sinks) | (torch.arange(S, device=k.device) >= last))
+    enters = rest[:, last - 1, None]
+
+    entering = k_log.clamp(max=MAX_LOG).exp().masked_fill(~enters.unsqueeze(-1), 0.0)
+    if g is not None:
+        g = g.masked_fill(~(enters if g.ndim == 2 else enters.unsqueeze(-1)), 0.0)
+        state = state * g.exp().view(B, H, -1, 1)
+    value = F.pad(v[:, last - 1], (0, 1), value=1.0)
+    state = torch.addcmul(state, entering.unsqueeze(-1), value.unsqueeze(-2))
+
+    s = (q.view(B, H, -1, q.shape[-1]) * scale) @ k.permute(0, 2, 3, 1)
+    s = s.masked_fill(~near[:, None, None], MASKED)
+    top = s.amax(-1, keepdim=True)
+    weights = (s - top).exp()
+    far = (q_log.view(B, H, -1, q_log.shape[-1]) - top).clamp(max=MAX_LOG).exp() * mix.view(H, -1, 1)
+    o = far @ state
+    o = (weights @ v.transpose(1, 2) + o[..., :-1]) / (weights.sum(-1, keepdim=True) + o[..., -1:])
+    return o.flatten(1, 2), state

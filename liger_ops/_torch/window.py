@@ -16,7 +16,7 @@ from liger_ops._torch.layout import divide, head_major, head_major_ones, pack, u
 BLOCK = 32
 # Floats of scores in a segment, 4 MB of float32: beyond, products wait for memory; below, for the interpreter.
 _SCORES = 1 << 20
-_MASKED = -1e30
+MASKED = -1e30
 LOG2 = math.log2(math.e)
 
 
@@ -45,7 +45,7 @@ def make_window(rest: torch.Tensor, length: int, first: int, scale: float, block
     reach, device = rest.shape[1] - length, rest.device
     r, c = torch.arange(block, device=device)[:, None], torch.arange(reach + block, device=device)
     near = torch.zeros(block, reach + block, dtype=dtype, device=device)
-    return Window(rest, near.masked_fill_((c <= r) | (c > r + reach), _MASKED), first, scale)
+    return Window(rest, near.masked_fill_((c <= r) | (c > r + reach), MASKED), first, scale)
 
 
 def take_sinks(
@@ -77,11 +77,11 @@ def _masks(window: Window, sinks: Sinks, start: int, count: int) -> tuple[torch.
     near, sink, first = window.near.view(1, 1, 1, C, 1, L), None, window.first + start
     rest = window.rest[:, start : start + count * C + L - C]
     if (short := count * C + L - C - rest.shape[1]) or not rest.all():
-        hidden = near.new_zeros(()).masked_fill(~F.pad(rest, (0, short)), _MASKED)
+        hidden = near.new_zeros(()).masked_fill(~F.pad(rest, (0, short)), MASKED)
         near = near + hidden.unfold(1, L, C).unflatten(1, (1, count, 1, 1))
     if not (sinks.column <= first).all():
         query = torch.arange(first, first + count * C, device=rest.device).view(1, 1, 1, count, C, 1)
-        sink = near.new_zeros(()).masked_fill(sinks.column.view(len(rest), 1, -1, 1, 1, 1) > query, _MASKED)
+        sink = near.new_zeros(()).masked_fill(sinks.column.view(len(rest), 1, -1, 1, 1, 1) > query, MASKED)
     return near, sink
 
 

@@ -36,14 +36,17 @@ def width(layer) -> int:
     return layer.q_proj.in_features
 
 
-def test_pieces_equal_the_whole(layer):
+@pytest.mark.parametrize("recording", [True, False])
+def test_pieces_equal_the_whole(layer, recording):
+    """Single tokens take a path of their own unless gradients are recorded."""
     x = torch.randn(2, 40, width(layer))
     whole, _ = layer(x)
     for sizes in ((1,) * 40, (13, 1, 20, 6)):
         state, parts = None, []
-        for part in x.split(sizes, 1):
-            y, state = layer(part, state=state)
-            parts.append(y)
+        with torch.set_grad_enabled(recording):
+            for part in x.split(sizes, 1):
+                y, state = layer(part, state=state)
+                parts.append(y)
         assert (torch.cat(parts, 1) - whole).abs().max() <= 1e-5
         assert state.position.tolist() == [40, 40]
 
@@ -58,6 +61,8 @@ def test_left_padding_changes_nothing(layer):
     assert (y[:, 9:] - alone).abs().max() <= 1e-5
     more = torch.randn(1, 3, width(layer))
     _, plain = layer(x)
+    with torch.no_grad():
+        assert (layer(more[:, :1], state=state)[0] - layer(more[:, :1], state=plain)[0]).abs().max() <= 1e-5
     assert (layer(more, state=state)[0] - layer(more, state=plain)[0]).abs().max() <= 1e-5
 
 
