@@ -52,8 +52,9 @@ class _Segmented(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do, dstate):
-        count = len(ctx.reach)
-        inputs, starts = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        # Read once: gradient checkpointing recomputes what it holds at every access.
+        saved, count = ctx.saved_tensors, len(ctx.reach)
+        inputs, starts = saved[:count], saved[count:]
         grads = [
             torch.zeros_like(x) if need else None for x, need in zip(inputs, ctx.needs_input_grad[5:], strict=True)
         ]

@@ -107,22 +107,24 @@ class Weights(NamedTuple):
 
 
 def weigh(q: torch.Tensor, k: torch.Tensor, sinks: Sinks, window: Window, start: int) -> Weights:
-    """q [B,H,N,C,G,D] from row `start` on, and k [B,H,W+N*C,D], which it changes."""
+    """q [B,H,N,C,G,D] from row `start` on, and k [B,H,W+N*C,D]."""
     (B, H, N, _, G, D), P, (C, L) = q.shape, sinks.k.shape[2], window.near.shape
     scale = window.scale * LOG2
+    if scale <= 0:
+        q, scale = q * scale, 1.0
     near, future = _masks(window, sinks, start, N)
-    keys = [x.unfold(0, L, C) for x in k.mul_(scale).flatten(0, 1)]
+    keys = [x.unfold(0, L, C) for x in k.flatten(0, 1)]
     scores = _each(q.view(B * H, N, C * G, D), keys).view(B, H, N, C, G, L).add_(near)
-    # A constant to the gradient: it divides out.
+    # A constant to the gradient: it divides out. Scores are scaled after it is taken off, when less is rounded away.
     top = scores.detach().amax(-1, keepdim=True)
     # Keys first: with P so small, everything else is far slower.
-    sink = torch.bmm(sinks.k.flatten(0, 1) * scale, q.view(B * H, -1, D).transpose(1, 2))
+    sink = torch.bmm(sinks.k.flatten(0, 1), q.view(B * H, -1, D).transpose(1, 2))
     if P:
         if future is not None:
             sink.view(B, H, P, N, C, G).add_(future)
         top = torch.maximum(top, sink.detach().amax(1).view(top.shape))
-        sink.sub_(top.view(B * H, 1, -1)).exp2_()
-    return Weights(scores.sub_(top).exp2_(), sink, top)
+        sink.sub_(top.view(B * H, 1, -1)).mul_(scale).exp2_()
+    return Weights(scores.sub_(top).mul_(scale).exp2_(), sink, top * scale)
 
 
 def attend(weights: Weights, v: torch.Tensor, sink_v: torch.Tensor) -> torch.Tensor:

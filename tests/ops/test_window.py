@@ -62,6 +62,13 @@ def test_left_padding_changes_nothing(case, padding):
     assert torch.allclose(padded_lse[:, padding:], lse, atol=1e-4)
 
 
+@pytest.mark.parametrize("scale", [-0.7, 0.0, 3.0])
+def test_any_scale(scale):
+    q, k, v = torch.randn(2, 70, 4, 8), torch.randn(2, 70, 2, 8), torch.randn(2, 70, 2, 8)
+    wanted = naive_sliding_window_attention(q.double(), k.double(), v.double(), 16, 3, scale)
+    assert distance(sliding_window_attention(q, k, v, 16, 3, scale), wanted) <= 1e-6
+
+
 def test_cost_is_linear_not_square():
     q, k, v = torch.randn(1, 100_000, 1, 2), torch.randn(1, 100_000, 1, 2), torch.randn(1, 100_000, 1, 2)
     assert torch.isfinite(sliding_window_attention(q, k, v, 16, 2)).all()
