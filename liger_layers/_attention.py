@@ -20,13 +20,24 @@ def _choose(name: str, value: str, choices) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 
+class Mix(nn.Module):
+    """Weight of the recurrence per query head, [HQ]: a module, so that tools that train or save modules reach it."""
+
+    def __init__(self, num_heads: int, value: float, learn: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((num_heads,), float(value)), requires_grad=learn)
+
+    def forward(self) -> torch.Tensor:
+        return self.weight
+
+
 class LigerAttention(nn.Module):
     """Softmax over a sliding window plus a gated recurrence, on one set of projections (arXiv 2503.01496, eq. 8-10).
 
     mixing="sum" is the paper's: o = mix * recurrence + (1 - mix) * window, both over every token so far.
     mixing="joint" is one softmax: exact over the window and the sinks, estimated by the recurrence for every
     older token, and normalised together, so that each token counts once; `mix` then scales the far weights.
-    mix is a parameter [HQ], fixed unless learn_mix. RoPE turns the window branch only.
+    mix.weight is a parameter [HQ], fixed unless learn_mix. RoPE turns the window branch only.
 
     forward(x [B,T,hidden]) returns (y [B,T,hidden], state); pass the state back to continue. mask [B,T] bool marks
     real tokens (left or right padding). position_embeddings (cos, sin), each [B,T,D], override the built-in RoPE.
@@ -78,7 +89,7 @@ class LigerAttention(nn.Module):
         if self.recurs:
             self.feature_map = FEATURE_MAPS[feature_map](num_heads, num_kv_heads, head_dim)
         if self.recurs and self.windows:
-            self.mix = nn.Parameter(torch.full((num_heads,), float(mix)), requires_grad=learn_mix)
+            self.mix = Mix(num_heads, mix, learn_mix)
 
     @property
     def delayed(self) -> bool:
@@ -141,7 +152,7 @@ class LigerAttention(nn.Module):
             o = sliding_window_attention(q_near, keys, values, self.window, self.sinks, self.scale, visible=visible)
             if self.recurs:
                 far, recurrent = self._recurrence(q, k, v, mask, state.recurrent)
-                mix = self.mix.to(o.dtype).unsqueeze(-1)
+                mix = self.mix().to(o.dtype).unsqueeze(-1)
                 o = mix * far + (1 - mix) * o
         return o, LigerState(*self._keep(keys, values, visible), raw, recurrent, position)
 
@@ -171,7 +182,7 @@ class LigerAttention(nn.Module):
             self.feature_map.query(q),
             self.feature_map.key(leaving),
             log_decay(self.gate, leaving, self.tau),
-            self.mix.clamp(min=0),
+            self.mix().clamp(min=0),
             window=self.window,
             sinks=self.sinks,
             scale=self.scale,

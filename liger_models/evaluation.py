@@ -29,16 +29,16 @@ def perplexity(model: PreTrainedModel, blocks: torch.Tensor, description: str = 
 def without_recurrence(model: PreTrainedModel):
     """Set every layer's mix to zero for a while: the window branch alone."""
     layers = [m for m in model.modules() if isinstance(m, LinearizedAttention)]
-    before = [m.mix.detach().clone() for m in layers]
+    before = [m.mix.weight.detach().clone() for m in layers]
     try:
         with torch.no_grad():
             for m in layers:
-                m.mix.zero_()
+                m.mix.weight.zero_()
         yield
     finally:
         with torch.no_grad():
             for m, value in zip(layers, before, strict=True):
-                m.mix.copy_(value)
+                m.mix.weight.copy_(value)
 
 
 def evaluate(

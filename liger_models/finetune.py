@@ -29,7 +29,10 @@ from liger_models.text import to_blocks
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to fine-tune. steps None means `epochs` passes over the text."""
+    """How to fine-tune. steps None means `epochs` passes over the text.
+
+    features: train, beside the adapters on `targets`, the feature maps and the mix (where learn_mix allows).
+    """
 
     rank: int = 16
     alpha: int = 32
@@ -167,7 +170,9 @@ def _checkpointing(wanted: bool) -> dict[str, Any]:
 
 
 def _train(model, blocks, recipe: Recipe, folder: Path, last: str | None, seed: int) -> PreTrainedModel:
-    features = ["feature_map"] if recipe.features and isinstance(model, LigerMixin) else None
+    whole = None
+    if recipe.features and isinstance(model, LigerMixin):
+        whole = ["feature_map", "mix"] if model.config.liger["learn_mix"] else ["feature_map"]
     torch.manual_seed(seed)
     with _quiet_peft():
         adapted = get_peft_model(
@@ -176,7 +181,7 @@ def _train(model, blocks, recipe: Recipe, folder: Path, last: str | None, seed: 
                 r=recipe.rank,
                 lora_alpha=recipe.alpha,
                 target_modules=list(recipe.targets),
-                modules_to_save=features,
+                modules_to_save=whole,
                 task_type="CAUSAL_LM",
             ),
         )

@@ -26,6 +26,17 @@ def test_learns_and_keeps_the_class(options):
     assert after["perplexity_window_only"] > 1
 
 
+@pytest.mark.parametrize("learn", [True, False])
+def test_features_always_train_and_the_mix_if_it_may(learn):
+    model = linearize_tiny(tiny(scale=1.0), window=8, sinks=2, learn_mix=learn)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    tuned = finetune(model, tiny_tokenizer(), TEXT, steps=3, **QUICK)
+    changed = {n for n, p in tuned.named_parameters() if not torch.equal(p, before[n])}
+    assert any("feature_map" in n for n in changed)
+    assert any("mix" in n for n in changed) == learn
+    assert set(before) == {n for n, _ in tuned.named_parameters()}
+
+
 def test_the_original_can_be_tuned_the_same_way():
     tuned = finetune(tiny(scale=1.0), tiny_tokenizer(), TEXT, steps=2, **QUICK)
     assert type(tuned).__name__ == "LlamaForCausalLM"
