@@ -1,17 +1,61 @@
 """Kernels for gated linear recurrences and windowed attention; tensors are [batch, time, heads, width]."""
 
-from liger_ops._gated_linear_attention import chunk_gla, chunk_linear_attn, chunk_simple_gla
+from liger_ops._gated_linear_attention import (
+    chunk_gla,
+    chunk_lightning_attn,
+    chunk_retention,
+    chunk_simple_gla,
+    fused_recurrent_gla,
+    fused_recurrent_lightning_attn,
+    fused_recurrent_retention,
+    fused_recurrent_simple_gla,
+    gated_step,
+)
+from liger_ops._gated_slot_attention import chunk_gsa, fused_recurrent_gsa
 from liger_ops._liger_attention import liger_attention
+from liger_ops._linear_attention import (
+    chunk_hgrn2,
+    chunk_linear_attn,
+    fused_recurrent_hgrn2,
+    fused_recurrent_linear_attn,
+)
+from liger_ops._mlstm import mlstm
+from liger_ops._rwkv6 import chunk_rwkv6, fused_recurrent_rwkv6
 from liger_ops._sliding_window_attention import sliding_window_attention
-from liger_ops.naive import naive_liger_attention, naive_recurrence, naive_sliding_window_attention
+from liger_ops.naive import (
+    naive_gsa,
+    naive_liger_attention,
+    naive_mlstm,
+    naive_recurrence,
+    naive_rwkv6,
+    naive_sliding_window_attention,
+)
 
 __all__ = [
     "chunk_gla",
+    "chunk_gsa",
+    "chunk_hgrn2",
+    "chunk_lightning_attn",
     "chunk_linear_attn",
+    "chunk_retention",
+    "chunk_rwkv6",
     "chunk_simple_gla",
+    "fused_recurrent_gla",
+    "fused_recurrent_gsa",
+    "fused_recurrent_hgrn2",
+    "fused_recurrent_lightning_attn",
+    "fused_recurrent_linear_attn",
+    "fused_recurrent_retention",
+    "fused_recurrent_rwkv6",
+    "fused_recurrent_simple_gla",
+    "gated_step",
     "liger_attention",
+    "mlstm",
+    "naive_gsa",
     "naive_liger_attention",
+    "naive_mlstm",
     "naive_recurrence",
+    "naive_rwkv6",
     "naive_sliding_window_attention",
     "sliding_window_attention",
 ]

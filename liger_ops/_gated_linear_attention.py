@@ -1,62 +1,87 @@
-"""Gated linear attention, chunked: one recurrence whose gate is None, [H], [B,T,H] or [B,T,H,K].
+"""The additive recurrence under its many names: the gate is data, and its rank selects what runs.
 
 Shapes: B batch, T time, HQ query heads, H key/value heads (HQ = G * H), K key width, V value width, N sequences.
 """
 
-import itertools
+from functools import partial
 
 import torch
 
 from liger_ops import _checks
-from liger_ops._torch.additive import recurrence
+from liger_ops._sequences import over_sequences
+from liger_ops._torch.additive import recurrence, step
 
 # A per-channel gate costs an exponential per row, column and channel of a chunk, the others one per row and column.
-_CHUNK_PER_CHANNEL = 16
-_CHUNK = 32
+CHUNK_PER_CHANNEL = 16
+CHUNK = 32
 
 
-def _chunk(q, k, v, g, ranks, scale, initial_state, output_final_state, normalize, cu_seqlens, chunk_size):
+def _run(
+    q,
+    k,
+    v,
+    g,
+    scale,
+    initial_state,
+    output_final_state,
+    state_v_first,
+    cu_seqlens,
+    cu_seqlens_cpu=None,
+    *,
+    ranks=(),
+    g_gamma=None,
+    gv=None,
+    normalize=False,
+    reverse=False,
+    chunk_size=None,
+):
+    """Check, spread a fixed decay over time, append the normaliser's column, and run every sequence."""
     _checks.check_qkv(q, k, v)
     _checks.check_decay(g, k, ranks)
-    bounds = _checks.check_cu_seqlens(cu_seqlens, q.shape[0], q.shape[1])
-    sequences = q.shape[0] if cu_seqlens is None else len(bounds) - 1
-    _checks.check_state(initial_state, sequences, k, v.shape[-1] + normalize)
-    if chunk_size is None:
-        chunk_size = _CHUNK_PER_CHANNEL if g is not None and g.ndim == 4 else _CHUNK
-    _checks.check_positive("chunk_size", chunk_size)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if g is not None and g.ndim == 1:
-        g = g.expand(k.shape[:3])
+    _checks.check_decay(g_gamma, k, (1,), "g_gamma")
+    _checks.check_decay(gv, v, (4,), "gv")
+    bounds = _checks.check_cu_seqlens(cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu, *q.shape[:2])
+    if g_gamma is not None:
+        fixed = g_gamma.expand(k.shape[:3])
+        g = fixed if g is None else g + fixed
     if normalize:
         v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
+        if gv is not None:
+            _checks.fail("normalize", "False with gv, which has no decay for the normaliser", True)
+    state = initial_state
+    if state is not None and state_v_first:
+        state = state.transpose(-1, -2)
+    _checks.check_state(state, q.shape[0] if bounds is None else len(bounds) - 1, k, v.shape[-1])
+    if chunk_size is None:
+        chunk_size = CHUNK_PER_CHANNEL if g is not None and g.ndim == 4 else CHUNK
+    _checks.check_positive("chunk_size", chunk_size)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
 
-    outputs, states = [], []
-    for n, (start, end) in enumerate(itertools.pairwise(bounds)):
-        rows, part = (slice(None) if cu_seqlens is None else slice(n, n + 1)), slice(start, end)
-        state = None if initial_state is None else initial_state[rows]
-        gate = None if g is None else g[:, part]
-        o, state = recurrence(q[:, part], k[:, part], v[:, part], gate, scale, state, chunk_size)
-        outputs.append(o)
-        states.append(state)
-    o = torch.cat(outputs, 1) if outputs else v.new_zeros(*q.shape[:3], v.shape[-1])
+    def core(q, k, v, g, gv, state):
+        return recurrence(q, k, v, g, scale, state, chunk_size, gv)
+
+    o, state = over_sequences(core, (q, k, v, g, gv), state, bounds, reverse)
     if normalize:
         o = o[..., :-1] / o[..., -1:]
     if not output_final_state:
         return o, None
-    return o, torch.cat(states) if states else v.new_zeros(0, *k.shape[2:], v.shape[-1], dtype=torch.float32)
+    return o, state.transpose(-1, -2).contiguous() if state_v_first else state
 
 
 def chunk_gla(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    g: torch.Tensor,
+    g: torch.Tensor | None = None,
     scale: float | None = None,
     initial_state: torch.Tensor | None = None,
     output_final_state: bool = False,
-    *,
-    normalize: bool = False,
+    state_v_first: bool = False,
     cu_seqlens: torch.Tensor | None = None,
+    cu_seqlens_cpu: torch.Tensor | None = None,
+    *,
+    gk: torch.Tensor | None = None,
+    normalize: bool = False,
     chunk_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Gated linear attention with a decay per key channel (arXiv 2312.06635, eq. 3).
@@ -66,21 +91,53 @@ def chunk_gla(
     Args:
         q: [B,T,HQ,K] queries, HQ a multiple of H; the state is kept per key/value head.
         k, v: [B,T,H,K] keys and [B,T,H,V] values, in the dtype of q.
-        g: [B,T,H,K] log decay per step, <= 0; -inf forgets everything.
+        g: [B,T,H,K] log decay per step, <= 0; -inf forgets everything. gk is another name for it.
         scale: factor on q; None means K ** -0.5.
         initial_state: [N,H,K,V] (V + 1 with normalize), or None for zeros.
         output_final_state: also return the state after the last token.
-        normalize: divide o_t by the same recurrence over values of 1; its column rides last in the state.
+        state_v_first: states are [N,H,V,K].
         cu_seqlens: [N+1] bounds of sequences packed along time, batch 1.
+        cu_seqlens_cpu: the same on the host, which spares a synchronisation.
+        normalize: divide o_t by the same recurrence over values of 1; its column rides last in the state.
         chunk_size: tokens handled by one matrix product; changes speed only.
 
     Returns:
-        o [B,T,HQ,V] in the dtype of q, and the final state [N,H,K,V] in float32 (float64 for float64) or None.
+        o [B,T,HQ,V] in the dtype of q, and the final state in float32 (float64 for float64) or None.
 
     Raises:
         ValueError: names the argument, what was expected and what was given.
     """
-    return _chunk(q, k, v, g, (4,), scale, initial_state, output_final_state, normalize, cu_seqlens, chunk_size)
+    g = _checks.either("g", g, "gk", gk)
+    options = dict(ranks=(4,), normalize=normalize, chunk_size=chunk_size)
+    return _run(
+        q, k, v, g, scale, initial_state, output_final_state, state_v_first, cu_seqlens, cu_seqlens_cpu, **options
+    )
+
+
+def fused_recurrent_gla(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    gk: torch.Tensor | None = None,
+    gv: torch.Tensor | None = None,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    reverse: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    *,
+    g: torch.Tensor | None = None,
+    normalize: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`chunk_gla` for few tokens: h_t = exp(gk_t) h_{t-1} exp(gv_t) + k_t v_t^T.
+
+    gk [B,T,H,K] decays key channels, gv [B,T,H,V] value channels; either may be None, and g is another name for gk.
+    reverse runs time backwards. Everything else, errors included, as in `chunk_gla`.
+    """
+    gk = _checks.either("gk", gk, "g", g)
+    options = dict(ranks=(4,), gv=gv, reverse=reverse, normalize=normalize)
+    return _run(q, k, v, gk, scale, initial_state, output_final_state, state_v_first, cu_seqlens, **options)
 
 
 def chunk_simple_gla(
@@ -92,32 +149,172 @@ def chunk_simple_gla(
     scale: float | None = None,
     initial_state: torch.Tensor | None = None,
     output_final_state: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    cu_seqlens_cpu: torch.Tensor | None = None,
     *,
     normalize: bool = False,
-    cu_seqlens: torch.Tensor | None = None,
     chunk_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Gated linear attention with one decay per head: g [B,T,H] per step, or g_gamma [H] fixed (RetNet, Mamba-2).
+    """Gated linear attention with one decay per head (Mamba-2, arXiv 2405.21060; gated retention, arXiv 2405.05254).
 
-    With neither, plain linear attention. Everything else, including errors, as in `chunk_gla`.
+    g [B,T,H] is a log decay per step, g_gamma [H] a fixed one; they add up, and with neither nothing is forgotten.
+    Everything else, errors included, as in `chunk_gla`.
     """
-    if g is not None and g_gamma is not None:
-        _checks.fail("g_gamma", "None when g is given", tuple(g_gamma.shape))
-    ranks, g = ((3,), g) if g is not None else ((1,), g_gamma)
-    return _chunk(q, k, v, g, ranks, scale, initial_state, output_final_state, normalize, cu_seqlens, chunk_size)
+    options = dict(ranks=(3,), g_gamma=g_gamma, normalize=normalize, chunk_size=chunk_size)
+    return _run(
+        q, k, v, g, scale, initial_state, output_final_state, state_v_first, cu_seqlens, cu_seqlens_cpu, **options
+    )
 
 
-def chunk_linear_attn(
+def fused_recurrent_simple_gla(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor | None = None,
+    g_gamma: torch.Tensor | None = None,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    reverse: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    *,
+    normalize: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`chunk_simple_gla` for few tokens; reverse runs time backwards."""
+    options = dict(ranks=(3,), g_gamma=g_gamma, reverse=reverse, normalize=normalize)
+    return _run(q, k, v, g, scale, initial_state, output_final_state, state_v_first, cu_seqlens, **options)
+
+
+def gated_step(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor | None,
+    pool: torch.Tensor,
+    slots: torch.Tensor,
+    scale: float | None = None,
+    *,
+    normalize: bool = False,
+) -> torch.Tensor:
+    """One decoded token per request, its state updated in place in a pool shared by all requests.
+
+    Args:
+        q: [B,HQ,K] queries. k, v: [B,H,K] and [B,H,V].
+        g: [B,H,K] or [B,H] log decay <= 0, or None.
+        pool: [S,H,K,V] states in float32 (V + 1 with normalize); changed in place, so it takes no gradient.
+        slots: [B] integers, the row of the pool that belongs to each request; no row twice. Negative: a request
+            without a state (padding of the batch), which yields zeros and changes nothing.
+        scale, normalize: as in `chunk_gla`.
+
+    Returns:
+        o [B,HQ,V] in the dtype of q.
+
+    Raises:
+        ValueError: names the argument, what was expected and what was given.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 3:
+            _checks.fail(name, "[batch, heads, width]", f"shape {tuple(x.shape)}")
+    _checks.check_qkv(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1))
+    _checks.check_decay(None if g is None else g.unsqueeze(1), k.unsqueeze(1), (3, 4))
+    _checks.check_pool(pool, slots, k, v.shape[-1] + normalize)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if normalize:
+        v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
+    live = slots >= 0
+    rows = slots.long().clamp(min=0)
+    with torch.no_grad():
+        o, state = step(*(x.float() for x in (q * scale, k, v)), None if g is None else g.float(), None, pool[rows])
+        pool[rows[live]] = state[live]
+        if normalize:
+            o = o[..., :-1] / o[..., -1:]
+        return o.masked_fill(~live.view(-1, 1, 1), 0.0).to(q.dtype)
+
+
+def _retention_decay(heads: int, device: torch.device) -> torch.Tensor:
+    """log(1 - 2^(-5 - h)) (RetNet, arXiv 2307.08621, eq. 8)."""
+    return torch.log1p(-torch.exp2(-5.0 - torch.arange(heads, device=device, dtype=torch.float32)))
+
+
+def chunk_retention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     scale: float | None = None,
     initial_state: torch.Tensor | None = None,
     output_final_state: bool = False,
-    normalize: bool = False,
-    *,
     cu_seqlens: torch.Tensor | None = None,
-    chunk_size: int | None = None,
+    **options,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Linear attention without decay (arXiv 2006.16236, eq. 16-20). Everything else as in `chunk_gla`."""
-    return _chunk(q, k, v, None, (), scale, initial_state, output_final_state, normalize, cu_seqlens, chunk_size)
+    """Retention: head h decays by 1 - 2^(-5 - h) per step (RetNet, arXiv 2307.08621). Options of `chunk_simple_gla`."""
+    decay = _retention_decay(k.shape[2], k.device)
+    return chunk_simple_gla(
+        q, k, v, None, decay, scale, initial_state, output_final_state, cu_seqlens=cu_seqlens, **options
+    )
+
+
+def fused_recurrent_retention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    reverse: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    **options,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`chunk_retention` for few tokens; options of `fused_recurrent_simple_gla`."""
+    decay = _retention_decay(k.shape[2], k.device)
+    flags = (output_final_state, reverse, state_v_first, cu_seqlens)
+    return fused_recurrent_simple_gla(q, k, v, None, decay, scale, initial_state, *flags, **options)
+
+
+def _lightning_decay(heads: int, layer_idx: int, num_layers: int, device: torch.device) -> torch.Tensor:
+    """-(8 / H) (1 - layer / layers) h (Lightning Attention-2, arXiv 2401.04658)."""
+    _checks.check_positive("num_layers", num_layers)
+    _checks.check_positive("layer_idx", layer_idx, 0)
+    if layer_idx > num_layers:
+        _checks.fail("layer_idx", f"at most num_layers = {num_layers}", layer_idx)
+    return -(8 / heads) * (1 - layer_idx / num_layers) * torch.arange(heads, device=device, dtype=torch.float32)
+
+
+def chunk_lightning_attn(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layer_idx: int,
+    num_layers: int,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    **options,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Fixed decays that depend on head and layer (arXiv 2401.04658). Options of `chunk_simple_gla`."""
+    decay = _lightning_decay(k.shape[2], layer_idx, num_layers, k.device)
+    return chunk_simple_gla(
+        q, k, v, None, decay, scale, initial_state, output_final_state, cu_seqlens=cu_seqlens, **options
+    )
+
+
+def fused_recurrent_lightning_attn(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layer_idx: int,
+    num_layers: int,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    reverse: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    **options,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`chunk_lightning_attn` for few tokens; options of `fused_recurrent_simple_gla`."""
+    decay = _lightning_decay(k.shape[2], layer_idx, num_layers, k.device)
+    call = partial(fused_recurrent_simple_gla, reverse=reverse, cu_seqlens=cu_seqlens)
+    return call(q, k, v, None, decay, scale, initial_state, output_final_state, **options)

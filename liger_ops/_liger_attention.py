@@ -6,7 +6,7 @@ Shapes: B batch, T queries, S = W + T keys, HQ query heads, H key/value heads, D
 import torch
 
 from liger_ops import _checks
-from liger_ops._gated_linear_attention import _CHUNK, _CHUNK_PER_CHANNEL
+from liger_ops._gated_linear_attention import CHUNK, CHUNK_PER_CHANNEL
 from liger_ops._torch.joint import joint, joint_step
 from liger_ops._torch.window import make_window, take_sinks
 
@@ -64,7 +64,7 @@ def liger_attention(
     _checks.check_state(initial_state, B, k_log, v.shape[-1] + 1)
     dtype, scale = q.dtype, q.shape[-1] ** -0.5 if scale is None else scale
 
-    chunk = _CHUNK_PER_CHANNEL if g is not None and g.ndim == 4 else _CHUNK
+    chunk = CHUNK_PER_CHANNEL if g is not None and g.ndim == 4 else CHUNK
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     M, U = k_log.shape[-1], v.shape[-1] + 1
     state = q.new_zeros(B, k.shape[2], M, U, dtype=work) if initial_state is None else initial_state.to(work)

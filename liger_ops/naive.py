@@ -17,14 +17,15 @@ def naive_recurrence(
     initial_state: torch.Tensor | None = None,
     normalize: bool = False,
     cu_seqlens: torch.Tensor | None = None,
+    gv: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """h_t = exp(g_t) h_{t-1} + k_t v_t^T and o_t = scale q_t h_t (Liger, arXiv 2503.01496, eq. 1-3).
+    """h_t = exp(g_t) h_{t-1} exp(gv_t) + k_t v_t^T and o_t = scale q_t h_t (Liger, arXiv 2503.01496, eq. 1-3).
 
     q [B,T,HQ,K], k [B,T,H,K], v [B,T,H,V], any floating dtype, computed in that dtype. g is a log decay <= 0:
-    [B,T,H,K] per channel, [B,T,H] per head, [H] fixed, None for no decay. With normalize, o_t is divided by
-    q_t z_t, where z_t is the same recurrence with every value equal to 1, and the state carries z as a last
-    column. Returns o [B,T,HQ,V] and the final state [N,H,K,V] (V + 1 with normalize); N is B, or the number of
-    sequences that cu_seqlens [N+1] packs into batch 1.
+    [B,T,H,K] per channel, [B,T,H] per head, [H] fixed, None for no decay; gv [B,T,H,V] likewise. With normalize,
+    o_t is divided by q_t z_t, where z_t is the same recurrence with every value equal to 1, and the state carries z
+    as a last column. Returns o [B,T,HQ,V] and the final state [N,H,K,V] (V + 1 with normalize); N is B, or
+    the number of sequences that cu_seqlens [N+1] packs into batch 1.
     """
     if normalize:
         v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
@@ -37,6 +38,7 @@ def naive_recurrence(
         decay = g.exp().view(1, 1, H, 1).expand(B, T, H, 1)
     else:
         decay = g.exp() if g.ndim == 4 else g.exp()[..., None]
+    keep = q.new_ones(1, 1, 1, 1).expand(B, T, H, 1) if gv is None else gv.exp()
     bounds = [0, T] if cu_seqlens is None else cu_seqlens.tolist()
 
     outputs, states = [], []
@@ -44,13 +46,85 @@ def naive_recurrence(
         rows = slice(None) if cu_seqlens is None else slice(n, n + 1)
         h = q.new_zeros(B, H, K, V) if initial_state is None else initial_state[rows].to(q.dtype)
         for t in range(start, end):
-            h = decay[:, t, :, :, None] * h + k[:, t, :, :, None] * v[:, t, :, None, :]
+            h = decay[:, t, :, :, None] * h * keep[:, t, :, None] + k[:, t, :, :, None] * v[:, t, :, None, :]
             outputs.append(scale * torch.einsum("bhgk,bhkv->bhgv", q[:, t].view(B, H, HQ // H, K), h).flatten(1, 2))
         states.append(h)
     o = torch.stack(outputs, 1) if outputs else q.new_zeros(B, 0, HQ, V)
     if normalize:
         o = o[..., :-1] / o[..., -1:]
     return o, torch.cat(states) if states else q.new_zeros(0, H, K, V)
+
+
+def naive_rwkv6(
+    r: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    w: torch.Tensor,
+    u: torch.Tensor,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """o_t = scale r_t (h_{t-1} + diag(u) k_t v_t^T), then h_t = diag(exp(w_t)) h_{t-1} + k_t v_t^T (arXiv 2404.05892).
+
+    r [B,T,HQ,K], k and w [B,T,H,K], v [B,T,H,V], u [HQ,K] -> o [B,T,HQ,V], state [B,H,K,V].
+    """
+    (B, T, HQ, K), (H, V) = r.shape, v.shape[2:]
+    G, scale = HQ // H, K**-0.5 if scale is None else scale
+    h, outputs = r.new_zeros(B, H, K, V) if initial_state is None else initial_state.to(r.dtype), []
+    for t in range(T):
+        kv = k[:, t, :, :, None] * v[:, t, :, None, :]
+        seen = h.unsqueeze(2) + u.view(H, G, K, 1) * kv.unsqueeze(2)
+        outputs.append(scale * torch.einsum("bhgk,bhgkv->bhgv", r[:, t].view(B, H, G, K), seen).flatten(1, 2))
+        h = w[:, t, :, :, None].exp() * h + kv
+    return torch.stack(outputs, 1) if outputs else r.new_zeros(B, 0, HQ, V), h
+
+
+def naive_gsa(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    s: torch.Tensor,
+    g: torch.Tensor | None = None,
+    scale: float | None = None,
+    initial_state: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """hk_t = hk_{t-1} diag(exp(g_t)) + k_t s_t^T, then hv by softmax(scale q_t hk_t) (arXiv 2409.07146, eq. 10).
+
+    q [B,T,HQ,K], k [B,T,H,K], v [B,T,H,V], s and g [B,T,H,M] -> o [B,T,HQ,V], (hk [B,H,K,M], hv [B,H,M,V]). Without g,
+    s_t enters with weight exp(s_t) and all weights of a slot are divided by their sum so far (arXiv 2110.02488).
+    """
+    if g is None:
+        z = s.logcumsumexp(1)
+        g = torch.cat([torch.zeros_like(z[:, :1]), z[:, :-1] - z[:, 1:]], 1)
+        s = (s - z).exp()
+    hk, hv = (None, None) if initial_state is None else initial_state
+    slots, hk = naive_recurrence(q, k, s, None, scale, hk, gv=g)
+    o, hv = naive_recurrence(slots.softmax(-1), s, v, g, 1.0, hv)
+    return o, (hk, hv)
+
+
+def naive_mlstm(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    i: torch.Tensor,
+    f: torch.Tensor,
+    scale: float | None = None,
+    initial_state: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """C_t = exp(f_t) C_{t-1} + exp(i_t) k_t v_t^T, n_t likewise with values 1, o_t = q_t C_t / max(|q_t n_t|, 1).
+
+    q [B,T,HQ,K] times scale, k [B,T,H,K], v [B,T,H,V], i and f [B,T,H], initial_state (C, n, m) standing for exp(m) C
+    and exp(m) n -> o [B,T,HQ,V] and the final C [B,H,K,V], n [B,H,K] in plain units, which is where this overflows and
+    a stabilised form does not (arXiv 2405.04517, eq. 19-27).
+    """
+    v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
+    state = None
+    if initial_state is not None:
+        C, n, m = initial_state
+        state = torch.cat([C, n.unsqueeze(-1)], -1) * m.exp()[..., None, None]
+    o, h = naive_recurrence(q, i.exp().unsqueeze(-1) * k, v, f, scale, state)
+    return o[..., :-1] / o[..., -1:].abs().clamp(min=1.0), (h[..., :-1], h[..., -1])
 
 
 def naive_sliding_window_attention(

@@ -18,7 +18,7 @@ _SEGMENT = 1024
 _FACTORABLE = -80.0
 
 
-def _between(g: torch.Tensor) -> torch.Tensor:
+def between(g: torch.Tensor) -> torch.Tensor:
     """g [B,H,N,C,...] -> running sums over rows j < l <= i, [B,H,N,C(i),C(j),...]; zero where i <= j."""
     C = g.shape[3]
     later = torch.ones(C, C, dtype=torch.bool, device=g.device).tril(-1)
@@ -55,20 +55,27 @@ def _times(x: torch.Tensor, y: torch.Tensor | float) -> torch.Tensor:
     return x * y if torch.is_grad_enabled() else x.mul_(y)
 
 
+def _factored(own: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    """Scores whose lower triangle a [B,H,N,C*G,C] is a factored product and whose diagonal own [B,H,N,C,G] is not.
+
+    Row i never decays its own key: factors would round it and spoil the gate's gradient.
+    """
+    C = own.shape[3]
+    strict = torch.ones(C, C, dtype=torch.bool, device=a.device).tril(-1).unsqueeze(1)
+    eye = torch.eye(C, dtype=a.dtype, device=a.device).unsqueeze(1)
+    return torch.where(strict, a.view(*own.shape, C), own.unsqueeze(-1) * eye)
+
+
 def _scores(q: torch.Tensor, k: torch.Tensor, decay: Decay | None) -> torch.Tensor:
     """q [B,H,N,C,G,K], k [B,H,N,C,K] -> decayed causal scores [B,H,N,C,G,C]."""
     causal = torch.ones(q.shape[3], q.shape[3], dtype=q.dtype, device=q.device).tril()
     if decay is None or decay.g.ndim == 4:
-        weights = causal if decay is None else _between(decay.g).exp().tril()
+        weights = causal if decay is None else between(decay.g).exp().tril()
         return _times((q.flatten(3, 4) @ k.transpose(-1, -2)).view(*q.shape[:5], -1), weights.unsqueeze(-2))
-    g = decay.g
     if decay.lowest >= _FACTORABLE:
-        # Row i never decays its own key, so the diagonal stays out of the factored product and its gradient.
-        a = (q * decay.start.unsqueeze(4)).flatten(3, 4) @ (k * (-g.cumsum(3)).exp()).transpose(-1, -2)
-        own = (q * k.unsqueeze(4)).sum(-1)
-        eye = torch.eye(len(causal), dtype=q.dtype, device=q.device).unsqueeze(1)
-        return torch.where(causal.tril(-1).bool().unsqueeze(1), a.view(*q.shape[:5], -1), own.unsqueeze(-1) * eye)
-    decayed = _between(g).exp() * k.unsqueeze(3)
+        a = (q * decay.start.unsqueeze(4)).flatten(3, 4) @ (k * (-decay.g.cumsum(3)).exp()).transpose(-1, -2)
+        return _factored((q * k.unsqueeze(4)).sum(-1), a)
+    decayed = between(decay.g).exp() * k.unsqueeze(3)
     return torch.einsum("bhncgk,bhncjk->bhncgj", q, decayed) * causal.unsqueeze(1)
 
 
@@ -88,20 +95,38 @@ def products(x: torch.Tensor) -> torch.Tensor:
     return (x.flatten(3, 4) if x.ndim == 6 else x).flatten(0, 2)
 
 
+def _read(a: torch.Tensor, v: torch.Tensor, q: torch.Tensor, before: torch.Tensor, decay: Decay | None) -> torch.Tensor:
+    """Scores a [B,H,N,C,G,C] over v [B,H,N,C,V], which decays by value channel, plus q over the state before."""
+    if decay is None:
+        o = torch.bmm(products(a), products(v)).baddbmm_(products(q), products(before))
+        return o.view(*q.shape[:5], -1)
+    start = decay.start.unsqueeze(4)
+    o = (q.flatten(3, 4) @ before).view(*q.shape[:5], -1) * start
+    if decay.lowest < _FACTORABLE:
+        return o + torch.einsum("bhncgj,bhncjv,bhnjv->bhncgv", a, between(decay.g).exp(), v)
+    own = a.diagonal(dim1=3, dim2=5).transpose(-1, -2)
+    strict = a * torch.ones(a.shape[3], a.shape[3], dtype=a.dtype, device=a.device).tril(-1).unsqueeze(1)
+    earlier = (strict.flatten(3, 4) @ (v * (-decay.g.cumsum(3)).exp())).view_as(o)
+    return o + earlier * start + own.unsqueeze(-1) * v.unsqueeze(4)
+
+
 def enter(
-    k: torch.Tensor, v: torch.Tensor, decay: Decay | None, state: torch.Tensor
+    k: torch.Tensor, v: torch.Tensor, decay: Decay | None, state: torch.Tensor, decay_v: Decay | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """k [B,H,N,C,K], v [B,H,N,C,V], state [B,H,K,V] -> the state before each chunk [B,H,N,K,V], and after the last."""
-    added = (k if decay is None else k * decay.end).transpose(-1, -2) @ v
+    k = k if decay is None else k * decay.end
+    added = k.transpose(-1, -2) @ (v if decay_v is None else v * decay_v.end)
     (B, H, N, K, V), total = added.shape, None if decay is None else decay.total
-    if total is not None and total.shape[-1] > 1:
+    if decay_v is not None or (total is not None and total.shape[-1] > 1):
+        log = added.new_zeros(()) if total is None else total.unsqueeze(-1)
+        log = log if decay_v is None else log + decay_v.total.unsqueeze(-2)
         states = [state]
-        for new, keep in zip(added.unbind(2), total.exp().unsqueeze(-1).unbind(2), strict=True):
+        for new, keep in zip(added.unbind(2), log.exp().unbind(2), strict=True):
             states.append(torch.addcmul(new, keep, states[-1]))
         return torch.stack(states[:-1], 2), states[-1]
     total = added.new_zeros(B, H, 1) if total is None else total.squeeze(-1)
     total = F.pad(total.expand(-1, -1, N), (1, 0)).unsqueeze(2)
-    weights = _between(total).squeeze(2).exp().tril().flatten(0, 1)
+    weights = between(total).squeeze(2).exp().tril().flatten(0, 1)
     state, added = state.reshape(B * H, 1, K * V), added.view(B * H, N, K * V)
     before, after = (
         (weights[:, rows, :1] * state).baddbmm_(weights[:, rows, 1:], added).view(B, H, -1, K, V)
@@ -110,17 +135,16 @@ def enter(
     return before, after.squeeze(2)
 
 
-def _segment(chunk, scale, rows, state, out, q, k, v, g):
-    """One segment: q [B,T,HQ,K], k [B,T,H,K], v [B,T,H,V], g per head or per channel, state [B,H,K,V]."""
+def _segment(chunk, scale, rows, state, out, q, k, v, g, gv):
+    """One segment: q [B,T,HQ,K], k [B,T,H,K], v, gv [B,T,H,V], g per head or per channel, state [B,H,K,V]."""
     T, H = q.shape[1], k.shape[2]
     C = min(chunk, T)
     N, short = -(-T // C), -T % C
-    k, v, g = (None if x is None else head_major(x, short).unflatten(2, (N, C)) for x in (k, v, g))
-    decay = make_decay(g)
-    before, state = enter(k, v, decay, state)
+    k, v, g, gv = (None if x is None else head_major(x, short).unflatten(2, (N, C)) for x in (k, v, g, gv))
+    decay, decay_v = make_decay(g), make_decay(gv)
+    before, state = enter(k, v, decay, state, decay_v)
     a, q = scores(pack(q, H, C), k, decay, scale)
-    o = torch.bmm(products(a), products(v)).baddbmm_(products(q), products(before))
-    o = unpack(o.view(*q.shape[:5], -1), T)
+    o = unpack(_read(a, v, q, before, decay_v), T)
     return o.flatten(2, 3) if out is None else out.unflatten(2, (H, -1)).copy_(o), state
 
 
@@ -132,29 +156,34 @@ def recurrence(
     scale: float,
     state: torch.Tensor | None,
     chunk: int,
+    gv: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q [B,T,HQ,K], k [B,T,H,K], v [B,T,H,V], g [B,T,H], [B,T,H,K] or None -> o [B,T,HQ,V], state [B,H,K,V].
+    """q [B,T,HQ,K], k [B,T,H,K], v [B,T,H,V] -> o [B,T,HQ,V], state [B,H,K,V].
 
-    Computes in float32 (float64 for float64 inputs) and returns o in the dtype of q.
+    Log decays g [B,T,H] or [B,T,H,K] and gv [B,T,H,V], or None. Computes in float32 (float64 for float64 inputs)
+    and returns o in the dtype of q.
     """
     dtype, (B, T, H, K), V = q.dtype, k.shape, v.shape[-1]
     work = torch.float64 if dtype == torch.float64 else torch.float32
-    q, k, v = q.to(work), k.to(work), v.to(work)
-    g = None if g is None else g.to(work)
+    q, k, v, g, gv = (None if x is None else x.to(work) for x in (q, k, v, g, gv))
     state = q.new_zeros(B, H, K, V) if state is None else state.to(work)
     if T == 0:
         return q.new_zeros(B, 0, q.shape[2], V).to(dtype), state
     if T == 1 and not torch.is_grad_enabled():
-        o, state = _step(q[:, 0] * scale, k[:, 0], v[:, 0], None if g is None else g[:, 0], state)
+        o, state = step(q[:, 0] * scale, k[:, 0], v[:, 0], *(None if x is None else x[:, 0] for x in (g, gv)), state)
+        o = o.unsqueeze(1)
     else:
-        step = max(_SEGMENT // chunk, 1) * chunk
-        o, state = segmented(partial(_segment, chunk, scale), step, V, state, [q, k, v, g], [0, 0, 0, 0])
+        rows = max(_SEGMENT // chunk, 1) * chunk
+        body = partial(_segment, chunk, scale)
+        o, state = segmented(body, rows, V, state, [q, k, v, g, gv], [0, 0, 0, 0, 0])
     return o.to(dtype), state
 
 
-def _step(q, k, v, g, state):
-    """One token: q [B,HQ,K], k [B,H,K], v [B,H,V], state [B,H,K,V]."""
+def step(q, k, v, g, gv, state):
+    """One token: q [B,HQ,K], k [B,H,K], v [B,H,V], g and gv likewise or None, state [B,H,K,V]."""
     if g is not None:
         state = state * (g.unsqueeze(-1) if g.ndim == 3 else g[..., None, None]).exp()
+    if gv is not None:
+        state = state * gv.unsqueeze(-2).exp()
     state = state + k.unsqueeze(-1) * v.unsqueeze(-2)
-    return (q.unflatten(1, (k.shape[1], -1)) @ state).flatten(1, 2).unsqueeze(1), state
+    return (q.unflatten(1, (k.shape[1], -1)) @ state).flatten(1, 2), state

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from liger_ops import chunk_gla, chunk_linear_attn, chunk_simple_gla, naive_recurrence
+from liger_ops import chunk_gla, chunk_simple_gla, naive_recurrence
 from tests.strategies import MAGNITUDES, Case, cases, decay
 
 
@@ -22,7 +22,7 @@ def run(case: Case, dtype=torch.float32, leaves=None, **options):
         return chunk_simple_gla(q, k, v, g, **shared)
     if case.gate == "fixed":
         return chunk_simple_gla(q, k, v, g_gamma=g, **shared)
-    return chunk_linear_attn(q, k, v, **shared)
+    return chunk_simple_gla(q, k, v, **shared)
 
 
 def distance(got: torch.Tensor, wanted: torch.Tensor, floor: float = 1e-6) -> float:
@@ -190,4 +190,4 @@ def test_bad_arguments_are_named(changes, message):
 def test_cu_seqlens_must_rise():
     x = torch.randn(1, 9, 2, 8)
     with pytest.raises(ValueError, match="cu_seqlens: expected bounds that rise"):
-        chunk_linear_attn(x, x, x, cu_seqlens=torch.tensor([0, 5, 3, 9]))
+        chunk_simple_gla(x, x, x, cu_seqlens=torch.tensor([0, 5, 3, 9]))

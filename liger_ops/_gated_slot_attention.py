@@ -1,0 +1,102 @@
+"""Gated slot attention: one recurrence writes keys into slots, a softmax picks slots, another reads values from them.
+
+Shapes: B batch, T time, HQ query heads, H key/value heads (HQ = G * H), K key width, V value width, M slots,
+N sequences.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from liger_ops import _checks
+from liger_ops._gated_linear_attention import CHUNK_PER_CHANNEL
+from liger_ops._sequences import over_sequences
+from liger_ops._torch.additive import recurrence
+
+SlotState = tuple[torch.Tensor, torch.Tensor]
+
+
+def chunk_gsa(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    s: torch.Tensor,
+    g: torch.Tensor | None = None,
+    scale: float | None = None,
+    initial_state: SlotState | None = None,
+    output_final_state: bool = False,
+    checkpoint_level: int = 2,
+    cu_seqlens: torch.Tensor | None = None,
+    cu_seqlens_cpu: torch.Tensor | None = None,
+    *,
+    reverse: bool = False,
+    chunk_size: int = CHUNK_PER_CHANNEL,
+) -> tuple[torch.Tensor, SlotState | None]:
+    """Gated slot attention (arXiv 2409.07146, eq. 10): two passes of gated linear attention around a softmax.
+
+    hk_t = hk_{t-1} diag(exp(g_t)) + k_t s_t^T, p_t = softmax(scale q_t hk_t),
+    hv_t = diag(exp(g_t)) hv_{t-1} + s_t v_t^T, o_t = p_t hv_t.
+
+    Args:
+        q: [B,T,HQ,K] queries, HQ a multiple of H.
+        k, v: [B,T,H,K] keys and [B,T,H,V] values, in the dtype of q.
+        s: [B,T,H,M] what a token writes into each slot, in the dtype of q.
+        g: [B,T,H,M] log decay of each slot, <= 0. None: each slot keeps a running softmax of s over
+            time (ABC, arXiv 2110.02488).
+        scale, cu_seqlens, cu_seqlens_cpu, chunk_size: as in `chunk_gla`. checkpoint_level is accepted and has no
+            effect: the backward always recomputes.
+        initial_state: hk [N,H,K,M] and hv [N,H,M,V].
+        output_final_state: also return both states after the last token.
+        reverse: run time backwards.
+
+    Returns:
+        o [B,T,HQ,V] in the dtype of q, and the pair of final states or None.
+
+    Raises:
+        ValueError: names the argument, what was expected and what was given.
+    """
+    _checks.check_qkv(q, k, v)
+    _checks.check_like("s", s, k, "H, M")
+    _checks.check_decay(g, s, (4,))
+    bounds = _checks.check_cu_seqlens(cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu, *q.shape[:2])
+    count, M = q.shape[0] if bounds is None else len(bounds) - 1, s.shape[-1]
+    if initial_state is not None:
+        _checks.check_state(initial_state[0], count, k, M, "initial_state[0]")
+        _checks.check_state(initial_state[1], count, s, v.shape[-1], "initial_state[1]")
+    _checks.check_positive("chunk_size", chunk_size)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    work = torch.float64 if q.dtype == torch.float64 else torch.float32
+
+    def core(q, k, v, s, g, state):
+        hk, hv = (None, None) if state is None else state
+        s, g = (s.to(work), g) if g is not None else _running_softmax(s.to(work))
+        scores, hk = recurrence(q.to(work), k.to(work), s, None, scale, hk, chunk_size, g)
+        o, hv = recurrence(scores.softmax(-1), s, v.to(work), g, 1.0, hv, chunk_size)
+        return o, (hk, hv)
+
+    o, state = over_sequences(core, (q, k, v, s, g), initial_state, bounds, reverse)
+    return o.to(q.dtype), state if output_final_state else None
+
+
+def _running_softmax(s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """exp(s_t - z_t) with z_t = log sum_{u<=t} exp(s_u), and the log decay z_{t-1} - z_t, never above 0."""
+    if not s.shape[1]:
+        return s, s
+    z = s.logcumsumexp(1)
+    g = -F.softplus(s[:, 1:] - z[:, :-1])
+    return (s - z).exp(), torch.cat([torch.zeros_like(s[:, :1]), g], 1)
+
+
+def fused_recurrent_gsa(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    s: torch.Tensor,
+    g: torch.Tensor | None = None,
+    scale: float | None = None,
+    initial_state: SlotState | None = None,
+    output_final_state: bool = False,
+    reverse: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, SlotState | None]:
+    """`chunk_gsa` for few tokens; reverse runs time backwards."""
+    return chunk_gsa(q, k, v, s, g, scale, initial_state, output_final_state, cu_seqlens=cu_seqlens, reverse=reverse)

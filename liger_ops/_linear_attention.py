@@ -1,0 +1,100 @@
+"""Linear attention without decay, and HGRN2, whose key follows from its gate: two readings of the same recurrence.
+
+Shapes: B batch, T time, HQ query heads, H key/value heads (HQ = G * H), K key width, V value width, N sequences.
+"""
+
+import torch
+
+from liger_ops import _checks
+from liger_ops._gated_linear_attention import chunk_gla, fused_recurrent_gla, fused_recurrent_simple_gla
+
+# With normalize, the state is a pair: h [N,H,K,V] and z [N,1,H,K], the sum of the keys.
+LinearState = torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None
+
+
+def chunk_linear_attn(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float | None = None,
+    initial_state: LinearState = None,
+    output_final_state: bool = False,
+    normalize: bool = True,
+    cu_seqlens: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, LinearState]:
+    """Linear attention without decay (arXiv 2006.16236, eq. 16-20), divided by q_t sum_s k_s if normalize.
+
+    With normalize, states are pairs (h [N,H,K,V], z [N,1,H,K]). Everything else, errors included, as in `chunk_gla`.
+    """
+    return fused_recurrent_linear_attn(
+        q, k, v, scale, initial_state, output_final_state, normalize=normalize, cu_seqlens=cu_seqlens
+    )
+
+
+def fused_recurrent_linear_attn(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float | None = None,
+    initial_state: LinearState = None,
+    output_final_state: bool = False,
+    reverse: bool = False,
+    normalize: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, LinearState]:
+    """`chunk_linear_attn` for few tokens; reverse runs time backwards."""
+    if isinstance(initial_state, tuple) != (normalize and initial_state is not None):
+        expected = "a pair (h, z) with normalize" if normalize else "one tensor without normalize"
+        _checks.fail("initial_state", expected, type(initial_state).__name__)
+    state = initial_state
+    if isinstance(state, tuple):
+        h, z = state
+        if h.ndim != 4 or z.shape != (len(h), 1, *h.shape[1:3]):
+            _checks.fail("initial_state", "h [N,H,K,V] and z [N,1,H,K]", f"{tuple(h.shape)} and {tuple(z.shape)}")
+        state = torch.cat([h, z.squeeze(1).unsqueeze(-1)], -1)
+    options = dict(reverse=reverse, cu_seqlens=cu_seqlens, normalize=normalize)
+    o, state = fused_recurrent_simple_gla(q, k, v, None, None, scale, state, output_final_state, **options)
+    if normalize and state is not None:
+        state = state[..., :-1].contiguous(), state[..., -1].unsqueeze(1).contiguous()
+    return o, state
+
+
+def chunk_hgrn2(
+    q: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    **options,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """HGRN2 (arXiv 2404.07904, eq. 5): the key is what the gate lets go, 1 - exp(g).
+
+    q [B,T,HQ,K], v [B,T,H,V] and log forget gate g [B,T,H,K] <= 0. Options, returns and errors as in `chunk_gla`.
+    """
+    flags = (output_final_state, state_v_first, cu_seqlens)
+    return chunk_gla(q, _key(g, v), v, g, scale, initial_state, *flags, **options)
+
+
+def fused_recurrent_hgrn2(
+    q: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    reverse: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    **options,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`chunk_hgrn2` for few tokens; reverse runs time backwards."""
+    flags = (output_final_state, reverse, state_v_first, cu_seqlens)
+    return fused_recurrent_gla(q, _key(g, v), v, g, None, scale, initial_state, *flags, **options)
+
+
+def _key(g: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    # Exact near g = 0, where 1 - exp(g) is not.
+    return (-torch.expm1(g)).to(v.dtype)

@@ -1,0 +1,86 @@
+"""RWKV-6: a token reads the state before it, and itself through a bonus.
+
+Shapes: B batch, T time, HQ query heads, H key/value heads (HQ = G * H), K key width, V value width, N sequences.
+"""
+
+import torch
+
+from liger_ops import _checks
+from liger_ops._gated_linear_attention import CHUNK_PER_CHANNEL
+from liger_ops._sequences import over_sequences
+from liger_ops._torch.additive import recurrence
+
+
+def chunk_rwkv6(
+    r: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    w: torch.Tensor,
+    u: torch.Tensor,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    cu_seqlens_cpu: torch.Tensor | None = None,
+    *,
+    reverse: bool = False,
+    chunk_size: int = CHUNK_PER_CHANNEL,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """RWKV-6 (arXiv 2404.05892, eq. 19): what a token reads is the state before it, and itself through u.
+
+    o_t = scale r_t (h_{t-1} + diag(u) k_t v_t^T), h_t = diag(exp(w_t)) h_{t-1} + k_t v_t^T.
+
+    Args:
+        r: [B,T,HQ,K] receptances, HQ a multiple of H.
+        k, v: [B,T,H,K] keys and [B,T,H,V] values, in the dtype of r.
+        w: [B,T,H,K] log decay per step, <= 0.
+        u: [HQ,K] bonus of the current token.
+        scale, initial_state, output_final_state, cu_seqlens, cu_seqlens_cpu, chunk_size: as in `chunk_gla`.
+        reverse: run time backwards.
+
+    Returns:
+        o [B,T,HQ,V] in the dtype of r, and the final state [N,H,K,V] or None.
+
+    Raises:
+        ValueError: names the argument, what was expected and what was given.
+    """
+    _checks.check_qkv(r, k, v, query="r")
+    _checks.check_decay(w, k, (4,), "w")
+    if tuple(u.shape) != (r.shape[2], r.shape[3]):
+        _checks.fail("u", f"shape {[r.shape[2], r.shape[3]]}", tuple(u.shape))
+    bounds = _checks.check_cu_seqlens(cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu, *r.shape[:2])
+    _checks.check_state(initial_state, r.shape[0] if bounds is None else len(bounds) - 1, k, v.shape[-1])
+    _checks.check_positive("chunk_size", chunk_size)
+    scale = r.shape[-1] ** -0.5 if scale is None else scale
+
+    def core(r, k, v, w, state):
+        """Token t - 1 asks token t's question of the inclusive recurrence; the first one asks the initial state."""
+        o, final = recurrence(torch.cat([r[:, 1:], torch.zeros_like(r[:, :1])], 1), k, v, w, scale, state, chunk_size)
+        first = torch.zeros_like(o[:, :1])
+        if state is not None and len(r[0]):
+            q = (scale * r[:, 0]).to(state.dtype).unflatten(1, (k.shape[2], -1))
+            first = (q @ state).flatten(1, 2).unsqueeze(1).to(o.dtype)
+        return torch.cat([first, o[:, :-1]], 1)[:, : r.shape[1]], final
+
+    o, state = over_sequences(core, (r, k, v, w), initial_state, bounds, reverse)
+    H = k.shape[2]
+    work = torch.float64 if r.dtype == torch.float64 else torch.float32
+    bonus = ((r * u).to(work).unflatten(2, (H, -1)) * k.to(work).unsqueeze(3)).sum(-1, keepdim=True)
+    own = (scale * bonus * v.to(work).unsqueeze(3)).flatten(2, 3)
+    return (o.to(work) + own).to(r.dtype), state if output_final_state else None
+
+
+def fused_recurrent_rwkv6(
+    r: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    w: torch.Tensor,
+    u: torch.Tensor,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    reverse: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`chunk_rwkv6` for few tokens; reverse runs time backwards."""
+    return chunk_rwkv6(r, k, v, w, u, scale, initial_state, output_final_state, cu_seqlens, reverse=reverse)
