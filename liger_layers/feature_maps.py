@@ -58,7 +58,10 @@ class SoftmaxKernel(nn.Module):
 
     def _log(self, x, mean, directions, weight, offset):
         """x [B,T,H,...,K] -> log features [B,T,H,...,M]: y F - |y|^2 / 2 + weight d + offset, y = d W, d = x - mean."""
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        with torch.autocast(x.device.type, enabled=False):
+            return self._product(x.to(torch.promote_types(x.dtype, torch.float32)), mean, directions, weight, offset)
+
+    def _product(self, x, mean, directions, weight, offset):
         (H, K), R = mean.shape, self.rank
         # One product for y and for weight d, with the mean taken out after it, when there is less to subtract.
         columns = torch.cat([directions, weight.unsqueeze(-1)], -1).to(x.dtype)

@@ -110,3 +110,10 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor | None, batch: int, length: int) -
 def check_positive(name: str, value: int, minimum: int = 1) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         fail(name, f"an integer >= {minimum}", value)
+
+
+def check_window(window: int, sinks: int, visible: torch.Tensor | None, k: torch.Tensor) -> None:
+    check_positive("window", window)
+    check_positive("sinks", sinks, 0)
+    if visible is not None and (visible.shape != k.shape[:2] or visible.dtype != torch.bool):
+        fail("visible", f"a bool mask {list(k.shape[:2])}", f"{visible.dtype} {tuple(visible.shape)}")

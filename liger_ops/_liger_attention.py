@@ -32,7 +32,8 @@ def liger_attention(
     o_i = (sum_near exp(s_ij) v_j + mix sum_far w_ij v_j) / (sum_near exp(s_ij) + mix sum_far w_ij) with
     s_ij = scale q_i k_j and w_ij = exp(q_log_i) exp(decay from j to i) exp(k_log_j). Near is the last `window`
     tokens and the sinks; far is every other earlier token, so that each token counts once. A token enters the
-    recurrence, under its own decay, when it leaves the window.
+    recurrence, under its own decay, when it leaves the window. Features saturate: k_log counts up to 30, and q_log
+    up to 30 above the largest score in the row's window and sinks.
 
     Args:
         q: [B,T,HQ,D] queries as the window branch scores them (rotated), HQ a multiple of H.
@@ -55,6 +56,7 @@ def liger_attention(
         ValueError: names the argument, what was expected and what was given.
     """
     _checks.check_qkv(q, k, v, same_length=False)
+    _checks.check_window(window, sinks, visible, k)
     B, T, S = q.shape[0], q.shape[1], k.shape[1]
     if T + window > S:
         _checks.fail("k", f"at least T + window = {T + window} tokens", S)
@@ -68,8 +70,8 @@ def liger_attention(
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     M, U = k_log.shape[-1], v.shape[-1] + 1
     state = q.new_zeros(B, k.shape[2], M, U, dtype=work) if initial_state is None else initial_state.to(work)
-    if T == 0:
-        return v.new_zeros(B, 0, q.shape[2], v.shape[-1]), state if output_final_state else None
+    if T == 0 or B == 0:
+        return v.new_zeros(B, T, q.shape[2], v.shape[-1]), state if output_final_state else None
     mix = torch.as_tensor(mix, dtype=work, device=q.device).expand(q.shape[2])
     near = slice(S - T - window, S)
     if T == 1 and not torch.is_grad_enabled():

@@ -41,10 +41,7 @@ def sliding_window_attention(
         ValueError: names the argument, what was expected and what was given.
     """
     _checks.check_qkv(q, k, v, same_length=False)
-    _checks.check_positive("window", window)
-    _checks.check_positive("sinks", sinks, 0)
-    if visible is not None and (visible.shape != k.shape[:2] or visible.dtype != torch.bool):
-        _checks.fail("visible", f"a bool mask {list(k.shape[:2])}", f"{visible.dtype} {tuple(visible.shape)}")
+    _checks.check_window(window, sinks, visible, k)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     o, lse = window_attention(q, k, v, window, sinks, scale, visible)
     return (o, lse) if return_lse else o

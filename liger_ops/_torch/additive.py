@@ -5,17 +5,19 @@ width, N chunks of C tokens. Every exponent is a sum of log decays, never a diff
 exception is a gate per channel whose chunks sum to no less than _FACTORABLE, anchored at their own first row.
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from liger_ops._torch.layout import head_major, pack, unpack
+from liger_ops._torch.layout import full_precision, head_major, pack, unpack
 from liger_ops._torch.segments import segmented
 
 _SEGMENT = 1024
 _FACTORABLE = -80.0
+_REACH = 84.0
 
 
 def between(g: torch.Tensor) -> torch.Tensor:
@@ -72,7 +74,9 @@ def _scores(q: torch.Tensor, k: torch.Tensor, decay: Decay | None) -> torch.Tens
     if decay is None or decay.g.ndim == 4:
         weights = causal if decay is None else between(decay.g).exp().tril()
         return _times((q.flatten(3, 4) @ k.transpose(-1, -2)).view(*q.shape[:5], -1), weights.unsqueeze(-2))
-    if decay.lowest >= _FACTORABLE:
+    # What the factors reach together must leave room for the gradients that will multiply it.
+    largest = max(x.detach().abs().amax().item() for x in (q, k))
+    if decay.lowest >= _FACTORABLE and math.log(max(largest, 1.0)) - decay.lowest <= _REACH:
         a = (q * decay.start.unsqueeze(4)).flatten(3, 4) @ (k * (-decay.g.cumsum(3)).exp()).transpose(-1, -2)
         return _factored((q * k.unsqueeze(4)).sum(-1), a)
     decayed = between(decay.g).exp() * k.unsqueeze(3)
@@ -102,7 +106,7 @@ def _read(a: torch.Tensor, v: torch.Tensor, q: torch.Tensor, before: torch.Tenso
         return o.view(*q.shape[:5], -1)
     start = decay.start.unsqueeze(4)
     o = (q.flatten(3, 4) @ before).view(*q.shape[:5], -1) * start
-    if decay.lowest < _FACTORABLE:
+    if decay.lowest < _FACTORABLE or math.log(max(v.detach().abs().amax().item(), 1.0)) - decay.lowest > _REACH:
         return o + torch.einsum("bhncgj,bhncjv,bhnjv->bhncgv", a, between(decay.g).exp(), v)
     own = a.diagonal(dim1=3, dim2=5).transpose(-1, -2)
     strict = a * torch.ones(a.shape[3], a.shape[3], dtype=a.dtype, device=a.device).tril(-1).unsqueeze(1)
@@ -148,6 +152,7 @@ def _segment(chunk, scale, rows, state, out, q, k, v, g, gv):
     return o.flatten(2, 3) if out is None else out.unflatten(2, (H, -1)).copy_(o), state
 
 
+@full_precision
 def recurrence(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -167,8 +172,8 @@ def recurrence(
     work = torch.float64 if dtype == torch.float64 else torch.float32
     q, k, v, g, gv = (None if x is None else x.to(work) for x in (q, k, v, g, gv))
     state = q.new_zeros(B, H, K, V) if state is None else state.to(work)
-    if T == 0:
-        return q.new_zeros(B, 0, q.shape[2], V).to(dtype), state
+    if T == 0 or B == 0:
+        return q.new_zeros(B, T, q.shape[2], V).to(dtype), state
     if T == 1 and not torch.is_grad_enabled():
         o, state = step(q[:, 0] * scale, k[:, 0], v[:, 0], *(None if x is None else x[:, 0] for x in (g, gv)), state)
         o = o.unsqueeze(1)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from liger_ops._torch import additive
-from liger_ops._torch.layout import divide, head_major, head_major_ones, pack
+from liger_ops._torch.layout import divide, full_precision, head_major, head_major_ones, pack
 from liger_ops._torch.segments import segmented
 from liger_ops._torch.window import LOG2, MASKED, Sinks, Window, attend, rows_at_once, weigh
 
@@ -47,6 +47,7 @@ def _segment(window, rows, state, out, q, k, v, sink_k, sink_v, sink_column, q_l
     return divide(o, T, out), state
 
 
+@full_precision
 def joint(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -71,6 +72,7 @@ def joint(
     return segmented(body, step, v.shape[-1], state, inputs, [0, reach, reach, None, None, None, 0, 0, 0, None])
 
 
+@full_precision
 def joint_step(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -4,8 +4,28 @@ Shapes: B batch, T time, HQ query heads, H key/value heads, G query heads per ke
 Every function that packs returns a copy, even where the layout is already right: callers work on it in place.
 """
 
+from collections.abc import Callable
+from functools import wraps
+
 import torch
 import torch.nn.functional as F
+
+
+def full_precision(function: Callable) -> Callable:
+    """The function out of reach of autocast, which would halve the precision of some of its products and not of others.
+
+    Its first tensor argument tells the device.
+    """
+
+    @wraps(function)
+    def call(*args, **kwargs):
+        device = next(x for x in args if isinstance(x, torch.Tensor)).device.type
+        if not torch.is_autocast_enabled(device):
+            return function(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+
+    return call
 
 
 def pack(x: torch.Tensor, num_kv_heads: int, size: int) -> torch.Tensor:

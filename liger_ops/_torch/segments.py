@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import torch
 
+from liger_ops._torch.layout import full_precision
+
 # body(rows, state, out, *inputs) -> (o, state): fills out [B,rows,HQ,U] if given, otherwise returns a new o.
 Body = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
@@ -51,6 +53,7 @@ class _Segmented(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @full_precision
     def backward(ctx, do, dstate):
         # Read once: gradient checkpointing recomputes what it holds at every access.
         saved, count = ctx.saved_tensors, len(ctx.reach)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from liger_ops._torch.layout import divide, head_major, head_major_ones, pack, unpack
+from liger_ops._torch.layout import divide, full_precision, head_major, head_major_ones, pack, unpack
 
 BLOCK = 32
 # Floats of scores in a segment, 4 MB of float32: beyond, products wait for memory; below, for the interpreter.
@@ -143,6 +143,7 @@ def rows_at_once(batch: int, num_heads: int, reach: int, size: int) -> int:
     return max(_SCORES // (batch * num_heads * reach * size), 1) * size
 
 
+@full_precision
 def window_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -155,7 +156,7 @@ def window_attention(
     """q [B,T,HQ,D], k [B,S,H,D], v [B,S,H,V], visible [B,S] bool -> o [B,T,HQ,V], lse [B,T,HQ] in float32."""
     dtype, (B, T, HQ, _), (S, H) = q.dtype, q.shape, k.shape[1:3]
     work = torch.float64 if dtype == torch.float64 else torch.float32
-    if T == 0:
+    if T == 0 or B == 0:
         return q.new_zeros(*q.shape[:3], v.shape[-1]), q.new_zeros(q.shape[:3], dtype=work)
     q, k, v = q.to(work), k.to(work), v.to(work)
     window, block = min(window, S), min(BLOCK, T)

@@ -158,3 +158,17 @@ def test_layers_import_without_hugging_face():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "[1, 9, 16]" in done.stdout
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_autocast(layer, training):
+    x = torch.randn(2, 40, width(layer))
+    wanted, _ = layer(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.set_grad_enabled(training):
+        y, state = layer(x)
+        one, _ = layer(x[:, :1], state=state)
+    assert (y.float() - wanted).norm() <= 0.05 * wanted.norm()
+    assert torch.isfinite(one).all()
+    if training:
+        y.float().sum().backward()
+        assert all(torch.isfinite(p.grad).all() for p in layer.parameters() if p.grad is not None)

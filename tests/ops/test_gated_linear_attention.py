@@ -191,3 +191,26 @@ def test_cu_seqlens_must_rise():
     x = torch.randn(1, 9, 2, 8)
     with pytest.raises(ValueError, match="cu_seqlens: expected bounds that rise"):
         chunk_simple_gla(x, x, x, cu_seqlens=torch.tensor([0, 5, 3, 9]))
+
+
+def test_large_keys_under_strong_gates_keep_their_gradients():
+    """A factored chunk would reach beyond float32 here, at first in the gradients only."""
+    q, k, v = (torch.randn(1, 32, 1, 4) for _ in range(3))
+    for size in (1e4, 1e8):
+        leaves = [x.clone().requires_grad_() for x in (q, k * size, v, torch.full((1, 32, 1, 4), -4.95))]
+        exact = [x.detach().double().requires_grad_() for x in leaves]
+        o, wanted = chunk_gla(*leaves)[0], naive_recurrence(*exact)[0]
+        assert distance(o, wanted) <= 1e-6
+        weight = torch.randn(o.shape)
+        for a, b in zip(
+            torch.autograd.grad((o * weight).sum(), leaves),
+            torch.autograd.grad((wanted * weight).sum(), exact),
+            strict=True,
+        ):
+            assert distance(a, b) <= 1e-5
+
+
+def test_no_rows_at_all():
+    x = torch.randn(0, 9, 2, 8)
+    o, state = chunk_simple_gla(x, x, x, output_final_state=True)
+    assert o.shape == (0, 9, 2, 8) and state.shape == (0, 2, 8, 8)

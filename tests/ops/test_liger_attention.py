@@ -154,6 +154,23 @@ def test_large_scores_stay_exact(size):
     assert distance(run(x, 16, 3)[0], wanted) <= 2e-5 * size / 30
 
 
+@pytest.mark.parametrize("height", [11.0, 20.0])
+def test_large_features_under_strong_decays(height):
+    x = dict(q=torch.randn(1, 70, 2, 8), k=torch.randn(1, 70, 1, 8), v=torch.randn(1, 70, 1, 4), mix=torch.ones(2))
+    x |= dict(q_log=torch.randn(1, 70, 2, 4), k_log=height + torch.rand(1, 70, 1, 4))
+    x["g"] = torch.full((1, 70, 1, 4), -4.9)
+    fast, exact = ({n: y.to(t).requires_grad_() for n, y in x.items()} for t in (torch.float32, torch.float64))
+    got, wanted = run(fast, 16, 3)[0], naive_liger_attention(**exact, window=16, sinks=3)
+    assert distance(got, wanted) <= 2e-6
+    weight = torch.randn(got.shape)
+    for n in ("q_log", "k_log", "v"):
+        a, b = (
+            torch.autograd.grad((o * weight).sum(), y[n], retain_graph=True)[0]
+            for o, y in ((got, fast), (wanted, exact))
+        )
+        assert distance(a, b) <= 1e-4, n
+
+
 def test_extreme_features_stay_finite():
     x = torch.randn(1, 80, 2, 8)
     k = torch.cat([torch.zeros(1, 4, 2, 8), x], 1)
