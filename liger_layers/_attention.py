@@ -34,13 +34,13 @@ class Mix(nn.Module):
 class LigerAttention(nn.Module):
     """Softmax over a sliding window plus a gated recurrence, on one set of projections (arXiv 2503.01496, eq. 8-10).
 
-    mixing="sum" is the paper's: o = mix * recurrence + (1 - mix) * window, both over every token so far.
+    mixing="sum" is the paper's: o = mix * recurrence + (1 - mix) * window, the recurrence over every token so far.
     mixing="joint" is one softmax: exact over the window and the sinks, estimated by the recurrence for every
     older token, and normalised together, so that each token counts once; `mix` then scales the far weights.
     mix.weight is a parameter [HQ], fixed unless learn_mix. RoPE turns the window branch only.
 
     forward(x [B,T,hidden]) returns (y [B,T,hidden], state); pass the state back to continue. mask [B,T] bool marks
-    real tokens (left or right padding). position_embeddings (cos, sin), each [B,T,D], override the built-in RoPE.
+    real tokens: padding may stand left, and right too where no state is passed on (padding takes room in the window). position_embeddings (cos, sin), each [B,T,D], override the built-in RoPE.
     """
 
     recurs, windows = True, True

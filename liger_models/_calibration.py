@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import BaseStreamer
 
 # A rotary channel counts as slow when it turns by less than a radian over this many tokens.
@@ -30,6 +30,20 @@ class _Bar(BaseStreamer):
         self.bar.close()
 
 
+def check_calibration(ids: torch.Tensor, vocabulary: int) -> None:
+    """ValueError unless ids are token ids [rows, length] with enough behind the attention sinks to measure."""
+    wanted = f"token ids [rows, length] with length > {_SKIP} and rows * (length - {_SKIP}) >= 2"
+    if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.dtype not in (torch.int32, torch.int64):
+        given = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, torch.Tensor) else type(ids).__name__
+        raise ValueError(f"calibration: expected {wanted}, got {given}")
+    if len(ids) * (ids.shape[1] - _SKIP) < 2:
+        raise ValueError(f"calibration: expected {wanted}, got {tuple(ids.shape)}")
+    if ids.min() < 0 or ids.max() >= vocabulary:
+        raise ValueError(
+            f"calibration: expected ids from 0 to {vocabulary - 1}, got {int(ids.min())} to {int(ids.max())}"
+        )
+
+
 @torch.no_grad()
 def draw_text(model: PreTrainedModel, batch: int = 8, length: int = 256) -> torch.Tensor:
     """Token ids [batch, length] that the model samples from itself; the same every time."""
@@ -37,7 +51,7 @@ def draw_text(model: PreTrainedModel, batch: int = 8, length: int = 256) -> torc
     start = model.config.bos_token_id
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        if isinstance(start, int):
+        if isinstance(start, int) and 0 <= start < model.config.vocab_size:
             first = torch.full((batch, 1), start)
         else:
             first = torch.randint(model.config.vocab_size, (batch, 1))
@@ -45,13 +59,16 @@ def draw_text(model: PreTrainedModel, batch: int = 8, length: int = 256) -> torc
             first.to(device),
             attention_mask=torch.ones_like(first).to(device),
             streamer=_Bar(length),
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            min_new_tokens=length - 1,
-            max_new_tokens=length - 1,
-            pad_token_id=0,
+            generation_config=GenerationConfig(
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                min_new_tokens=length - 1,
+                max_new_tokens=length - 1,
+                eos_token_id=model.generation_config.eos_token_id,
+                pad_token_id=0,
+            ),
         )
 
 
@@ -109,4 +126,6 @@ def calibrate(model: PreTrainedModel, moments: list[tuple[torch.Tensor, ...]], l
     for index, (q_mean, q_cov, k_mean, k_cov) in zip(layers, moments, strict=True):
         attention = model.model.layers[index].self_attn
         channels = slow_channels(model, attention.head_dim)
-        attention.feature_map.calibrate(q_mean, k_mean, q_cov, k_cov, channels, attention.scale)
+        # YaRN multiplies rotated queries and keys by a factor, which the features must see too.
+        scale = attention.scale * getattr(model.model.rotary_emb, "attention_scaling", 1.0) ** 2
+        attention.feature_map.calibrate(q_mean, k_mean, q_cov, k_cov, channels, scale)

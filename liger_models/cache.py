@@ -15,7 +15,8 @@ from liger_layers import LigerState
 class LigerCacheLayer(CacheLayerMixin):
     """One layer's LigerState and the number of columns, padding included, that it has seen."""
 
-    is_sliding = True
+    # Kept layers may slide or not, and masks take their size from the first layer of their own kind.
+    is_sliding = False
     is_compileable = False
     supports_early_init = False
 
@@ -90,6 +91,8 @@ def fit_cache(cache: DynamicCache, config: PreTrainedConfig) -> DynamicCache:
             "past_key_values: expected an empty cache or one this linearized model filled (liger_models.make_cache), "
             "got one that holds another model's keys and values"
         )
+    if not isinstance(cache, DynamicCache):
+        raise ValueError(f"past_key_values: expected a DynamicCache, got a {type(cache).__name__}")
     plain = cache.layers if len(ours) == depth else DynamicCache(config=config).layers
     cache.layers = [plain[i] if i in keep else LigerCacheLayer() for i in range(depth)]
     cache.layer_class_to_replicate = None

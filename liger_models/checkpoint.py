@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -9,41 +10,43 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import get_last_checkpoint
+
+# The settings of the run, beside its checkpoints.
+_RUN = "run.json"
 
 
 def load(name: str | Path, dtype: torch.dtype | str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(model, tokenizer) from a local folder, a GGUF file (dequantized to float32 unless dtype says) or a hub name.
 
     Raises:
-        ValueError: nothing there, or a folder without a config; names what was looked for.
+        ValueError: nothing there, a folder without a config, a file that cannot be read, or a weight that is missing
+            or has another shape; names what was looked for.
     """
-    path = Path(name)
+    path, source, options = Path(name), str(name), {}
     if path.suffix == ".gguf":
-        return _load_gguf(path, dtype)
-    if path.is_dir():
+        if not path.is_file():
+            raise ValueError(f"model: expected a GGUF file, found nothing at {path}")
+        source, options = str(path.parent), {"gguf_file": path.name}
+    elif path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"model: expected a folder with a config.json, got {path}")
     elif path.exists() or str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
         raise ValueError(f"model: expected a folder, a .gguf file or a hub name, got {name!r}")
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(name), dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(str(name))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model: could not load {str(name)!r}: {str(error).splitlines()[0]}") from error
-    return model.eval(), tokenizer
-
-
-def _load_gguf(path: Path, dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    if not path.is_file():
-        raise ValueError(f"model: expected a GGUF file, found nothing at {path}")
-    from transformers import GgufConfig
-
-    folder, dtype = str(path.parent), torch.float32 if dtype == "auto" else dtype
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=path.name)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), dtype=dtype
-    )
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        if options:
+            dtype = torch.float32 if dtype == "auto" else dtype
+            options["quantization_config"] = GgufConfig(dequantize=True)
+        model, found = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ValueError(f"model: could not load {str(name)!r}: {' '.join(lines[:2])}") from error
+    if missing := sorted(found["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(f"model: expected every weight in {str(name)!r}, found no {missing[0]}{more}")
     return model.eval(), tokenizer
 
 
@@ -54,6 +57,8 @@ def check_output(folder: str | Path, overwrite: bool) -> Path:
         raise ValueError(f"out: {folder} exists; pass --overwrite to replace it")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out: expected a folder, got the file {folder}")
+    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").is_file():
+        raise ValueError(f"out: expected a model's folder to replace, got {folder}, which holds something else")
     return folder
 
 
@@ -90,6 +95,40 @@ def save(
     return Path(folder)
 
 
-def discard(folder: str | Path) -> None:
-    """Remove a folder of training checkpoints once the result is safe."""
-    shutil.rmtree(folder, ignore_errors=True)
+def claim(folder: Path, run: dict, resume: bool) -> str | None:
+    """Take a folder for the checkpoints of a run; the checkpoint to resume from, if so asked.
+
+    ValueError if the folder holds something else, an interrupted run that nobody asked to resume, or a run with other
+    settings.
+    """
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if folder.is_dir():
+        if others := [x.name for x in folder.iterdir() if not _ours(x)]:
+            raise ValueError(f"checkpoints: expected a folder of checkpoints, got {folder}, which holds {others[0]}")
+        if last and not resume:
+            raise ValueError(f"checkpoints: {folder} holds an interrupted run; resume it, or remove the folder")
+    if resume:
+        if last is None:
+            raise ValueError(f"resume: expected a checkpoint in {folder}, found none")
+        before = json.loads((folder / _RUN).read_text(encoding="utf-8"))
+        for name, value in run.items():
+            if before.get(name) != value:
+                raise ValueError(f"{name}: expected {before.get(name)!r}, as in the run to resume, got {value!r}")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _RUN).write_text(json.dumps(run), encoding="utf-8")
+    return last
+
+
+def _ours(path: Path) -> bool:
+    return path.name == _RUN or (path.is_dir() and path.name.startswith("checkpoint-"))
+
+
+def discard(folder: Path, unless_checkpoint: bool = False) -> None:
+    """Remove what a run left in its folder of checkpoints, and nothing else; optionally only if it left none."""
+    if not folder.is_dir() or (unless_checkpoint and get_last_checkpoint(str(folder))):
+        return
+    for path in folder.iterdir():
+        if _ours(path):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if not any(folder.iterdir()):
+        folder.rmdir()

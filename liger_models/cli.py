@@ -79,7 +79,10 @@ def _text(p: argparse.ArgumentParser, text: str) -> None:
 
 
 def _indices(text: str) -> list[int]:
-    return [int(part) for part in text.split(",") if part.strip()]
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected indices such as 0,7,-1, got {text!r}") from None
 
 
 def _read(path: Path) -> str:
@@ -121,6 +124,8 @@ def _generate(args) -> None:
 
 
 def _evaluate(args) -> None:
+    if args.json and not args.json.parent.is_dir():
+        raise ValueError(f"json: expected a file in a folder that exists, got {args.json}")
     text = _read(args.text) if args.text else standard_text()[1]
     model, tokenizer = checkpoint.load(args.model, args.dtype)
     figures = evaluate(model, tokenizer, text, length=args.length, max_blocks=args.max_blocks)
@@ -139,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"liger: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
-        hint = "; the same command with --resume continues" if args.command == "finetune" else ""
+        hint = "; the same command with --resume continues" if "can be resumed" in str(error) else ""
         print(f"liger: {str(error) or 'interrupted'}{hint}", file=sys.stderr)
         return 130
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -42,10 +43,13 @@ class LigerConfig:
         for name, value, low in (("window", self.window, 1), ("sinks", self.sinks, 0)):
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ValueError(f"{name}: expected an integer >= {low}, got {value!r}")
-        if not self.tau > 0:
+        if not 0 < self.tau < math.inf:
             raise ValueError(f"tau: expected a number > 0, got {self.tau!r}")
-        if self.mix < 0:
+        if not 0 <= self.mix < math.inf:
             raise ValueError(f"mix: expected a weight >= 0, got {self.mix!r}")
+        for name in ("learn_mix", "normalize"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         object.__setattr__(self, "keep", tuple(sorted({int(i) for i in self.keep})))
 
     @classmethod
@@ -55,7 +59,7 @@ class LigerConfig:
             raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(changes) - known):
-            raise ValueError(f"{unknown[0]}: expected one of {', '.join(sorted(known))}")
+            raise ValueError(f"{unknown[0]}: unknown; expected one of {', '.join(sorted(known))}")
         return replace(PRESETS[preset], **{name: value for name, value in changes.items() if value is not None})
 
     def to_dict(self) -> dict[str, Any]:

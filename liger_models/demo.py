@@ -34,6 +34,8 @@ def bundled_model() -> Path:
 
 def run(model_name: str, text: Path | None, out: Path, steps: int, contexts: list[int]) -> dict:
     """Everything the demonstration does; returns what report.json holds."""
+    if out.exists() and not (out / "report.json").is_file() and (out.is_file() or any(out.iterdir())):
+        raise ValueError(f"out: expected a new folder or an earlier demonstration's, got {out}")
     start = time.perf_counter()
     training, held_out = hold_out(text.read_text(encoding="utf-8")) if text else standard_text()
     say = _Narrator()
@@ -53,8 +55,7 @@ def run(model_name: str, text: Path | None, out: Path, steps: int, contexts: lis
     say(f"Held-out perplexity, linearized, before training: {figures['linearized']:.2f}")
 
     say(f"Fine-tuning with LoRA, {steps} steps")
-    store = out.with_name(out.name + ".checkpoints")
-    model = finetune(model, tokenizer, training, checkpoints=store, steps=steps)
+    model = finetune(model, tokenizer, training, steps=steps)
     figures["fine_tuned"] = perplexity(model, blocks)
     say(f"Held-out perplexity, linearized, after training: {figures['fine_tuned']:.2f}")
 
@@ -65,7 +66,6 @@ def run(model_name: str, text: Path | None, out: Path, steps: int, contexts: lis
 
     say(f"Saving to {out}")
     checkpoint.save(model, tokenizer, out, overwrite=True)
-    checkpoint.discard(store)
     again = AutoModelForCausalLM.from_pretrained(out).eval()
     with torch.no_grad():
         difference = (again(blocks[:1]).logits - model(blocks[:1]).logits).abs().max().item()

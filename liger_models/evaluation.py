@@ -54,11 +54,15 @@ def evaluate(
     Returns perplexity and tokens; for a linearized model also perplexity_window_only, with the recurrence switched
     off: the closer the two, the less the recurrence does. ValueError if the text is shorter than a block.
     """
+    if max_blocks is not None and max_blocks < 1:
+        raise ValueError(f"max_blocks: expected at least 1, got {max_blocks}")
     blocks = to_blocks(tokenizer, text, length)[:max_blocks]
+    training = model.training
     result = {"perplexity": perplexity(model, blocks), "tokens": blocks.numel()}
     if isinstance(model, LigerMixin):
         with without_recurrence(model):
             result["perplexity_window_only"] = perplexity(model, blocks, "Perplexity, window only")
+    model.train(training)
     return result
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import tempfile
 import threading
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from liger_models import checkpoint
 from liger_models.modeling import LigerMixin
 from liger_models.text import to_blocks
 
@@ -45,6 +47,17 @@ class Recipe:
     warmup: int = 6
     features: bool = True
     gradient_checkpointing: bool = False
+
+    def __post_init__(self):
+        for name, low in (("rank", 1), ("length", 2), ("batch", 1), ("steps", 1), ("warmup", 0)):
+            value = getattr(self, name)
+            if not (value is None and name == "steps") and (
+                isinstance(value, bool) or not isinstance(value, int) or value < low
+            ):
+                raise ValueError(f"{name}: expected an integer >= {low}, got {value!r}")
+        for name in ("learning_rate", "epochs"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)!r}")
 
 
 RECIPES = {
@@ -123,14 +136,15 @@ def finetune(
         tokenizer: its tokenizer.
         text: training text, cut into blocks of `length` tokens.
         recipe: "default", "paper", or a Recipe.
-        checkpoints: folder for the checkpoint that Ctrl-C leaves; a temporary one when None.
-        resume: continue from the last checkpoint in that folder.
+        checkpoints: folder for the checkpoint that Ctrl-C leaves; None leaves none.
+        resume: continue from the last checkpoint in that folder, under the same settings.
         seed: of the order of blocks and the adapters.
         changes: fields of Recipe: steps, length, batch, learning_rate, rank, ...
 
     Raises:
-        ValueError: unknown recipe or field, a text shorter than a block, or nothing to resume.
-        KeyboardInterrupt: after Ctrl-C, once the checkpoint is written.
+        ValueError: unknown recipe or field, a field out of range, a text shorter than a block, nothing to resume, or a
+            folder that holds something else.
+        KeyboardInterrupt: after Ctrl-C, once the checkpoint is written; the model then has no adapters.
     """
     if isinstance(recipe, str):
         if recipe not in RECIPES:
@@ -138,7 +152,7 @@ def finetune(
         recipe = RECIPES[recipe]
     known = {f.name for f in fields(Recipe)}
     if unknown := sorted(set(changes) - known):
-        raise ValueError(f"{unknown[0]}: expected one of {', '.join(sorted(known))}")
+        raise ValueError(f"{unknown[0]}: unknown; expected one of {', '.join(sorted(known))}")
     recipe = replace(recipe, **{name: value for name, value in changes.items() if value is not None})
     blocks = to_blocks(tokenizer, text, recipe.length)
     if checkpoints is None:
@@ -146,10 +160,18 @@ def finetune(
             raise ValueError("resume: expected a folder of checkpoints to resume from, got none")
         with tempfile.TemporaryDirectory() as folder:
             return _train(model, blocks, recipe, Path(folder), None, seed)
-    last = get_last_checkpoint(str(checkpoints)) if resume and Path(checkpoints).is_dir() else None
-    if resume and last is None:
-        raise ValueError(f"resume: expected a checkpoint in {checkpoints}, found none")
-    return _train(model, blocks, recipe, Path(checkpoints), last, seed)
+    folder = Path(checkpoints)
+    run = {**asdict(recipe), "targets": list(recipe.targets), "seed": seed, "blocks": len(blocks)}
+    run["model"] = f"{type(model).__name__} with {model.num_parameters():,} parameters"
+    last = checkpoint.claim(folder, run, resume)
+    try:
+        return _train(model, blocks, recipe, folder, last, seed)
+    except KeyboardInterrupt as error:
+        if get_last_checkpoint(str(folder)):
+            raise KeyboardInterrupt(f"fine-tuning interrupted; the checkpoint in {folder} can be resumed") from error
+        raise
+    finally:
+        checkpoint.discard(folder, unless_checkpoint=True)
 
 
 @contextmanager
@@ -170,6 +192,7 @@ def _checkpointing(wanted: bool) -> dict[str, Any]:
 
 
 def _train(model, blocks, recipe: Recipe, folder: Path, last: str | None, seed: int) -> PreTrainedModel:
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     whole = None
     if recipe.features and isinstance(model, LigerMixin):
         whole = ["feature_map", "mix"] if model.config.liger["learn_mix"] else ["feature_map"]
@@ -210,10 +233,16 @@ def _train(model, blocks, recipe: Recipe, folder: Path, last: str | None, seed: 
         data_collator=default_data_collator,
         callbacks=[interrupt],
     )
-    with interrupt.listening(), _quiet_peft():
-        trainer.train(resume_from_checkpoint=last)
-    if interrupt.asked:
-        raise KeyboardInterrupt(f"fine-tuning interrupted; the checkpoint in {folder} can be resumed")
-    merged = adapted.merge_and_unload()
-    merged.config.use_cache = True
-    return merged.eval()
+    done = False
+    try:
+        with interrupt.listening(), _quiet_peft():
+            trainer.train(resume_from_checkpoint=last)
+        done = not interrupt.asked
+    finally:
+        model = adapted.merge_and_unload() if done else adapted.unload()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trainable)
+    if not done:
+        raise KeyboardInterrupt("fine-tuning interrupted")
+    model.config.use_cache = True
+    return model.eval()

@@ -27,6 +27,8 @@ def generate(
         )
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
+    if not inputs["input_ids"].shape[1]:
+        raise ValueError("prompt: expected at least one token, got none")
     inputs = {name: inputs[name].to(device) for name in ("input_ids", "attention_mask")}
     options = {"do_sample": False, "pad_token_id": tokenizer.eos_token_id, **options}
     out = model.generate(**inputs, max_new_tokens=max_new_tokens, **options)

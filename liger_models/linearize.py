@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from liger_models._calibration import calibrate, draw_text, measure
+from liger_models._calibration import calibrate, check_calibration, draw_text, measure
 from liger_models.configuration import LigerConfig
 from liger_models.modeling import FAMILIES, LigerMixin, swap_attention
 
@@ -45,21 +47,28 @@ def linearize(
     config = config or LigerConfig.from_preset(preset, **changes)
     check_architecture(model)
     depth = model.config.num_hidden_layers
-    if keep is not None:
-        keep = list(keep)
-        if bad := [i for i in keep if not -depth <= i < depth]:
-            raise ValueError(f"keep: expected layer indices below {depth}, got {bad}")
-        config = LigerConfig(**{**config.to_dict(), "keep": [i % depth for i in keep]})
-    elif config.keep and config.keep[-1] >= depth:
-        raise ValueError(f"keep: expected layer indices below {depth}, got {list(config.keep)}")
+    keep = list(config.keep if keep is None else keep)
+    if bad := [i for i in keep if not -depth <= i < depth]:
+        raise ValueError(f"keep: expected layer indices from {-depth} to {depth - 1}, got {bad}")
+    config = replace(config, keep=tuple(i % depth for i in keep))
     check_weights(model)
+    if calibration is not None:
+        check_calibration(calibration, model.config.vocab_size)
 
     layers = [i for i in range(depth) if i not in config.keep]
     training, moments = model.training, None
     if config.feature_map == "kernel" and layers:
         model.eval()
-        moments = measure(model, draw_text(model) if calibration is None else calibration, layers)
+        try:
+            moments = measure(model, draw_text(model) if calibration is None else calibration, layers)
+        finally:
+            model.train(training)
     config_class, model_class = FAMILIES[model.config.model_type]
+    # A copy: other models may share the config.
+    before, after = model.config, copy.deepcopy(model.config)
+    for module in model.modules():
+        if getattr(module, "config", None) is before:
+            module.config = after
     model.config.__class__ = config_class
     model.config.model_type = config_class.model_type
     model.config.liger = config.to_dict()

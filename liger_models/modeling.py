@@ -65,6 +65,19 @@ class LinearizedAttention(LigerAttention):
         return out, None
 
 
+def _refuse_packing(position: torch.Tensor | None, mask: torch.Tensor | None) -> None:
+    """ValueError if positions start again within a row: the recurrence would carry one document into the next."""
+    if position is None or position.ndim != 2 or position.shape[1] < 2 or torch.compiler.is_compiling():
+        return
+    again = position[:, 1:] <= position[:, :-1]
+    if mask is not None and mask.shape == position.shape:
+        again = again & mask[:, 1:] & mask[:, :-1]
+    if again.any():
+        raise ValueError(
+            "position_ids: expected one document per row, got positions that start again (packed documents)"
+        )
+
+
 def _before_decoder(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Hand the padding mask to the Liger layers, spare them the square one, and see that the cache fits."""
     names = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
@@ -75,6 +88,7 @@ def _before_decoder(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple
         kwargs["liger_mask"] = mask[:, -tokens.shape[1] :].bool()
     elif mask is not None:
         raise ValueError("attention_mask: expected [batch, tokens] marking padding, got a prepared attention pattern")
+    _refuse_packing(kwargs.get("position_ids"), kwargs.get("liger_mask"))
     if len(module.config.liger["keep"]) == 0:
         # A mask that is already four-dimensional is passed through, so no T x T mask is built for nobody.
         kwargs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)

@@ -27,6 +27,8 @@ def hold_out(text: str) -> tuple[str, str]:
 
 def to_blocks(tokenizer: PreTrainedTokenizerBase, text: str, length: int, name: str = "text") -> torch.Tensor:
     """Token ids [n, length]; the rest that fills no block is dropped. ValueError if there is not one block."""
+    if length < 2:
+        raise ValueError(f"length: expected blocks of at least 2 tokens, got {length}")
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

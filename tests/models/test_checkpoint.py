@@ -4,6 +4,7 @@ import errno
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from liger_models import checkpoint
@@ -48,16 +49,53 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert list(tmp_path.iterdir()) == []
     with checkpoint.written_whole(out) as part:
-        (part / "first").write_text("x")
+        (part / "config.json").write_text("x")
     with pytest.raises(ValueError, match="exists; pass --overwrite"):
         checkpoint.check_output(out, overwrite=False)
     with pytest.raises(OSError), checkpoint.written_whole(out, overwrite=True) as part:
         raise OSError(errno.ENOSPC, "No space left on device")
-    assert [p.name for p in out.iterdir()] == ["first"]
+    assert [p.name for p in out.iterdir()] == ["config.json"]
     with checkpoint.written_whole(out, overwrite=True) as part:
         (part / "second").write_text("x")
     assert [p.name for p in out.iterdir()] == ["second"]
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_overwrite_replaces_models_only(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter").write_text("x")
+    with pytest.raises(ValueError, match="out: expected a model's folder to replace"):
+        checkpoint.check_output(tmp_path / "thesis", overwrite=True)
+    checkpoint.save(tiny(), tiny_tokenizer(), tmp_path / "model")
+    checkpoint.save(tiny(), tiny_tokenizer(), tmp_path / "model", overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop("model.layers.1.self_attn.k_proj.weight"), "found no model.layers.1.self_attn.k_proj.weight"),
+        (lambda w: w.update({"model.layers.0.mlp.up_proj.weight": torch.zeros(3, 3)}), "could not load"),
+    ],
+)
+def test_a_damaged_file_is_refused(tmp_path, change, message):
+    checkpoint.save(tiny(), tiny_tokenizer(), tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load(tmp_path / "model")
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="model: could not load"):
+        checkpoint.load(tmp_path / "model")
+
+
+def test_other_models_keep_a_shared_config():
+    config = tiny().config
+    one, other = (type(tiny())(config) for _ in range(2))
+    linearize_tiny(one, window=8)
+    assert other.config is config and config.model_type == "llama"
+    assert one.config.model_type == one.model.config.model_type == "liger_llama"
 
 
 def test_load_names_what_it_looked_for(tmp_path):

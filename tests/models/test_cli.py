@@ -35,19 +35,38 @@ def test_the_whole_journey(folder, capsys):
     [
         (["linearize", "{0}/original", "--out", "{0}/original"], "exists; pass --overwrite"),
         (["linearize", "{0}/nothing", "--out", "{0}/x"], "model: expected a folder, a .gguf file or a hub name"),
-        (["linearize", "{0}/original", "--out", "{0}/x", "--keep", "9"], "keep: expected layer indices below 3"),
+        (["linearize", "{0}/original", "--out", "{0}/x", "--keep", "9"], "keep: expected layer indices from -3 to 2"),
         (["evaluate", "{0}/original", "--text", "{0}/text.txt", "--length", "9999"], "text: expected at least"),
         (["evaluate", "{0}/original", "--text", "{0}/none.txt"], "text: could not read"),
         (["finetune", "{0}/original", "--out", "{0}/x", "--text", "{0}/text.txt", "--resume"], "resume: expected"),
+        (["finetune", "{0}/original", "--out", "{0}/x", "--text", "{0}/text.txt", "--steps", "0"], "steps: expected"),
+        (["finetune", "{0}/original", "--out", "{0}/x", "--text", "{0}/text.txt", "--batch", "0"], "batch: expected"),
+        (["linearize", "{0}/original", "--out", "{0}/x", "--mix", "nan"], "mix: expected a weight"),
+        (["linearize", "{0}/original", "--out", "{0}/mine", "--overwrite"], "out: expected a model's folder"),
+        (["generate", "{0}/original", ""], "prompt: expected at least one token"),
+        (["evaluate", "{0}/original", "--text", "{0}/text.txt", "--length", "0"], "length: expected blocks"),
+        (["evaluate", "{0}/original", "--text", "{0}/text.txt", "--length", "9", "--max-blocks", "0"], "max_blocks: "),
+        (["evaluate", "{0}/original", "--json", "{0}/none/x.json"], "json: expected a file in a folder"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_leaves_nothing(folder, capsys, arguments, message):
+    (folder / "mine").mkdir()
+    (folder / "mine" / "thesis").write_text("precious")
     before = sorted(folder.rglob("*"))
     capsys.readouterr()
     assert main([a.format(folder) for a in arguments]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("liger: ") and message in error
     assert sorted(folder.rglob("*")) == before
+
+
+def test_a_folder_beside_the_output_is_not_ours_to_delete(folder, capsys):
+    (folder / "x.checkpoints").mkdir()
+    (folder / "x.checkpoints" / "mine").write_text("precious")
+    arguments = ["--out", str(folder / "x"), "--text", str(folder / "text.txt"), "--steps", "1", "--length", "32"]
+    assert main(["finetune", str(folder / "original"), *arguments]) == 2
+    assert "checkpoints: expected a folder of checkpoints" in capsys.readouterr().err
+    assert (folder / "x.checkpoints" / "mine").read_text() == "precious" and not (folder / "x").exists()
 
 
 @pytest.mark.parametrize("command", [[], ["linearize"], ["finetune"], ["generate"], ["evaluate"]])

@@ -82,12 +82,35 @@ def test_control_c_leaves_a_checkpoint_that_resumes(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt, match="can be resumed"):
             finetune(linearize_tiny(tiny(), window=8), tiny_tokenizer(), TEXT, steps=8, checkpoints=store, **QUICK)
     assert signal.getsignal(signal.SIGINT) is before
-    assert [p.name for p in store.iterdir()] == ["checkpoint-3"]
+    assert sorted(p.name for p in store.iterdir()) == ["checkpoint-3", "run.json"]
+    for changes, message in (
+        (dict(steps=8), "holds an interrupted run"),
+        (dict(steps=9, resume=True), "steps: expected 8, as in the run to resume, got 9"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            finetune(linearize_tiny(tiny(), window=8), tiny_tokenizer(), TEXT, checkpoints=store, **changes, **QUICK)
     resumed = finetune(
         linearize_tiny(tiny(), window=8), tiny_tokenizer(), TEXT, steps=8, checkpoints=store, resume=True, **QUICK
     )
     for (n, a), (_, b) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-5), n
+
+
+def test_a_failure_leaves_the_model_without_adapters(tmp_path, monkeypatch):
+    model = linearize_tiny(tiny(), window=8)
+    before = {n: p.requires_grad for n, p in model.named_parameters()}
+
+    def fail(self, *args, **kwargs):
+        raise RuntimeError("struck by lightning")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Interrupt, "on_step_end", fail)
+        with pytest.raises(RuntimeError, match="lightning"):
+            finetune(model, tiny_tokenizer(), TEXT, steps=2, checkpoints=tmp_path / "c", **QUICK)
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == before
+    assert not (tmp_path / "c").exists()
+    tuned = finetune(model, tiny_tokenizer(), TEXT, steps=2, **QUICK)
+    assert {n: p.requires_grad for n, p in tuned.named_parameters()} == before
 
 
 def test_the_published_recipe():
@@ -107,7 +130,7 @@ def test_bad_input_is_named(tmp_path):
     for arguments, message in (
         (dict(text="short"), "text: expected at least one block of 512 tokens, got 5"),
         (dict(text=TEXT, recipe="fast"), "recipe: expected one of default, paper, got 'fast'"),
-        (dict(text=TEXT, speed=3), "speed: expected one of"),
+        (dict(text=TEXT, speed=3), "speed: unknown; expected one of"),
         (dict(text=TEXT, resume=True), "resume: expected a folder"),
         (dict(text=TEXT, resume=True, checkpoints=tmp_path), "resume: expected a checkpoint"),
     ):

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from liger_models import cache_bytes, linearize, make_cache
 from tests.models.test_exactness import ids
-from tests.models.tiny import NAMES, linearize_tiny, tiny
+from tests.models.tiny import NAMES, SIZES, linearize_tiny, tiny
 
 
 @pytest.fixture(params=NAMES)
@@ -95,3 +95,22 @@ def test_linearizing_without_any_data_is_deterministic():
     first, second = linearize(tiny(), window=8), linearize(tiny(), window=8)
     for (name, a), (_, b) in zip(first.named_parameters(), second.named_parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keep", [[], [1], [0, 2], [0, 1, 2]])
+@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+def test_kept_layers_may_slide(family, keep):
+    """Kept layers with a window of their own hold fewer tokens than a Liger layer has seen."""
+    torch.manual_seed(0)
+    if family == "mistral":
+        model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=16)).eval()
+    else:
+        kinds = ["full_attention", "sliding_attention", "sliding_attention"]
+        config = Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=16, layer_types=kinds)
+        model = Qwen2ForCausalLM(config).eval()
+    model = linearize_tiny(model, window=8, keep=keep)
+    x = ids(2, 40)
+    out = model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=6, eos_token_id=None, do_sample=False)
+    whole = model(out, use_cache=False).logits.argmax(-1)
+    assert torch.equal(whole[:, 39:-1], out[:, 40:])

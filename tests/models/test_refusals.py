@@ -10,6 +10,7 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlamaForSequenceClassification,
+    StaticCache,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -91,14 +92,22 @@ def test_damaged_weights(damage, message):
         (dict(preset="best"), "preset: expected one of default, paper-gla, got 'best'"),
         (dict(gate="none"), "gate: expected one of gla, gated_retention"),
         (dict(feature_map="relu"), "feature_map: expected one of softmax, kernel"),
-        (dict(windows=3), "windows: expected one of"),
+        (dict(windows=3), "windows: unknown; expected one of"),
         (dict(window=0), "window: expected an integer >= 1"),
         (dict(sinks=-1), "sinks: expected an integer >= 0"),
         (dict(mix=-0.5), "mix: expected a weight >= 0"),
         (dict(tau=0.0), "tau: expected a number > 0"),
-        (dict(keep=[7]), r"keep: expected layer indices below 3, got \[7\]"),
+        (dict(keep=[7]), r"keep: expected layer indices from -3 to 2, got \[7\]"),
+        (dict(mix=float("nan")), "mix: expected a weight >= 0"),
+        (dict(tau=float("inf")), "tau: expected a number > 0"),
+        (dict(learn_mix="no"), "learn_mix: expected True or False"),
+        (dict(calibration=torch.randint(3, 97, (4, 8))), "calibration: expected token ids"),
+        (dict(calibration=torch.zeros(0, 50, dtype=torch.long)), "calibration: expected token ids"),
+        (dict(calibration=torch.zeros(50, dtype=torch.long)), "calibration: expected token ids"),
+        (dict(calibration=torch.full((2, 50), 97)), "calibration: expected ids from 0 to 96, got 97 to 97"),
+        (dict(calibration=[1, 2]), "calibration: expected token ids .* got list"),
         (dict(config=LigerConfig(), window=3), "config: expected alone"),
-        (dict(config=LigerConfig(keep=(5,))), "keep: expected layer indices below 3"),
+        (dict(config=LigerConfig(keep=(5,))), "keep: expected layer indices from -3 to 2"),
     ],
 )
 def test_options(options, message):
@@ -109,6 +118,18 @@ def test_options(options, message):
         with pytest.raises(ValueError, match=message):
             linearize(model, **options)
         assert torch.equal(model(x).logits, before)
+
+
+def test_packed_documents_are_refused():
+    position = torch.cat([torch.arange(6), torch.arange(4)])[None]
+    with pytest.raises(ValueError, match="position_ids: expected one document per row"):
+        linearize_tiny(tiny(), window=8)(ids(1, 10), position_ids=position)
+
+
+def test_a_static_cache_is_refused():
+    model = linearize_tiny(tiny(), window=8, keep=[1])
+    with pytest.raises(ValueError, match="past_key_values: expected a DynamicCache, got a StaticCache"):
+        model(ids(1, 5), past_key_values=StaticCache(config=model.config, max_cache_len=64))
 
 
 def test_a_square_mask_is_refused():

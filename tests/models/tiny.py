@@ -14,7 +14,7 @@ from transformers import (
 
 from liger_models import linearize
 
-_SIZES = dict(
+SIZES = dict(
     vocab_size=97,
     hidden_size=48,
     intermediate_size=64,
@@ -27,10 +27,10 @@ _SIZES = dict(
     pad_token_id=0,
 )
 _FAMILIES = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**_SIZES, attention_bias=True)),
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**_SIZES, sliding_window=None)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_SIZES, tie_word_embeddings=True)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_SIZES, head_dim=16)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=True)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=None)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=16)),
 }
 NAMES = tuple(_FAMILIES)
 
