@@ -40,7 +40,8 @@ class LigerAttention(nn.Module):
     mix.weight is a parameter [HQ], fixed unless learn_mix. RoPE turns the window branch only.
 
     forward(x [B,T,hidden]) returns (y [B,T,hidden], state); pass the state back to continue. mask [B,T] bool marks
-    real tokens: padding may stand left, and right too where no state is passed on (padding takes room in the window). position_embeddings (cos, sin), each [B,T,D], override the built-in RoPE.
+    real tokens: padding may stand left, and right too where no state is passed on (padding takes room in the window).
+    position_embeddings (cos, sin), each [B,T,D], override the built-in RoPE.
     """
 
     recurs, windows = True, True
