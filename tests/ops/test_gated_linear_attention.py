@@ -1,6 +1,7 @@
 """The chunked recurrence against the naive one in float64, and the identities it must keep."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -214,3 +215,20 @@ def test_no_rows_at_all():
     x = torch.randn(0, 9, 2, 8)
     o, state = chunk_simple_gla(x, x, x, output_final_state=True)
     assert o.shape == (0, 9, 2, 8) and state.shape == (0, 2, 8, 8)
+
+
+@pytest.mark.parametrize("kept", [1.0, 0.9999, 0.99])
+@pytest.mark.parametrize("gate", ["channel", "head"])
+def test_a_million_steps_do_not_drift(kept, gate):
+    T, K = 1_000_000, 2
+    k, v = torch.randn(1, T, 1, K), torch.randn(1, T, 1, K) + 0.1
+    shape = (1, T, 1, K) if gate == "channel" else (1, T, 1)
+    g = torch.full(shape, math.log(kept), dtype=torch.float64).float()
+    op = chunk_gla if gate == "channel" else chunk_simple_gla
+    with torch.no_grad():
+        o, state = op(k, k, v, g, output_final_state=True)
+    # What the float32 gate keeps, not what it was rounded from.
+    weight = (g[0, 0].double().flatten()[0] * torch.arange(T - 1, -1, -1)).exp().view(T, 1)
+    wanted = (k[0, :, 0].double() * weight).T @ v[0, :, 0].double()
+    assert distance(state[0, 0], wanted) <= 2e-4
+    assert distance(o[0, -1, 0], K**-0.5 * k[0, -1, 0].double() @ wanted) <= 2e-4
