@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from liger_ops._torch.layout import full_precision, head_major, pack, unpack
-from liger_ops._torch.segments import segmented
+from liger_ops._torch.segments import Plan, define
 
 _SEGMENT = 1024
 _FACTORABLE = -80.0
@@ -152,6 +152,16 @@ def _segment(chunk, scale, rows, state, out, q, k, v, g, gv):
     return o.flatten(2, 3) if out is None else out.unflatten(2, (H, -1)).copy_(o), state
 
 
+def _plan(q, k, v, g, gv, state, scale, chunk):
+    step = max(_SEGMENT // chunk, 1) * chunk
+    return Plan(partial(_segment, chunk, scale), step, v.shape[-1], state, [q, k, v, g, gv], [0] * 5)
+
+
+_additive = define(
+    "additive", "Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? gv, Tensor state, float scale, int chunk", _plan, 5
+)
+
+
 @full_precision
 def recurrence(
     q: torch.Tensor,
@@ -178,9 +188,7 @@ def recurrence(
         o, state = step(q[:, 0] * scale, k[:, 0], v[:, 0], *(None if x is None else x[:, 0] for x in (g, gv)), state)
         o = o.unsqueeze(1)
     else:
-        rows = max(_SEGMENT // chunk, 1) * chunk
-        body = partial(_segment, chunk, scale)
-        o, state = segmented(body, rows, V, state, [q, k, v, g, gv], [0, 0, 0, 0, 0])
+        o, state, _ = _additive(q, k, v, g, gv, state, scale, chunk)
     return o.to(dtype), state
 
 

@@ -11,15 +11,16 @@ import torch.nn.functional as F
 
 from liger_ops._torch import additive
 from liger_ops._torch.layout import divide, full_precision, head_major, head_major_ones, pack
-from liger_ops._torch.segments import segmented
+from liger_ops._torch.segments import Plan, define
 from liger_ops._torch.window import LOG2, MASKED, Sinks, Window, attend, rows_at_once, weigh
 
 # exp(30) squared, times features, times a million tokens, stays inside float32.
 MAX_LOG = 30.0
 
 
-def _segment(window, rows, state, out, q, k, v, sink_k, sink_v, sink_column, q_log, k_log, g, mix):
+def _segment(first, scale, rows, state, out, q, k, v, sink_k, sink_v, sink_column, q_log, k_log, g, mix, rest, near):
     """Rows of `joint`'s arguments: out [B,T,HQ,V] or None, state [B,H,M,U], mix [H,1,1,G,1]."""
+    window = Window(rest, near, first, scale)
     (B, T), H, C = q.shape[:2], k.shape[2], len(window.near)
     N, short = -(-T // C), -T % C
     k, v = head_major(k, short), head_major_ones(v, short)
@@ -47,6 +48,23 @@ def _segment(window, rows, state, out, q, k, v, sink_k, sink_v, sink_column, q_l
     return divide(o, T, out), state
 
 
+def _plan(q, k, v, sink_k, sink_v, sink_column, q_log, k_log, g, mix, rest, near, state, first, scale):
+    C, L = near.shape
+    inputs = [q, k, v, sink_k, sink_v, sink_column, q_log, k_log, g, mix, rest, near]
+    reach = [0, L - C, L - C, None, None, None, 0, 0, 0, None, None, None]
+    step = rows_at_once(q.shape[0], q.shape[2], L, C)
+    return Plan(partial(_segment, first, scale), step, v.shape[-1], state, inputs, reach)
+
+
+_joint = define(
+    "joint",
+    "Tensor q, Tensor k, Tensor v, Tensor sink_k, Tensor sink_v, Tensor sink_column, Tensor q_log, Tensor k_log, "
+    "Tensor? g, Tensor mix, Tensor rest, Tensor near, Tensor state, int first, float scale",
+    _plan,
+    12,
+)
+
+
 @full_precision
 def joint(
     q: torch.Tensor,
@@ -64,12 +82,9 @@ def joint(
 
     k_log and g belong to the first T of the W + T keys. Returns o [B,T,HQ,V], state [B,H,M,U].
     """
-    B, HQ, H, (C, L) = q.shape[0], q.shape[2], k.shape[2], window.near.shape
-    reach = L - C
-    inputs = [q, k, v, *sinks, q_log, k_log, g, mix.view(H, 1, 1, -1, 1)]
-    step = rows_at_once(B, HQ, L, C)
-    body = partial(_segment, window)
-    return segmented(body, step, v.shape[-1], state, inputs, [0, reach, reach, None, None, None, 0, 0, 0, None])
+    mix = mix.view(k.shape[2], 1, 1, -1, 1)
+    where = window.rest, window.near, state, window.first, window.scale
+    return _joint(q, k, v, *sinks, q_log, k_log, g, mix, *where)[:2]
 
 
 @full_precision

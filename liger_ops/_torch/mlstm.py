@@ -10,7 +10,7 @@ import torch
 
 from liger_ops._torch.additive import between, products
 from liger_ops._torch.layout import full_precision, head_major, head_major_ones, pack, unpack
-from liger_ops._torch.segments import segmented
+from liger_ops._torch.segments import Plan, define
 
 _SEGMENT = 1024
 # A unit below exp(-80) would overflow in the floor of the denominator, exp(-m), and buys nothing.
@@ -57,10 +57,19 @@ def _segment(chunk, scale, rows, state, out, q, k, v, i, f):
     return o.flatten(2, 3) if out is None else out.unflatten(2, (H, -1)).copy_(o), torch.cat([states[-1], last], 2)
 
 
+def _plan(q, k, v, i, f, state, scale, chunk):
+    step = max(_SEGMENT // chunk, 1) * chunk
+    return Plan(partial(_segment, chunk, scale), step, v.shape[-1], state, [q, k, v, i, f], [0] * 5)
+
+
+_mlstm = define(
+    "mlstm", "Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor state, float scale, int chunk", _plan, 5
+)
+
+
 @full_precision
 def mlstm(q, k, v, i, f, scale, state, chunk):
     """Arguments as `_segment`, state [B,H,K+1,U]; returns o [B,T,HQ,V] and the state, in the dtype of q."""
     if not q.shape[0] * q.shape[1]:
         return v.new_zeros(*q.shape[:3], v.shape[-1]), state
-    step = max(_SEGMENT // chunk, 1) * chunk
-    return segmented(partial(_segment, chunk, scale), step, v.shape[-1], state, [q, k, v, i, f], [0] * 5)
+    return _mlstm(q, k, v, i, f, state, scale, chunk)[:2]

@@ -1,77 +1,132 @@
-"""Long sequences in segments: memory linear in T, and a backward that recomputes one segment at a time.
+"""Long sequences in segments, as torch.library ops: memory linear in T, a backward that recomputes, nothing to trace.
 
 Shapes: B batch, T time, HQ query heads, U output columns.
 """
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
 from liger_ops._torch.layout import full_precision
 
+_LIBRARY = torch.library.Library("liger_ops", "FRAGMENT")
 # body(rows, state, out, *inputs) -> (o, state): fills out [B,rows,HQ,U] if given, otherwise returns a new o.
 Body = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
-def segmented(
-    body: Body,
-    step: int,
-    width: int,
-    state: torch.Tensor,
-    inputs: list[torch.Tensor | None],
-    reach: list[int | None],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """o [B,T,HQ,width] and the final state of a body that handles `step` rows at a time and hands its state on.
+class Plan(NamedTuple):
+    """How an op runs: `body` handles `step` rows at a time and hands its state on, from `state` to the final one.
 
-    The first input is q [B,T,HQ,K] with T >= 1. A segment gets rows [start, stop + reach) of dimension 1 of each
-    input, or all of an input whose reach is None.
+    The first of `inputs` is q [B,T,HQ,K] with T >= 1. A segment gets rows [start, stop + reach) of dimension 1 of each
+    input, or all of an input whose reach is None. o is [B,T,HQ,width].
     """
-    return _Segmented.apply(body, step, width, reach, state, *inputs)
 
+    body: Body
+    step: int
+    width: int
+    state: torch.Tensor
+    inputs: list[torch.Tensor | None]
+    reach: list[int | None]
 
-def _segments(length: int, step: int) -> list[slice]:
-    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
+    def segments(self) -> list[slice]:
+        length = self.inputs[0].shape[1]
+        return [slice(start, min(start + self.step, length)) for start in range(0, length, self.step)]
 
-
-def _share(x: torch.Tensor | None, rows: slice, reach: int | None) -> torch.Tensor | None:
-    return x if x is None or reach is None else x[:, rows.start : rows.stop + reach]
-
-
-class _Segmented(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, body, step, width, reach, state, *inputs):
-        q, starts = inputs[0], []
-        o = q.new_empty(*q.shape[:3], width)
-        for rows in _segments(q.shape[1], step):
-            starts.append(state)
-            shares = [_share(x, rows, r) for x, r in zip(inputs, reach, strict=True)]
-            state = body(rows, state, o[:, rows], *shares)[1]
-        ctx.body, ctx.step, ctx.reach = body, step, reach
-        ctx.save_for_backward(*inputs, *starts)
-        # Copied where nothing was entered: an input must not come back as an output.
-        return o, state.clone() if state is starts[0] else state
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    @full_precision
-    def backward(ctx, do, dstate):
-        # Read once: gradient checkpointing recomputes what it holds at every access.
-        saved, count = ctx.saved_tensors, len(ctx.reach)
-        inputs, starts = saved[:count], saved[count:]
-        grads = [
-            torch.zeros_like(x) if need else None for x, need in zip(inputs, ctx.needs_input_grad[5:], strict=True)
+    def shares(self, rows: slice, tensors: list | None = None) -> list[torch.Tensor | None]:
+        tensors = self.inputs if tensors is None else tensors
+        return [
+            x if x is None or reach is None else x[:, rows.start : rows.stop + reach]
+            for x, reach in zip(tensors, self.reach, strict=True)
         ]
-        for rows, start in reversed(list(zip(_segments(do.shape[1], ctx.step), starts, strict=True))):
-            shares = [_share(x, rows, r) for x, r in zip(inputs, ctx.reach, strict=True)]
-            shares = [x if x is None else x.detach() for x in shares]
-            wanted = [x.requires_grad_() for x, grad in zip(shares, grads, strict=True) if grad is not None]
-            start = start.detach().requires_grad_()
-            with torch.enable_grad():
-                o, state = ctx.body(rows, start, None, *shares)
-            found = torch.autograd.grad((o, state), [*wanted, start], (do[:, rows], dstate), allow_unused=True)
-            *found, dstate = found
-            kept = [_share(grad, rows, r) for grad, r in zip(grads, ctx.reach, strict=True) if grad is not None]
-            for grad, new in zip(kept, found, strict=True):
-                if new is not None:
-                    grad += new
-        return None, None, None, None, dstate, *grads
+
+
+@torch.no_grad()
+def _forward(plan: Plan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """o, the final state, and the states that segments start from."""
+    q, state, starts = plan.inputs[0], plan.state, []
+    o = q.new_empty(*q.shape[:3], plan.width)
+    for rows in plan.segments():
+        starts.append(state)
+        state = plan.body(rows, state, o[:, rows], *plan.shares(rows))[1]
+    # An op may not return what it was given.
+    return o, state.clone() if state is plan.state else state, torch.stack(starts)
+
+
+def _backward(
+    plan: Plan, starts: torch.Tensor, do: torch.Tensor, dstate: torch.Tensor, needs: list[bool]
+) -> list[torch.Tensor | None]:
+    """Gradients of the inputs that `needs` names, and of the state, a segment at a time from the last one."""
+    grads = [torch.zeros_like(x) if need else None for x, need in zip(plan.inputs, needs, strict=True)]
+    for rows, start in reversed(list(zip(plan.segments(), starts, strict=True))):
+        shares = [x if x is None else x.detach() for x in plan.shares(rows)]
+        wanted = [x.requires_grad_() for x, grad in zip(shares, grads, strict=True) if grad is not None]
+        start = start.detach().requires_grad_()
+        with torch.enable_grad():
+            o, state = plan.body(rows, start, None, *shares)
+        *found, dstate = torch.autograd.grad((o, state), [*wanted, start], (do[:, rows], dstate), allow_unused=True)
+        kept = [x for x in plan.shares(rows, grads) if x is not None]
+        for grad, new in zip(kept, found, strict=True):
+            if new is not None:
+                grad += new
+    return [*grads, dstate]
+
+
+def define(name: str, arguments: str, plan: Callable[..., Plan], state: int) -> Callable[..., Any]:
+    """The op liger_ops::name(arguments) that runs plan(*arguments), with fake and backward.
+
+    Returns o, the final state, and the state that each segment starts from, which only the backward wants.
+
+    arguments is a schema whose tensors, in order and without number `state`, are the plan's inputs.
+    """
+    kinds = [part.split()[0] for part in arguments.split(", ")]
+    tensors = [n for n, kind in enumerate(kinds) if kind.startswith("Tensor") and n != state]
+    _LIBRARY.define(f"{name}({arguments}) -> (Tensor, Tensor, Tensor)")
+    _LIBRARY.define(f"{name}_backward(Tensor do, Tensor dstate, Tensor starts, bool[] needs, {arguments}) -> Tensor[]")
+    op, backward_op = getattr(torch.ops.liger_ops, name), getattr(torch.ops.liger_ops, f"{name}_backward")
+
+    def forward(*args):
+        return _forward(plan(*args))
+
+    def fake(*args):
+        p = plan(*args)
+        q, state = p.inputs[0], torch.empty_like(p.state, memory_format=torch.contiguous_format)
+        return q.new_empty(*q.shape[:3], p.width), state, state.new_empty(-(-q.shape[1] // p.step), *state.shape)
+
+    def backward(do, dstate, starts, needs, *args):
+        *grads, dstate = _backward(plan(*args), starts, do, dstate, [needs[n] for n in tensors])
+        return [x for x in grads if x is not None] + [dstate]
+
+    def backward_fake(do, dstate, starts, needs, *args):
+        return [torch.empty_like(args[n]) for n in tensors if needs[n]] + [torch.empty_like(dstate)]
+
+    for suffix, run, pretend in (("", forward, fake), ("_backward", backward, backward_fake)):
+        torch.library.impl(_LIBRARY, f"{name}{suffix}", "CompositeExplicitAutograd")(full_precision(run))
+        torch.library.register_fake(f"liger_ops::{name}{suffix}", pretend, lib=_LIBRARY)
+
+    def setup(ctx, inputs, output):
+        ctx.others = [None if isinstance(x, torch.Tensor) else x for x in inputs]
+        ctx.save_for_backward(*(x if isinstance(x, torch.Tensor) else None for x in inputs), output[2])
+
+    def differentiate(ctx, do, dstate, _):
+        # Read once: gradient checkpointing recomputes what it holds at every access.
+        *held, starts = ctx.saved_tensors
+        args = [x if x is not None else other for x, other in zip(held, ctx.others, strict=True)]
+        needs = [bool(x) for x in ctx.needs_input_grad]
+        *found, last = backward_op(do, dstate, starts, needs, *args)
+        grads = [None] * len(args)
+        for n in tensors:
+            if needs[n]:
+                grads[n] = found.pop(0)
+        grads[state] = last if needs[state] else None
+        return tuple(grads)
+
+    def once(keyset, *args):
+        """The backward differentiates inside, so that autograd must stay reachable below it: no guard here."""
+        if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in args):
+            raise RuntimeError(f"liger_ops::{name}_backward: expected one differentiation, got create_graph=True")
+        return backward_op.default.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    torch.library.register_autograd(f"liger_ops::{name}", differentiate, setup_context=setup, lib=_LIBRARY)
+    _LIBRARY.impl(f"{name}_backward", once, "Autograd", with_keyset=True)
+    return op
