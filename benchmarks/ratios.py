@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.test_ops import OPS, settle_allocator
+from benchmarks.test_ops import OPS
 
 
 def interleaved(functions: dict, rounds: int) -> dict[str, float]:
@@ -29,10 +29,14 @@ def interleaved(functions: dict, rounds: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def measure(result: dict, name: str, T: int, rounds: int) -> None:
-    times = interleaved({op: make(T) for op, make in OPS.items()}, rounds)
-    result[name] = {"ms": times, "sdpa_over": {op: times["sdpa"] / t for op, t in times.items()}}
-    print(name, {op: f"{t:.1f} ms, {times['sdpa'] / t:.2f}x" for op, t in times.items()}, flush=True)
+def measure(result: dict, T: int, rounds: int) -> None:
+    """Every op in turn with SDPA, and with nothing else that would empty its caches."""
+    row = result[f"T={T}"] = {}
+    for name, make in OPS.items():
+        if name != "sdpa":
+            times = interleaved({"sdpa": OPS["sdpa"](T), name: make(T)}, rounds)
+            row[name] = {"ms": times[name], "sdpa_ms": times["sdpa"], "sdpa_over": times["sdpa"] / times[name]}
+    print(T, {name: f"{x['ms']:.1f} ms, {x['sdpa_over']:.2f}x" for name, x in row.items()}, flush=True)
 
 
 def main() -> None:
@@ -43,10 +47,8 @@ def main() -> None:
     torch.set_num_threads(2)
     result = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__, "threads": 2}
     with torch.no_grad():
-        measure(result, "fresh process, T=2048", 2048, args.rounds)
-        settle_allocator()
         for T in (512, 2048, 8192):
-            measure(result, f"T={T}", T, args.rounds)
+            measure(result, T, args.rounds)
     if args.out:
         args.out.write_text(json.dumps(result, indent=2) + "\n")
 

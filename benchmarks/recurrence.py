@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.ratios import interleaved
-from benchmarks.test_ops import HQ, D, H, inputs, settle_allocator
+from benchmarks.test_ops import HQ, D, H, inputs
 from liger_ops import chunk_gla, chunk_simple_gla, naive_recurrence
 
 T = 2048
@@ -33,7 +33,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(2)
-    settle_allocator()
     result = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__, "threads": 2, "T": T}
     for gate, shape in GATES.items():
         op = chunk_gla if gate == "channel" else chunk_simple_gla

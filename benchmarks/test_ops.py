@@ -14,15 +14,6 @@ from liger_ops import chunk_gla, chunk_simple_gla, sliding_window_attention
 HQ, H, D, WINDOW, SINKS = 9, 3, 64, 64, 4
 
 
-def settle_allocator():
-    """Make malloc keep freed memory, as it does in any process that has loaded a model.
-
-    glibc returns freed memory to the system until a block of up to 32 MB has been freed; a bare loop over one op then
-    spends a fifth to a half of its time on page faults, which no model would see.
-    """
-    torch.empty(31 << 20, dtype=torch.uint8)
-
-
 def inputs(T):
     torch.manual_seed(0)
     return torch.randn(1, T, HQ, D), torch.randn(1, T, H, D), torch.randn(1, T, H, D)
@@ -79,6 +70,5 @@ OPS = {f.__name__: f for f in (sdpa, liger_op, liger, window, gla, simple_gla)}
 @pytest.mark.parametrize("name", OPS)
 @torch.no_grad()
 def test_forward(benchmark, name, T):
-    settle_allocator()
     benchmark.group = f"T={T}"
     benchmark.pedantic(OPS[name](T), rounds=7, warmup_rounds=2)
