@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from liger_layers import LigerAttention
 from liger_layers.rotary import rotary_tables
-from liger_ops import chunk_gla, chunk_simple_gla, sliding_window_attention
+from liger_ops import chunk_gla, chunk_simple_gla, liger_attention, sliding_window_attention
 
 HQ, H, D, WINDOW, SINKS = 9, 3, 64, 64, 4
 
@@ -36,8 +36,6 @@ def liger(T):
 
 def liger_op(T):
     """The op alone, as SDPA is: queries, keys, features and gates given."""
-    from liger_ops import liger_attention
-
     q, k, v = inputs(T)
     k, v = (torch.cat([torch.zeros(1, WINDOW, H, D), x], 1) for x in (k, v))
     visible = torch.arange(WINDOW + T)[None] >= WINDOW

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 
 from liger_ops._torch.layout import full_precision, head_major, pack, unpack
-from liger_ops._torch.segments import Plan, define
+from liger_ops._torch.segments import Plan, define, whole_chunks
 
-_SEGMENT = 1024
 _FACTORABLE = -80.0
+# The logarithm that a factor may reach: it leaves float32 room for the gradients that will multiply it.
 _REACH = 84.0
 
 
@@ -32,14 +32,19 @@ class Decay(NamedTuple):
     """Log decays g [B,H,N,C] or [B,H,N,C,K], and what they amount to.
 
     start and end [B,H,N,C,1 or K] are factors from the chunk's start to a row and from a row to its end, total
-    [B,H,N,1 or K] the logarithm over the whole chunk, lowest the smallest of these as a number.
+    [B,H,N,1 or K] the logarithm over the whole chunk.
     """
 
     g: torch.Tensor
     start: torch.Tensor
     end: torch.Tensor
     total: torch.Tensor
-    lowest: float
+
+    def factorable(self, *operands: torch.Tensor) -> bool:
+        """Whether decays and their inverses may multiply these operands apart."""
+        lowest = self.total.detach().amin().item()
+        largest = max(x.detach().abs().amax().item() for x in operands)
+        return lowest >= _FACTORABLE and math.log(max(largest, 1.0)) - lowest <= _REACH
 
 
 def make_decay(g: torch.Tensor | None) -> Decay | None:
@@ -48,8 +53,7 @@ def make_decay(g: torch.Tensor | None) -> Decay | None:
     wide = g if g.ndim == 5 else g.unsqueeze(-1)
     start, end = wide.cumsum(3), wide.flip(3).cumsum(3).flip(3)
     end = torch.cat([end[:, :, :, 1:], torch.zeros_like(end[:, :, :, :1])], 3)
-    total = start[:, :, :, -1]
-    return Decay(g, start.exp(), end.exp(), total, total.detach().amin().item())
+    return Decay(g, start.exp(), end.exp(), start[:, :, :, -1])
 
 
 def _times(x: torch.Tensor, y: torch.Tensor | float) -> torch.Tensor:
@@ -74,9 +78,7 @@ def _scores(q: torch.Tensor, k: torch.Tensor, decay: Decay | None) -> torch.Tens
     if decay is None or decay.g.ndim == 4:
         weights = causal if decay is None else between(decay.g).exp().tril()
         return _times((q.flatten(3, 4) @ k.transpose(-1, -2)).view(*q.shape[:5], -1), weights.unsqueeze(-2))
-    # What the factors reach together must leave room for the gradients that will multiply it.
-    largest = max(x.detach().abs().amax().item() for x in (q, k))
-    if decay.lowest >= _FACTORABLE and math.log(max(largest, 1.0)) - decay.lowest <= _REACH:
+    if decay.factorable(q, k):
         a = (q * decay.start.unsqueeze(4)).flatten(3, 4) @ (k * (-decay.g.cumsum(3)).exp()).transpose(-1, -2)
         return _factored((q * k.unsqueeze(4)).sum(-1), a)
     decayed = between(decay.g).exp() * k.unsqueeze(3)
@@ -106,7 +108,7 @@ def _read(a: torch.Tensor, v: torch.Tensor, q: torch.Tensor, before: torch.Tenso
         return o.view(*q.shape[:5], -1)
     start = decay.start.unsqueeze(4)
     o = (q.flatten(3, 4) @ before).view(*q.shape[:5], -1) * start
-    if decay.lowest < _FACTORABLE or math.log(max(v.detach().abs().amax().item(), 1.0)) - decay.lowest > _REACH:
+    if not decay.factorable(v):
         return o + torch.einsum("bhncgj,bhncjv,bhnjv->bhncgv", a, between(decay.g).exp(), v)
     own = a.diagonal(dim1=3, dim2=5).transpose(-1, -2)
     strict = a * torch.ones(a.shape[3], a.shape[3], dtype=a.dtype, device=a.device).tril(-1).unsqueeze(1)
@@ -153,12 +155,11 @@ def _segment(chunk, scale, rows, state, out, q, k, v, g, gv):
 
 
 def _plan(q, k, v, g, gv, state, scale, chunk):
-    step = max(_SEGMENT // chunk, 1) * chunk
-    return Plan(partial(_segment, chunk, scale), step, v.shape[-1], state, [q, k, v, g, gv], [0] * 5)
+    return Plan(partial(_segment, chunk, scale), whole_chunks(chunk), v.shape[-1], state, [q, k, v, g, gv], [0] * 5)
 
 
 _additive = define(
-    "additive", "Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? gv, Tensor state, float scale, int chunk", _plan, 5
+    "additive", "Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? gv, Tensor state, float scale, int chunk", _plan
 )
 
 

@@ -24,7 +24,7 @@ def _segment(first, scale, rows, state, out, q, k, v, sink_k, sink_v, sink_colum
     (B, T), H, C = q.shape[:2], k.shape[2], len(window.near)
     N, short = -(-T // C), -T % C
     k, v = head_major(k, short), head_major_ones(v, short)
-    near = weigh(pack(q, H, C), k, Sinks(sink_k, sink_v, sink_column), window, rows.start)
+    weights = weigh(pack(q, H, C), k, Sinks(sink_k, sink_v, sink_column), window, rows.start)
 
     k_far = head_major(k_log, short).clamp_(max=MAX_LOG).exp_()
     g = None if g is None else head_major(g, short)
@@ -36,14 +36,14 @@ def _segment(first, scale, rows, state, out, q, k, v, sink_k, sink_v, sink_colum
     decay = additive.make_decay(g)
     before, state = additive.enter(k_far, v_far, decay, state)
     # In units of the window's largest weight, which keeps both factors inside float32.
-    q_far = pack(q_log, H, C).mul_(LOG2).sub_(near.top).clamp_(max=MAX_LOG * LOG2).exp2_()
+    q_far = pack(q_log, H, C).mul_(LOG2).sub_(weights.top).clamp_(max=MAX_LOG * LOG2).exp2_()
     scores, q_far = additive.scores(q_far, k_far, decay, mix)
     # A key that has left the window of a row is one that its recurrence has let in: their columns complement.
     if torch.is_grad_enabled():
-        near = near._replace(weights=near.weights + F.pad(scores, (0, near.weights.shape[-1] - C)))
+        weights = weights._replace(near=weights.near + F.pad(scores, (0, weights.near.shape[-1] - C)))
     else:
-        near.weights[..., :C] += scores
-    o = attend(near, v, sink_v)
+        weights.near[..., :C] += scores
+    o = attend(weights, v, sink_v)
     o.view(B * H * N, -1, o.shape[-1]).baddbmm_(additive.products(q_far), additive.products(before))
     return divide(o, T, out), state
 
@@ -61,7 +61,6 @@ _joint = define(
     "Tensor q, Tensor k, Tensor v, Tensor sink_k, Tensor sink_v, Tensor sink_column, Tensor q_log, Tensor k_log, "
     "Tensor? g, Tensor mix, Tensor rest, Tensor near, Tensor state, int first, float scale",
     _plan,
-    12,
 )
 
 

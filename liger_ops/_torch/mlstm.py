@@ -10,9 +10,8 @@ import torch
 
 from liger_ops._torch.additive import between, products
 from liger_ops._torch.layout import full_precision, head_major, head_major_ones, pack, unpack
-from liger_ops._torch.segments import Plan, define
+from liger_ops._torch.segments import Plan, define, whole_chunks
 
-_SEGMENT = 1024
 # A unit below exp(-80) would overflow in the floor of the denominator, exp(-m), and buys nothing.
 _SMALLEST = -80.0
 
@@ -58,12 +57,11 @@ def _segment(chunk, scale, rows, state, out, q, k, v, i, f):
 
 
 def _plan(q, k, v, i, f, state, scale, chunk):
-    step = max(_SEGMENT // chunk, 1) * chunk
-    return Plan(partial(_segment, chunk, scale), step, v.shape[-1], state, [q, k, v, i, f], [0] * 5)
+    return Plan(partial(_segment, chunk, scale), whole_chunks(chunk), v.shape[-1], state, [q, k, v, i, f], [0] * 5)
 
 
 _mlstm = define(
-    "mlstm", "Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor state, float scale, int chunk", _plan, 5
+    "mlstm", "Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor state, float scale, int chunk", _plan
 )
 
 

@@ -10,6 +10,7 @@ import torch
 
 from liger_ops._torch.layout import full_precision
 
+_ROWS = 1024
 _LIBRARY = torch.library.Library("liger_ops", "FRAGMENT")
 # body(rows, state, out, *inputs) -> (o, state): fills out [B,rows,HQ,U] if given, otherwise returns a new o.
 Body = Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -49,8 +50,7 @@ def _forward(plan: Plan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     for rows in plan.segments():
         starts.append(state)
         state = plan.body(rows, state, o[:, rows], *plan.shares(rows))[1]
-    # An op may not return what it was given.
-    return o, state.clone() if state is plan.state else state, torch.stack(starts)
+    return o, state, torch.stack(starts)
 
 
 def _backward(
@@ -72,15 +72,21 @@ def _backward(
     return [*grads, dstate]
 
 
-def define(name: str, arguments: str, plan: Callable[..., Plan], state: int) -> Callable[..., Any]:
+def whole_chunks(chunk: int) -> int:
+    """Rows of a segment of about _ROWS, in whole chunks."""
+    return max(_ROWS // chunk, 1) * chunk
+
+
+def define(name: str, arguments: str, plan: Callable[..., Plan]) -> Callable[..., Any]:
     """The op liger_ops::name(arguments) that runs plan(*arguments), with fake and backward.
 
     Returns o, the final state, and the state that each segment starts from, which only the backward wants.
 
-    arguments is a schema whose tensors, in order and without number `state`, are the plan's inputs.
+    arguments is a schema whose tensors, in order and without `state`, are the plan's inputs.
     """
-    kinds = [part.split()[0] for part in arguments.split(", ")]
-    tensors = [n for n, kind in enumerate(kinds) if kind.startswith("Tensor") and n != state]
+    parts = arguments.split(", ")
+    state = parts.index("Tensor state")
+    tensors = [n for n, part in enumerate(parts) if part.startswith("Tensor") and n != state]
     _LIBRARY.define(f"{name}({arguments}) -> (Tensor, Tensor, Tensor)")
     _LIBRARY.define(f"{name}_backward(Tensor do, Tensor dstate, Tensor starts, bool[] needs, {arguments}) -> Tensor[]")
     op, backward_op = getattr(torch.ops.liger_ops, name), getattr(torch.ops.liger_ops, f"{name}_backward")

@@ -60,9 +60,7 @@ def take_sinks(
         seen = torch.where(visible, columns, S)
         column = seen.topk(min(count, S), dim=1, largest=False, sorted=True).values
     column = F.pad(column, (0, count - column.shape[1]), value=S)
-    if count:
-        last = column.masked_fill(column == S, -1).amax(1, keepdim=True)
-        rest = rest & (columns > last)
+    rest = rest & (rest.cumsum(1) > count)
     index = column.clamp(max=max(S - 1, 0))[:, :, None, None].expand(-1, -1, H, -1)
     picked = (x.gather(1, index.expand(-1, -1, -1, x.shape[-1])).transpose(1, 2) for x in (k, v))
     return Sinks(*picked, column), rest
@@ -96,26 +94,24 @@ def _each(x: torch.Tensor, y: list[torch.Tensor]) -> torch.Tensor:
 
 
 class Weights(NamedTuple):
-    """weights 2^(score - top) of the window [B,H,N,C,G,L] and sinks [B*H,P,N*C*G]; top [B,H,N,C,G,1], the largest.
+    """2^(score - top): near of the window [B,H,N,C,G,L] and sinks [B*H,P,N*C*G]; top [B,H,N,C,G,1], the largest.
 
     Scores are logarithms to base 2, whose exponential stays fast far below the underflow.
     """
 
-    weights: torch.Tensor
+    near: torch.Tensor
     sinks: torch.Tensor
     top: torch.Tensor
 
 
 def weigh(q: torch.Tensor, k: torch.Tensor, sinks: Sinks, window: Window, start: int) -> Weights:
-    """q [B,H,N,C,G,D] from row `start` on, and k [B,H,W+N*C,D]."""
+    """q [B,H,N,C,G,D] from row `start` on, which it changes, and k [B,H,W+N*C,D]."""
     (B, H, N, _, G, D), P, (C, L) = q.shape, sinks.k.shape[2], window.near.shape
-    scale = window.scale * LOG2
-    if scale <= 0:
-        q, scale = q * scale, 1.0
+    q = q.mul_(window.scale * LOG2).view(B * H, N, C * G, D)
     near, future = _masks(window, sinks, start, N)
     keys = [x.unfold(0, L, C) for x in k.flatten(0, 1)]
-    scores = _each(q.view(B * H, N, C * G, D), keys).view(B, H, N, C, G, L).add_(near)
-    # A constant to the gradient: it divides out. Scores are scaled after it is taken off, when less is rounded away.
+    scores = _each(q, keys).view(B, H, N, C, G, L).add_(near)
+    # A constant to the gradient: it divides out.
     top = scores.detach().amax(-1, keepdim=True)
     # Keys first: with P so small, everything else is far slower.
     sink = torch.bmm(sinks.k.flatten(0, 1), q.view(B * H, -1, D).transpose(1, 2))
@@ -123,15 +119,15 @@ def weigh(q: torch.Tensor, k: torch.Tensor, sinks: Sinks, window: Window, start:
         if future is not None:
             sink.view(B, H, P, N, C, G).add_(future)
         top = torch.maximum(top, sink.detach().amax(1).view(top.shape))
-        sink.sub_(top.view(B * H, 1, -1)).mul_(scale).exp2_()
-    return Weights(scores.sub_(top).mul_(scale).exp2_(), sink, top * scale)
+        sink.sub_(top.view(B * H, 1, -1)).exp2_()
+    return Weights(scores.sub_(top).exp2_(), sink, top)
 
 
 def attend(weights: Weights, v: torch.Tensor, sink_v: torch.Tensor) -> torch.Tensor:
     """v [B,H,W+N*C,V+1], sink_v [B,H,P,V] -> weighted sums [B,H,N,C,G,V+1]."""
-    B, H, N, C, G, L = weights.weights.shape
+    B, H, N, C, G, L = weights.near.shape
     values = [x.unfold(0, L, C).transpose(1, 2) for x in v.flatten(0, 1)]
-    o = _each(weights.weights.view(B * H, N, C * G, L), values)
+    o = _each(weights.near.view(B * H, N, C * G, L), values)
     if sink_v.shape[2]:
         sink_v = F.pad(sink_v.flatten(0, 1), (0, 1), value=1.0)
         o.view(B * H, N * C * G, -1).baddbmm_(weights.sinks.transpose(1, 2), sink_v)

@@ -114,18 +114,27 @@ def test_the_future_changes_no_bit_of_the_past(case, data):
 @given(cases(), st.integers(0, 9))
 def test_a_single_token_equals_the_last_of_many(case, lead):
     x, window, sinks, _ = case
+    # A single output may cancel to almost nothing, where float32 says little.
+    x = {n: y.double() for n, y in x.items()}
     whole, state = run(x, window, sinks, lead)
     T, last = x["q"].shape[1], {n: y if n == "mix" else y[:, -1:] for n, y in x.items()}
     B = len(x["q"])
-    past = {n: torch.randn(B, lead + window, *x[n].shape[2:]) for n in ("k", "v", "k_log")}
+    past = {n: torch.randn(B, lead + window, *x[n].shape[2:], dtype=torch.float64) for n in ("k", "v", "k_log")}
     keys = {n: torch.cat([past[n], x[n]], 1) for n in past}
-    g = torch.cat([-torch.ones(B, lead + window, *x["g"].shape[2:]), x["g"]], 1) if "g" in x else None
+    g = (
+        torch.cat([-torch.ones(B, lead + window, *x["g"].shape[2:], dtype=torch.float64), x["g"]], 1)
+        if "g" in x
+        else None
+    )
     visible = torch.arange(lead + window + T).expand(B, -1) >= lead + window
     shared = dict(window=window, sinks=sinks, output_final_state=True)
     before = None
     if lead + T > 1:
         part = slice(0, lead + T - 1)
-        q, q_log = (torch.cat([torch.randn(B, lead, *x[n].shape[2:]), x[n]], 1)[:, part] for n in ("q", "q_log"))
+        q, q_log = (
+            torch.cat([torch.randn(B, lead, *x[n].shape[2:], dtype=torch.float64), x[n]], 1)[:, part]
+            for n in ("q", "q_log")
+        )
         gates = None if g is None else g[:, part]
         k, v = keys["k"][:, :-1], keys["v"][:, :-1]
         args = (q, k, v, q_log, keys["k_log"][:, part], gates, x["mix"])
@@ -135,8 +144,8 @@ def test_a_single_token_equals_the_last_of_many(case, lead):
     with torch.no_grad():
         args = (last["q"], keys["k"], keys["v"], last["q_log"], leaving, gates, x["mix"])
         o, after = liger_attention(*args, visible=visible, initial_state=before, **shared)
-    assert distance(o, whole[:, -1:].double()) <= 2e-6
-    assert distance(after, state.double()) <= 2e-6
+    assert distance(o, whole[:, -1:]) <= 1e-12
+    assert distance(after, state) <= 1e-12
 
 
 def test_mix_zero_is_the_window_alone():
