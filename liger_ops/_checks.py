@@ -93,18 +93,32 @@ def either(name: str, x: torch.Tensor | None, other: str, y: torch.Tensor | None
     return y if x is None else x
 
 
-def check_cu_seqlens(cu_seqlens: torch.Tensor | None, batch: int, length: int) -> list[int] | None:
-    """Sequence bounds as a Python list, or None."""
+def check_cu_seqlens(
+    cu_seqlens: torch.Tensor | None, batch: int, length: int, on_host: torch.Tensor | None = None, kernels: bool = False
+) -> list[int] | None:
+    """Sequence bounds as a Python list, or None without any.
+
+    kernels need no list: then the values of cu_seqlens are read only outside of a captured or compiled graph, and
+    not at all when they are on the host already.
+    """
     if cu_seqlens is None:
         return None
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1 or cu_seqlens.is_floating_point():
         fail("cu_seqlens", "a 1-d integer tensor of sequence bounds", f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
     if batch != 1:
         fail("cu_seqlens", "batch 1 (sequences packed along time)", f"batch {batch}")
-    bounds = cu_seqlens.tolist()
+    if on_host is not None and on_host.shape != cu_seqlens.shape:
+        fail("cu_seqlens_cpu", f"as many bounds as cu_seqlens ({len(cu_seqlens)})", tuple(on_host.shape))
+    if kernels and on_host is None and (torch.compiler.is_compiling() or _capturing(cu_seqlens)):
+        return None
+    bounds = (cu_seqlens if on_host is None else on_host).tolist()
     if bounds[0] != 0 or bounds[-1] != length or any(a > b for a, b in itertools.pairwise(bounds)):
         fail("cu_seqlens", f"bounds that rise from 0 to {length}", bounds)
     return bounds
+
+
+def _capturing(x: torch.Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def check_positive(name: str, value: int, minimum: int = 1) -> None:

@@ -8,12 +8,9 @@ from functools import partial
 import torch
 
 from liger_ops import _checks
-from liger_ops._sequences import over_sequences
-from liger_ops._torch.additive import recurrence, step
-
-# A per-channel gate costs an exponential per row, column and channel of a chunk, the others one per row and column.
-CHUNK_PER_CHANNEL = 16
-CHUNK = 32
+from liger_ops._packed import on_triton, recurrence
+from liger_ops._sequences import at_once, over_sequences
+from liger_ops._torch.additive import step
 
 
 def _run(
@@ -40,7 +37,8 @@ def _run(
     _checks.check_decay(g, k, ranks)
     _checks.check_decay(g_gamma, k, (1,), "g_gamma")
     _checks.check_decay(gv, v, (4,), "gv")
-    bounds = _checks.check_cu_seqlens(cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu, *q.shape[:2])
+    kernels = on_triton(q, gv)
+    bounds = _checks.check_cu_seqlens(cu_seqlens, *q.shape[:2], cu_seqlens_cpu, kernels)
     if g_gamma is not None:
         fixed = g_gamma.expand(k.shape[:3])
         g = fixed if g is None else g + fixed
@@ -51,16 +49,19 @@ def _run(
     state = initial_state
     if state is not None and state_v_first:
         state = state.transpose(-1, -2)
-    _checks.check_state(state, q.shape[0] if bounds is None else len(bounds) - 1, k, v.shape[-1])
-    if chunk_size is None:
-        chunk_size = CHUNK_PER_CHANNEL if g is not None and g.ndim == 4 else CHUNK
-    _checks.check_positive("chunk_size", chunk_size)
+    _checks.check_state(state, q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1, k, v.shape[-1])
+    if chunk_size is not None:
+        _checks.check_positive("chunk_size", chunk_size)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
 
-    def core(q, k, v, g, gv, state):
-        return recurrence(q, k, v, g, scale, state, chunk_size, gv)
+    def core(q, k, v, g, gv, state, cu_seqlens=None):
+        return recurrence(q, k, v, g, scale, state, chunk_size, gv, cu_seqlens)
 
-    o, state = over_sequences(core, (q, k, v, g, gv), state, bounds, reverse)
+    tensors = q, k, v, g, gv
+    if kernels:
+        o, state = at_once(core, tensors, state, cu_seqlens, reverse)
+    else:
+        o, state = over_sequences(core, tensors, state, bounds, reverse)
     if normalize:
         o = o[..., :-1] / o[..., -1:]
     if not output_final_state:

@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from liger_ops import _checks
-from liger_ops._gated_linear_attention import CHUNK_PER_CHANNEL
+from liger_ops._packed import recurrence
 from liger_ops._sequences import over_sequences
-from liger_ops._torch.additive import recurrence
 
 SlotState = tuple[torch.Tensor, torch.Tensor]
 
@@ -29,7 +28,7 @@ def chunk_gsa(
     cu_seqlens_cpu: torch.Tensor | None = None,
     *,
     reverse: bool = False,
-    chunk_size: int = CHUNK_PER_CHANNEL,
+    chunk_size: int | None = None,
 ) -> tuple[torch.Tensor, SlotState | None]:
     """Gated slot attention (arXiv 2409.07146, eq. 10): two passes of gated linear attention around a softmax.
 
@@ -57,12 +56,13 @@ def chunk_gsa(
     _checks.check_qkv(q, k, v)
     _checks.check_like("s", s, k, "H, M")
     _checks.check_decay(g, s, (4,))
-    bounds = _checks.check_cu_seqlens(cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu, *q.shape[:2])
+    bounds = _checks.check_cu_seqlens(cu_seqlens, *q.shape[:2], cu_seqlens_cpu)
     count, M = q.shape[0] if bounds is None else len(bounds) - 1, s.shape[-1]
     if initial_state is not None:
         _checks.check_state(initial_state[0], count, k, M, "initial_state[0]")
         _checks.check_state(initial_state[1], count, s, v.shape[-1], "initial_state[1]")
-    _checks.check_positive("chunk_size", chunk_size)
+    if chunk_size is not None:
+        _checks.check_positive("chunk_size", chunk_size)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
 

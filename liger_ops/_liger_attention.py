@@ -6,7 +6,7 @@ Shapes: B batch, T queries, S = W + T keys, HQ query heads, H key/value heads, D
 import torch
 
 from liger_ops import _checks
-from liger_ops._gated_linear_attention import CHUNK, CHUNK_PER_CHANNEL
+from liger_ops._packed import default_chunk
 from liger_ops._torch.joint import joint, joint_step
 from liger_ops._torch.window import make_window, take_sinks
 
@@ -66,7 +66,6 @@ def liger_attention(
     _checks.check_state(initial_state, B, k_log, v.shape[-1] + 1)
     dtype, scale = q.dtype, q.shape[-1] ** -0.5 if scale is None else scale
 
-    chunk = CHUNK_PER_CHANNEL if g is not None and g.ndim == 4 else CHUNK
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     M, U = k_log.shape[-1], v.shape[-1] + 1
     state = q.new_zeros(B, k.shape[2], M, U, dtype=work) if initial_state is None else initial_state.to(work)
@@ -82,6 +81,6 @@ def liger_attention(
     held, rest = take_sinks(k.to(work), v.to(work), sinks, visible)
     q, k, v, q_log, k_log = (x.to(work) for x in (q, k[:, near], v[:, near], q_log, k_log))
     g = None if g is None else g.to(work)
-    where = make_window(rest[:, near], T, S - T, scale, min(chunk, T), work)
+    where = make_window(rest[:, near], T, S - T, scale, min(default_chunk(g), T), work)
     o, state = joint(q, k, v, q_log, k_log, g, mix, state, held, where)
     return o.to(dtype), state if output_final_state else None

@@ -6,7 +6,7 @@ Shapes: B batch, T time, HQ query heads, H key/value heads (HQ = G * H), K key w
 import torch
 
 from liger_ops import _checks
-from liger_ops._gated_linear_attention import CHUNK
+from liger_ops._packed import CHUNK
 from liger_ops._sequences import over_sequences
 from liger_ops._torch.mlstm import mlstm as _mlstm
 

@@ -6,9 +6,8 @@ Shapes: B batch, T time, HQ query heads, H key/value heads (HQ = G * H), K key w
 import torch
 
 from liger_ops import _checks
-from liger_ops._gated_linear_attention import CHUNK_PER_CHANNEL
-from liger_ops._sequences import over_sequences
-from liger_ops._torch.additive import recurrence
+from liger_ops._packed import on_triton, recurrence
+from liger_ops._sequences import after_one, at_once, over_sequences
 
 
 def chunk_rwkv6(
@@ -24,7 +23,7 @@ def chunk_rwkv6(
     cu_seqlens_cpu: torch.Tensor | None = None,
     *,
     reverse: bool = False,
-    chunk_size: int = CHUNK_PER_CHANNEL,
+    chunk_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """RWKV-6 (arXiv 2404.05892, eq. 19): what a token reads is the state before it, and itself through u.
 
@@ -48,21 +47,30 @@ def chunk_rwkv6(
     _checks.check_decay(w, k, (4,), "w")
     if tuple(u.shape) != (r.shape[2], r.shape[3]):
         _checks.fail("u", f"shape {[r.shape[2], r.shape[3]]}", tuple(u.shape))
-    bounds = _checks.check_cu_seqlens(cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu, *r.shape[:2])
-    _checks.check_state(initial_state, r.shape[0] if bounds is None else len(bounds) - 1, k, v.shape[-1])
-    _checks.check_positive("chunk_size", chunk_size)
+    kernels = on_triton(r)
+    bounds = _checks.check_cu_seqlens(cu_seqlens, *r.shape[:2], cu_seqlens_cpu, kernels)
+    _checks.check_state(initial_state, r.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1, k, v.shape[-1])
+    if chunk_size is not None:
+        _checks.check_positive("chunk_size", chunk_size)
     scale = r.shape[-1] ** -0.5 if scale is None else scale
 
-    def core(r, k, v, w, state):
+    def core(r, k, v, w, state, cu_seqlens=None):
         """Token t - 1 asks token t's question of the inclusive recurrence; the first one asks the initial state."""
-        o, final = recurrence(torch.cat([r[:, 1:], torch.zeros_like(r[:, :1])], 1), k, v, w, scale, state, chunk_size)
-        first = torch.zeros_like(o[:, :1])
-        if state is not None and len(r[0]):
-            q = (scale * r[:, 0]).to(state.dtype).unflatten(1, (k.shape[2], -1))
-            first = (q @ state).flatten(1, 2).unsqueeze(1).to(o.dtype)
-        return torch.cat([first, o[:, :-1]], 1)[:, : r.shape[1]], final
+        asked = torch.cat([r[:, 1:], torch.zeros_like(r[:, :1])], 1)
+        o, final = recurrence(asked, k, v, w, scale, state, chunk_size, cu_seqlens=cu_seqlens)
+        if not r.shape[1]:
+            return o, final
+        begin = r[:, 0] if cu_seqlens is None else r[0, cu_seqlens[:-1].clamp(max=r.shape[1] - 1)]
+        first = begin.new_zeros(*begin.shape[:2], v.shape[-1])
+        if state is not None:
+            q = (scale * begin).to(state.dtype).unflatten(1, (k.shape[2], -1))
+            first = (q @ state).flatten(1, 2).to(o.dtype)
+        return after_one(o, first, cu_seqlens), final
 
-    o, state = over_sequences(core, (r, k, v, w), initial_state, bounds, reverse)
+    if kernels:
+        o, state = at_once(core, (r, k, v, w), initial_state, cu_seqlens, reverse)
+    else:
+        o, state = over_sequences(core, (r, k, v, w), initial_state, bounds, reverse)
     H = k.shape[2]
     work = torch.float64 if r.dtype == torch.float64 else torch.float32
     bonus = ((r * u).to(work).unflatten(2, (H, -1)) * k.to(work).unsqueeze(3)).sum(-1, keepdim=True)

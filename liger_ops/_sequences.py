@@ -54,3 +54,31 @@ def over_sequences(
     ]
     outputs, states = zip(*pieces, strict=True)
     return torch.cat(outputs, 1), _join(list(states))
+
+
+def at_once(
+    core: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    tensors: Sequence[torch.Tensor | None],
+    state: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    reverse: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`over_sequences` for a core(*tensors, state, cu_seqlens) that knows packing itself; reads no bounds."""
+    if not reverse:
+        return core(*tensors, state, cu_seqlens)
+    tensors = [x if x is None else x.flip(1) for x in tensors]
+    if cu_seqlens is None:
+        o, state = core(*tensors, state, None)
+        return o.flip(1), state
+    o, state = core(*tensors, state if state is None else state.flip(0), (cu_seqlens[-1] - cu_seqlens).flip(0))
+    return o.flip(1), state.flip(0)
+
+
+def after_one(o: torch.Tensor, first: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+    """o [B,T,H,V] one token later, and first [N,H,V] where a sequence begins."""
+    if cu_seqlens is None:
+        return torch.cat([first.unsqueeze(1), o[:, :-1]], 1)
+    # Empty sequences begin on a row that is cut off again.
+    begin = torch.where(cu_seqlens[1:] > cu_seqlens[:-1], cu_seqlens[:-1], o.shape[1]).long()
+    later = torch.cat([o[:, :1], o], 1)
+    return later.index_copy(1, begin, first.unsqueeze(0))[:, :-1]

@@ -1,0 +1,143 @@
+"""Compile every kernel and configuration for GPUs that are not there, and read what they would use; writes JSON.
+
+python -m benchmarks.compile_table --out benchmarks/results/compile-table.json
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from liger_ops._triton import additive
+from liger_ops._triton import launch as launching
+
+# Shared memory that one program may have, in bytes.
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 163 << 10),
+    "sm_90": (GPUTarget("cuda", 90, 32), 227 << 10),
+    "sm_100": (GPUTarget("cuda", 100, 32), 227 << 10),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 << 10),
+}
+CASES = [(gate, dtype) for gate in ("channel", "head", "none") for dtype in ("bfloat16", "float32")]
+_MATRIX = r"wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma|v_smfmac"
+_POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64"}
+
+
+class Job(NamedTuple):
+    """One compilation: the kernel's place among those that a case launches, its configuration and target."""
+
+    gate: str
+    dtype: str
+    place: int
+    option: int
+    target: str
+
+
+def launches(gate: str, dtype: str, K: int = 128, V: int = 128) -> list[tuple]:
+    """(kernel, K, V, arguments, constants) of everything that forward and backward launch, which then runs nothing."""
+    B, T, H, G = 1, 256, 2, 2
+    kind, calls = getattr(torch, dtype), []
+    q, k = torch.empty(B, T, H * G, K, dtype=kind), torch.empty(B, T, H, K, dtype=kind)
+    v, state = torch.empty(B, T, H, V, dtype=kind), torch.empty(B, H, K, V)
+    g = {"channel": torch.empty(B, T, H, K), "head": torch.empty(B, T, H), "none": None}[gate]
+
+    def record(kernel, grid, K, V, *args, **constants):
+        calls.append((kernel, K, V, args, constants))
+
+    run, additive.launch = additive.launch, record
+    try:
+        shared = q, k, v, g, state, None, 0.1, None
+        additive.forward(*shared)
+        additive.backward(torch.empty_like(q[..., :1].expand(*q.shape[:3], V)), state, *shared, g is not None)
+    finally:
+        additive.launch = run
+    return calls
+
+
+def jobs(every_option: bool = True) -> Iterator[Job]:
+    for gate, dtype in CASES:
+        for place, (kernel, K, V, args, _) in enumerate(launches(gate, dtype)):
+            options = launching.options(kernel.fn.__name__, args[0].dtype, K, V)
+            for option in range(len(options) if every_option else 1):
+                for target in TARGETS:
+                    yield Job(gate, dtype, place, option, target)
+
+
+def _spills(asm: dict[str, Any], target: GPUTarget) -> tuple[int, int]:
+    """Registers of a thread, and what it spills to memory: bytes, or registers on HIP."""
+    if target.backend == "hip":
+        counts = {n: int(x) for n, x in re.findall(r"\.(\w+_count):\s+(\d+)", asm["amdgcn"])}
+        # Scalar registers spill into vector registers, not into memory.
+        return counts["vgpr_count"], counts["vgpr_spill_count"]
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    # The variants with an "a" have the architecture's own matrix instructions.
+    name = re.search(r"\.target (\w+)", asm["ptx"]).group(1)
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source, tempfile.NamedTemporaryFile() as out:
+        source.write(asm["ptx"])
+        source.flush()
+        command = [get_ptxas(target.arch).path, "-v", f"--gpu-name={name}", source.name, "-o", out.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return int(re.search(r"Used (\d+) registers", said).group(1)), int(re.search(r"(\d+) bytes spill stores", said)[1])
+
+
+def compile_one(job: Job) -> dict[str, Any]:
+    """What the compiler says of one kernel, configuration and target."""
+    kernel, K, V, args, constants = launches(job.gate, job.dtype)[job.place]
+    config = launching.options(kernel.fn.__name__, args[0].dtype, K, V)[job.option]
+    target, room = TARGETS[job.target]
+    constants = launching.fill(kernel, config, constants)
+    signature, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        x = args[i]
+        signature[name] = (
+            _POINTERS[x.dtype] if isinstance(x, torch.Tensor) else "fp32" if isinstance(x, float) else "i32"
+        )
+        if isinstance(x, torch.Tensor) or (isinstance(x, int) and x % 16 == 0):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, {(kernel.arg_names.index(n),): x for n, x in constants.items()}, attributes)
+    options = dict(num_warps=config.num_warps, num_stages=config.num_stages)
+    compiled = triton.compile(source, target=target, options=options)
+    text = compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"]
+    registers, spilled = _spills(compiled.asm, target)
+    atomics = re.findall(r"(?:atom|red)\.[\w.]*f(?:16|32|64)|(?:global|flat|buffer)_atomic_\w*f(?:16|32|64)", text)
+    row = dict(kernel=kernel.fn.__name__, gate=job.gate, dtype=job.dtype, target=job.target, **config._asdict())
+    row |= dict(registers=registers, spilled=spilled, shared=compiled.metadata.shared, room=room)
+    return row | dict(matrix_instructions=len(re.findall(_MATRIX, text)), float_atomics=len(atomics))
+
+
+def table(every_option: bool = True, workers: int = 2) -> list[dict[str, Any]]:
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        return list(pool.map(compile_one, jobs(every_option), chunksize=4))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    rows = table()
+    head = list(rows[0])
+    print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+    for row in rows:
+        print("| " + " | ".join(str(row[n]) for n in head) + " |")
+    if args.out:
+        found = dict(triton=triton.__version__, torch=torch.__version__, rows=rows)
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Which backend runs the additive recurrence; on a GPU it is one opaque op, its sequences packed or not.
+
+Shapes: B batch, T time, HQ query heads, H key/value heads, K key width, V value width, N sequences.
+"""
+
+import functools
+import importlib.util
+
+import torch
+
+from liger_ops._torch import additive
+from liger_ops._torch.layout import full_precision
+
+# A per-channel gate costs an exponential per row, column and channel of a chunk, the others one per row and column.
+CHUNK_PER_CHANNEL = 16
+CHUNK = 32
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def on_triton(q: torch.Tensor, gv: torch.Tensor | None = None) -> bool:
+    """Whether kernels serve these tensors: on a GPU, float64 and decays of value channels aside."""
+    return q.is_cuda and q.dtype != torch.float64 and gv is None and _has_triton()
+
+
+def default_chunk(g: torch.Tensor | None, chunk: int | None = None) -> int:
+    per_channel = CHUNK_PER_CHANNEL if g is not None and g.ndim == 4 else CHUNK
+    return per_channel if chunk is None else chunk
+
+
+@torch.library.custom_op("liger_ops::packed", mutates_args=())
+def _packed(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor | None,
+    state: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    scale: float,
+    chunk: int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from liger_ops._triton.additive import forward
+
+    return forward(q, k, v, g, state, cu_seqlens, scale, chunk)
+
+
+@_packed.register_fake
+def _(q, k, v, g, state, cu_seqlens, scale, chunk):
+    return v.new_empty(*q.shape[:3], v.shape[-1]), torch.empty_like(state, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("liger_ops::packed_backward", mutates_args=())
+def _packed_backward(
+    do: torch.Tensor,
+    dstate: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor | None,
+    state: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    scale: float,
+    chunk: int | None,
+    gate: bool,
+) -> list[torch.Tensor]:
+    """Gradients of q, k, v and state, and of g if wanted."""
+    from liger_ops._triton.additive import backward
+
+    *found, dg, dfirst = backward(do, dstate, q, k, v, g, state, cu_seqlens, scale, chunk, gate)
+    return [*found, dfirst] + ([dg] if gate else [])
+
+
+@_packed_backward.register_fake
+def _(do, dstate, q, k, v, g, state, cu_seqlens, scale, chunk, gate):
+    return [torch.empty_like(x) for x in ((q, k, v, state, g) if gate else (q, k, v, state))]
+
+
+def _setup(ctx, inputs, output):
+    *tensors, ctx.scale, ctx.chunk = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx, do, dstate):
+    if torch.is_grad_enabled():
+        raise RuntimeError("liger_ops::packed_backward: expected one differentiation, got create_graph=True")
+    gate = ctx.needs_input_grad[3]
+    held = ctx.saved_tensors
+    dq, dk, dv, dfirst, *dg = _packed_backward(do, dstate, *held, ctx.scale, ctx.chunk, gate)
+    return dq, dk, dv, dg[0] if gate else None, dfirst, None, None, None
+
+
+_packed.register_autograd(_differentiate, setup_context=_setup)
+
+
+@full_precision
+def recurrence(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor | None,
+    scale: float,
+    state: torch.Tensor | None,
+    chunk: int | None = None,
+    gv: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q [B,T,HQ,K], k [B,T,H,K], v [B,T,H,V] -> o [B,T,HQ,V] in the dtype of q, and the last state [N,H,K,V].
+
+    Log decays g [B,T,H] or [B,T,H,K] and gv [B,T,H,V], or None. cu_seqlens [N+1] only where `on_triton`.
+    """
+    (B, T, H, K), V = k.shape, v.shape[-1]
+    if not (on_triton(q, gv) and T and B):
+        return additive.recurrence(q, k, v, g, scale, state, default_chunk(g, chunk), gv)
+    N = B if cu_seqlens is None else len(cu_seqlens) - 1
+    state = q.new_zeros(N, H, K, V, dtype=torch.float32) if state is None else state.float()
+    return _packed(q, k, v, g, state, cu_seqlens, scale, chunk)

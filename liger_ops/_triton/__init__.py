@@ -1,0 +1,1 @@
+"""The additive recurrence on GPUs. Nothing here is imported before a GPU tensor needs it."""

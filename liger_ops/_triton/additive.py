@@ -1,0 +1,154 @@
+"""The additive recurrence on chunks: states first, then every chunk by itself; forwards and backwards.
+
+Shapes: B batch, T time, S = B * T tokens, N sequences, H key/value heads, HQ = G * H query heads, K key width,
+V value width, C rows of a chunk.
+"""
+
+from typing import NamedTuple
+
+import torch
+from triton import cdiv, next_power_of_2
+
+from liger_ops._triton import gradients, outputs, pairs, states
+from liger_ops._triton.launch import Chunks, equal_chunks, launch, make_chunks, precision
+
+_ROWS = 16
+
+
+def chunk_size(dtype: torch.dtype, wanted: int | None) -> int:
+    """A power of two from 16 to 128. Unless told: 64, or 32 in float32, whose products without tf32 fill registers."""
+    return (32 if dtype == torch.float32 else 64) if wanted is None else min(max(next_power_of_2(wanted), 16), 128)
+
+
+class _Call(NamedTuple):
+    """Contiguous q [S,HQ,K], k [S,H,K], v [S,H,V], g [S,H,1 or K] or None, where chunks lie, and the constants."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    g: torch.Tensor | None
+    chunks: Chunks
+    constants: dict
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """H, G, K, V and the width of g."""
+        H, K = self.k.shape[1:]
+        return H, self.q.shape[1] // H, K, self.v.shape[2], 1 if self.g is None else self.g.shape[2]
+
+    @property
+    def per_channel(self) -> bool:
+        return self.constants["PER_CHANNEL"]
+
+    def gate(self) -> torch.Tensor:
+        """g, or anything in its place: without a gate no kernel reads it."""
+        return self.q if self.g is None else self.g
+
+
+def _call(q, k, v, g, cu_seqlens, chunk) -> _Call:
+    chunk = chunk_size(q.dtype, chunk)
+    B, T = q.shape[:2]
+    per_channel = g is not None and g.ndim == 4
+    if g is not None:
+        g = g.float().contiguous().view(B * T, k.shape[2], -1)
+    q, k, v = (x.contiguous().flatten(0, 1) for x in (q, k, v))
+    where = equal_chunks(B, T, chunk, q.device) if cu_seqlens is None else make_chunks(cu_seqlens, T, chunk)
+    constants = dict(C=chunk, GATED=g is not None, PER_CHANNEL=per_channel, PRECISION=precision(q.dtype))
+    return _Call(q, k, v, g, where, constants)
+
+
+def _states(x: _Call, k, v, first, scale=1.0, reverse=False):
+    """The states that chunks start from [chunks,H,K,V], in either direction of time, and the last one."""
+    H, _, K, V, KG = x.sizes
+    kept = torch.bfloat16 if x.q.dtype == torch.bfloat16 else torch.float32
+    h = k.new_empty(len(x.chunks.chunks), H, K, V, dtype=kept)
+    last = torch.empty_like(first)
+    args = k, v, x.gate(), first, h, last, x.chunks.sequences, scale, H, k.shape[1] // H, K, V, KG
+    grid = len(first) * H
+    launch(
+        states.states_kernel,
+        lambda c: (grid, cdiv(K, c.BK), cdiv(V, c.BV)),
+        K,
+        V,
+        *args,
+        **x.constants,
+        REVERSE=reverse,
+    )
+    return h, last
+
+
+def _pairs(x: _Call) -> torch.Tensor:
+    return x.q.new_empty(*x.q.shape[:2], x.constants["C"], dtype=torch.float32)
+
+
+def _scores(x: _Call) -> torch.Tensor:
+    """Per channel: the decayed scores of the pairs within chunks [S,HQ,C]; otherwise something that nobody reads."""
+    if not x.per_channel:
+        return x.q
+    H, G, K, V, _ = x.sizes
+    a, count, C = _pairs(x), len(x.chunks.chunks), x.constants["C"]
+    args = x.q, x.k, x.g, a, x.chunks.chunks, H, G, K
+    launch(pairs.scores_kernel, lambda _: (count, cdiv(C, _ROWS), H * G), K, V, *args, **x.constants, R=_ROWS)
+    return a
+
+
+def forward(q, k, v, g, state, cu_seqlens, scale, chunk):
+    """q [B,T,HQ,K], k [B,T,H,K], v [B,T,H,V], g [B,T,H] or [B,T,H,K] or None, state [N,H,K,V] -> o, last state."""
+    x = _call(q, k, v, g, cu_seqlens, chunk)
+    H, G, K, V, KG = x.sizes
+    h, last = _states(x, x.k, x.v, state.contiguous())
+    o = v.new_empty(*q.shape[:3], V)
+    count = len(h)
+    args = x.q, x.k, x.v, x.gate(), h, _scores(x), o, x.chunks.chunks, scale, H, G, K, V, KG
+    launch(outputs.outputs_kernel, lambda c: (count, cdiv(V, c.BV), H * G), K, V, *args, **x.constants)
+    return o, last
+
+
+def backward(do, dstate, q, k, v, g, state, cu_seqlens, scale, chunk, gate_gradient):
+    """The gradients of q, k, v, g (None unless gate_gradient) and the initial state."""
+    x = _call(q, k, v, g, cu_seqlens, chunk)
+    H, G, K, V, KG = x.sizes
+    do = do.contiguous().flatten(0, 1)
+    h, _ = _states(x, x.k, x.v, state.contiguous())
+    dh, dfirst = _states(x, x.q, do, dstate.contiguous(), scale, reverse=True)
+    table, count, tokens = x.chunks.chunks, len(h), len(x.q)
+    a, da, own = _scores(x), x.q, (x.q, x.k)
+    if x.per_channel:
+        da, own = _pairs(x), _own_gradients(x, do, scale)
+        da, own = own[0], own[1:]
+    dq, dk, dv = torch.empty_like(x.q), torch.empty_like(x.k), torch.empty_like(x.v)
+    # A part per block of channels, of any configuration: those that are not written stay zero.
+    parts = () if x.per_channel else (cdiv(K, 16),)
+    dg = q.new_zeros(*parts, tokens, H, KG, dtype=torch.float32) if gate_gradient else x.q
+    args = x.q, x.k, x.v, x.gate(), h, dh, do, da, *own, dq, dk, dg, table, scale, tokens, H, G, K, V, KG
+    launch(
+        gradients.gradients_kernel,
+        lambda c: (count, cdiv(K, c.BK), H),
+        K,
+        V,
+        *args,
+        **x.constants,
+        GATE_GRADIENT=gate_gradient,
+    )
+    args = x.q, x.k, do, x.gate(), dh, a, dv, table, scale, H, G, K, V, KG
+    launch(outputs.values_kernel, lambda c: (count, cdiv(V, c.BV), H), K, V, *args, **x.constants)
+    if gate_gradient:
+        dg = (dg if x.per_channel else dg.sum(0)).view(g.shape).to(g.dtype)
+    return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape), dg if gate_gradient else None, dfirst
+
+
+def _own_gradients(x: _Call, do, scale):
+    """The gradients of the scores within chunks, and what they make of queries and keys."""
+    H, G, K, V, _ = x.sizes
+    table, C, count = x.chunks.chunks, x.constants["C"], len(x.chunks.chunks)
+    da = _pairs(x)
+    dq, dk = (torch.empty_like(y, dtype=torch.float32) for y in (x.q, x.k))
+    launch(pairs.products_kernel, lambda _: (count, H * G), K, V, do, x.v, da, table, scale, H, G, V, **x.constants)
+    for kernel, y, dy in ((pairs.queries_gradient_kernel, x.k, dq), (pairs.keys_gradient_kernel, x.q, dk)):
+        heads = dy.shape[1]
+
+        def grid(c, heads=heads):
+            return count, cdiv(C, _ROWS), heads * cdiv(K, c.BK)
+
+        launch(kernel, grid, K, V, da, y, x.g, dy, table, H, G, K, **x.constants, R=_ROWS)
+    return da, dq, dk

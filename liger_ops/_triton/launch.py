@@ -1,0 +1,148 @@
+"""Where chunks lie, which configuration runs, and the only autotuner.
+
+Shapes: N sequences of S tokens in all, C rows of a chunk.
+"""
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.runtime.interpreter import InterpretedFunction
+
+
+class Config(NamedTuple):
+    """Blocks of the key and value width, and how Triton compiles."""
+
+    BK: int
+    BV: int
+    num_warps: int
+    num_stages: int
+
+
+# The first of each is the choice where nothing can be timed: it spills no register at K = V = 128.
+CONFIGS: dict[str, list[Config]] = {
+    "states_kernel": [Config(32, 64, 4, 1), Config(32, 32, 4, 2), Config(64, 64, 8, 2)],
+    "outputs_kernel": [Config(32, 64, 4, 2), Config(32, 128, 8, 2)],
+    "values_kernel": [Config(32, 64, 8, 2), Config(32, 64, 4, 1)],
+    "scores_kernel": [Config(32, 16, 4, 2), Config(16, 16, 2, 2)],
+    "products_kernel": [Config(16, 32, 4, 2), Config(16, 64, 4, 3)],
+    "queries_gradient_kernel": [Config(32, 16, 2, 2), Config(64, 16, 4, 2)],
+    "keys_gradient_kernel": [Config(32, 16, 2, 2), Config(64, 16, 4, 2)],
+    "gradients_kernel": [Config(16, 32, 8, 1), Config(32, 32, 8, 1)],
+}
+# Where float32 wants another default.
+_FLOAT32: dict[str, list[Config]] = {"gradients_kernel": [Config(16, 32, 4, 1), Config(32, 32, 8, 1)]}
+_chosen: dict[tuple, Config] = {}
+_lock = threading.Lock()
+
+
+def block(width: int, most: int) -> int:
+    """The block for a width: a power of two, at least 16 for the matrix units."""
+    return min(max(triton.next_power_of_2(width), 16), most)
+
+
+def options(name: str, dtype: torch.dtype, K: int, V: int) -> list[Config]:
+    """The configurations of a kernel at these widths, without repetition."""
+    known = _FLOAT32.get(name, CONFIGS[name]) if dtype == torch.float32 else CONFIGS[name]
+    fitted = (c._replace(BK=block(K, c.BK), BV=block(V, c.BV)) for c in known)
+    return list(dict.fromkeys(fitted))
+
+
+def _milliseconds(run: Callable[[], Any]) -> float:
+    run()
+    times = []
+    for _ in range(5):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times)[2]
+
+
+def fill(kernel: Any, config: Config, constants: dict[str, Any]) -> dict[str, Any]:
+    """The constants that a kernel names, and its blocks: BG is that of a gate, as wide as a key's or 1."""
+    wanted = dict(constants, BK=config.BK, BV=config.BV, BG=config.BK if constants["PER_CHANNEL"] else 1)
+    return {n: x for n, x in wanted.items() if n in kernel.arg_names}
+
+
+def launch(
+    kernel: Any, grid: Callable[[Config], tuple[int, ...]], K: int, V: int, *args: Any, **constants: Any
+) -> None:
+    """Run kernel on grid(config), its blocks and warps chosen once per device, widths, dtype and constants.
+
+    Nothing is timed under the interpreter or while a graph is captured: the first configuration runs. Kernels write
+    their outputs and read none, so that timing may repeat them.
+    """
+    name, tensor = kernel.fn.__name__, args[0]
+
+    def run(config: Config) -> None:
+        filled = fill(kernel, config, constants)
+        kernel[grid(config)](*args, **filled, num_warps=config.num_warps, num_stages=config.num_stages)
+
+    choices = options(name, tensor.dtype, K, V)
+    if isinstance(kernel, InterpretedFunction) or len(choices) == 1 or torch.cuda.is_current_stream_capturing():
+        return run(choices[0])
+    key = name, tensor.device, tensor.dtype, K, V, *constants.items()
+    if key not in _chosen:
+        with _lock:
+            if key not in _chosen:
+                _chosen[key] = min(choices, key=lambda config: _milliseconds(lambda: run(config)))
+    return run(_chosen[key])
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How float32 operands are multiplied: as PyTorch is told to, and decayed copies of halves as finely as halves.
+
+    tf32 has the mantissa of float16, so that its rounding would show there; bfloat16 is coarser.
+    """
+    if torch.version.hip:
+        return "tf32" if dtype == torch.bfloat16 and is_cdna3() else "ieee"
+    if dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
+        return "ieee"
+    return "tf32x3" if dtype == torch.float16 else "tf32"
+
+
+@functools.cache
+def is_cdna3() -> bool:
+    return torch.cuda.get_device_properties(0).gcnArchName.startswith("gfx94")
+
+
+class Chunks(NamedTuple):
+    """chunks [count,2]: first token and tokens, 0 past the last; sequences [N,3]: bounds and first chunk. int64."""
+
+    chunks: torch.Tensor
+    sequences: torch.Tensor
+
+
+def make_chunks(cu_seqlens: torch.Tensor, tokens: int, C: int, count: int | None = None) -> Chunks:
+    """The chunks of sequences bounded by cu_seqlens [N+1], whose values nothing here reads on the host."""
+    bounds = cu_seqlens.long()
+    begin, end = bounds[:-1], bounds[1:]
+    N = len(begin)
+    count = tokens // C + min(N, tokens) if count is None else count
+    after = ((end - begin + C - 1) // C).cumsum(0)
+    first = after - (end - begin + C - 1) // C
+    i = torch.arange(count, device=bounds.device)
+    n = torch.searchsorted(after, i, right=True)
+    m = n.clamp(max=N - 1)
+    start = begin[m] + (i - first[m]) * C
+    size = torch.where(n < N, (end[m] - start).clamp(max=C), 0)
+    return Chunks(torch.stack([start, size], 1), torch.stack([begin, end, first], 1))
+
+
+@functools.lru_cache(64)
+def _equal_chunks(batch: int, length: int, C: int, device: torch.device) -> Chunks:
+    bounds = torch.arange(batch + 1, device=device) * length
+    return make_chunks(bounds, batch * length, C, batch * -(-length // C))
+
+
+def equal_chunks(batch: int, length: int, C: int, device: torch.device) -> Chunks:
+    """The chunks of `batch` sequences of one length, kept for the next call unless a graph owns their memory."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return _equal_chunks.__wrapped__(batch, length, C, device)
+    return _equal_chunks(batch, length, C, device)

@@ -1,0 +1,145 @@
+"""What a chunk reads: from the state that it starts from, and from its own rows. And the same for gradients of values.
+
+Shapes: as in `tiles`.
+"""
+
+import triton
+import triton.language as tl
+
+from liger_ops._triton.tiles import between, dot, from_row, load_chunk, load_decays, load_rows, store_rows, to_row
+
+
+@triton.jit
+def load_pairs(a, i_t, i_h, HQ, o_r, n, C: tl.constexpr):
+    """Tile [C,C] of the chunk's pairs in a [S,HQ,C]: row t, column s <= t; the rest was never written."""
+    m_a = (o_r[:, None] >= o_r[None, :]) & (o_r < n)[:, None]
+    return tl.load(a + offsets_pairs(i_t, i_h, HQ, o_r, o_r, C), mask=m_a, other=0.0)
+
+
+@triton.jit
+def offsets_pairs(i_t, i_h, HQ, o_r, o_c, C: tl.constexpr):
+    return ((i_t + o_r.to(tl.int64)) * HQ + i_h)[:, None] * C + o_c[None, :]
+
+
+@triton.jit
+def outputs_kernel(
+    q,
+    k,
+    v,
+    g,
+    h,
+    a,
+    o,
+    chunks,
+    scale,
+    H,
+    G,
+    K,
+    V,
+    KG,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    BG: tl.constexpr,
+    GATED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """q [S,HQ,K], k [S,H,K], v [S,H,V], g [S,H,KG], h [chunks,H,K,V] -> o [S,HQ,V].
+
+    Per channel (BG > 1) the scores of a chunk's own rows come ready in a [S,HQ,C].
+    """
+    i_q, i_v, i_c = tl.program_id(2).to(tl.int64), tl.program_id(1), tl.program_id(0).to(tl.int64)
+    i_h, HQ = i_q // G, H * G
+    i_t, n = load_chunk(chunks, i_c)
+    if n == 0:
+        return
+    o_r, o_v = tl.arange(0, C), i_v * BV + tl.arange(0, BV)
+    m_r = o_r < n
+
+    b_o = tl.zeros([C, BV], tl.float32)
+    b_a = tl.zeros([C, C], tl.float32)
+    for i_k in range(tl.cdiv(K, BK)):
+        o_k = i_k * BK + tl.arange(0, BK)
+        b_q = load_rows(q, i_t, i_q, HQ, K, o_r, o_k, m_r)
+        p_h = h + (i_c * H + i_h) * K * V + o_k[:, None] * V + o_v[None, :]
+        b_h = tl.load(p_h, mask=(o_k < K)[:, None] & (o_v < V)[None, :], other=0.0)
+        if BG > 1:
+            b_o += dot(b_q * to_row(load_decays(g, i_t, i_h, H, KG, o_r, o_k, m_r)), b_h, PRECISION)
+        else:
+            b_k = load_rows(k, i_t, i_h, H, K, o_r, o_k, m_r)
+            b_o += dot(b_q, b_h, PRECISION)
+            b_a += dot(b_q, tl.trans(b_k), PRECISION)
+    if BG > 1:
+        b_a = load_pairs(a, i_t, i_q, HQ, o_r, n, C)
+    elif GATED:
+        b_g = load_decays(g, i_t, i_h, H, KG, o_r, tl.arange(0, 1), m_r)
+        b_o *= to_row(b_g)
+        b_a *= between(b_g, o_r)
+    else:
+        b_a = tl.where(o_r[:, None] >= o_r[None, :], b_a, 0.0)
+    b_o += dot(b_a, load_rows(v, i_t, i_h, H, V, o_r, o_v, m_r), PRECISION)
+    store_rows(o, b_o * scale, i_t, i_q, HQ, V, o_r, o_v, m_r)
+
+
+@triton.jit
+def values_kernel(
+    q,
+    k,
+    do,
+    g,
+    dh,
+    a,
+    dv,
+    chunks,
+    scale,
+    H,
+    G,
+    K,
+    V,
+    KG,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    BG: tl.constexpr,
+    GATED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The gradient dv [S,H,V]: from the state's gradient dh [chunks,H,K,V] behind a chunk, and from its own rows."""
+    i_h, i_v, i_c = tl.program_id(2).to(tl.int64), tl.program_id(1), tl.program_id(0).to(tl.int64)
+    HQ = H * G
+    i_t, n = load_chunk(chunks, i_c)
+    if n == 0:
+        return
+    o_r, o_v = tl.arange(0, C), i_v * BV + tl.arange(0, BV)
+    m_r = o_r < n
+
+    b_dv = tl.zeros([C, BV], tl.float32)
+    for i_k in range(tl.cdiv(K, BK)):
+        o_k = i_k * BK + tl.arange(0, BK)
+        b_k = load_rows(k, i_t, i_h, H, K, o_r, o_k, m_r)
+        p_h = dh + (i_c * H + i_h) * K * V + o_k[:, None] * V + o_v[None, :]
+        b_dh = tl.load(p_h, mask=(o_k < K)[:, None] & (o_v < V)[None, :], other=0.0)
+        if GATED:
+            o_g = o_k if BG > 1 else tl.arange(0, 1)
+            b_dv += dot(b_k * from_row(g, i_t, n, i_h, H, KG, o_r, o_g), b_dh, PRECISION)
+        else:
+            b_dv += dot(b_k, b_dh, PRECISION)
+    if GATED and BG == 1:
+        b_e = between(load_decays(g, i_t, i_h, H, KG, o_r, tl.arange(0, 1), m_r), o_r)
+    else:
+        b_e = tl.where(o_r[:, None] >= o_r[None, :], 1.0, 0.0)
+    for i_g in range(G):
+        i_q = i_h * G + i_g
+        if BG > 1:
+            b_a = load_pairs(a, i_t, i_q, HQ, o_r, n, C)
+        else:
+            b_a = tl.zeros([C, C], tl.float32)
+            for i_k in range(tl.cdiv(K, BK)):
+                o_k = i_k * BK + tl.arange(0, BK)
+                b_q = load_rows(q, i_t, i_q, HQ, K, o_r, o_k, m_r)
+                b_k = load_rows(k, i_t, i_h, H, K, o_r, o_k, m_r)
+                b_a += dot(b_q, tl.trans(b_k), PRECISION)
+            b_a *= b_e
+        b_do = load_rows(do, i_t, i_q, HQ, V, o_r, o_v, m_r)
+        b_dv += dot(tl.trans(b_a), b_do, PRECISION) * scale
+    store_rows(dv, b_dv, i_t, i_h, H, V, o_r, o_v, m_r)

@@ -1,0 +1,67 @@
+"""States at the bounds of chunks, forwards in time and, for the gradient, backwards.
+
+Shapes: as in `tiles`; N sequences, R heads of k and v per head of the state.
+"""
+
+import triton
+import triton.language as tl
+
+from liger_ops._triton.tiles import dot, from_row, load_decays, load_rows, to_row
+
+
+@triton.jit
+def states_kernel(
+    k,
+    v,
+    g,
+    first,
+    h,
+    last,
+    sequences,
+    scale,
+    H,
+    R,
+    K,
+    V,
+    KG,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    BG: tl.constexpr,
+    GATED: tl.constexpr,
+    REVERSE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """k [S,H*R,K], v [S,H*R,V], g [S,H,KG], first and last [N,H,K,V] -> h [chunks,H,K,V], what a chunk starts from.
+
+    REVERSE starts at the last token, and a row decays on its way to what precedes it: by itself and all before it.
+    """
+    i_v, i_k, i_nh = tl.program_id(2), tl.program_id(1), tl.program_id(0).to(tl.int64)
+    i_n, i_h = i_nh // H, i_nh % H
+    i_begin, i_end = tl.load(sequences + i_n * 3), tl.load(sequences + i_n * 3 + 1)
+    i_first = tl.load(sequences + i_n * 3 + 2)
+    o_r, o_k, o_v = tl.arange(0, C), i_k * BK + tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
+    o_g = o_k if BG == BK else tl.arange(0, 1)
+    o_h = o_k[:, None] * V + o_v[None, :]
+    m_h = (o_k < K)[:, None] & (o_v < V)[None, :]
+
+    b_h = tl.load(first + i_nh * K * V + o_h, mask=m_h, other=0.0)
+    n_c = tl.cdiv(i_end - i_begin, C)
+    for i in range(n_c):
+        i_c = n_c - 1 - i if REVERSE else i
+        i_t = i_begin + i_c * C
+        n = tl.minimum(i_end - i_t, C)
+        m_r = o_r < n
+        tl.store(h + ((i_first + i_c) * H + i_h) * K * V + o_h, b_h.to(h.dtype.element_ty), mask=m_h)
+        if GATED:
+            b_g = load_decays(g, i_t, i_h, H, KG, o_r, o_g, m_r)
+            b_h *= tl.exp(tl.sum(b_g, 0))[:, None]
+            b_w = to_row(b_g) if REVERSE else from_row(g, i_t, n, i_h, H, KG, o_r, o_g)
+        for i_r in range(R):
+            b_k = load_rows(k, i_t, i_h * R + i_r, H * R, K, o_r, o_k, m_r)
+            b_v = load_rows(v, i_t, i_h * R + i_r, H * R, V, o_r, o_v, m_r)
+            if GATED:
+                b_h += dot(tl.trans(b_k * b_w * scale), b_v, PRECISION)
+            else:
+                b_h += dot(tl.trans(b_k), b_v, PRECISION) * scale
+    tl.store(last + i_nh * K * V + o_h, b_h, mask=m_h)

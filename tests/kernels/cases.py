@@ -1,0 +1,77 @@
+"""Forward and backward of the kernels beside the naive recurrence in float64.
+
+Shapes: B batch, T time, H key/value heads, HQ = G * H query heads, K key width, V value width, N sequences.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from liger_ops import naive_recurrence
+
+
+class Case(NamedTuple):
+    """One draw: sizes, gate, its size per step, chunk, dtype, and the lengths of packed sequences if any."""
+
+    B: int = 1
+    T: int = 40
+    H: int = 1
+    G: int = 1
+    K: int = 20
+    V: int = 24
+    gate: str = "none"
+    size: float = 1.0
+    chunk: int | None = 32
+    dtype: torch.dtype = torch.float32
+    lengths: tuple[int, ...] | None = None
+
+    def tensors(self) -> dict[str, torch.Tensor | None]:
+        B, T = (self.B, self.T) if self.lengths is None else (1, sum(self.lengths))
+        N, HQ = B if self.lengths is None else len(self.lengths), self.H * self.G
+        g = {"none": None, "head": torch.rand(B, T, self.H), "channel": torch.rand(B, T, self.H, self.K)}[self.gate]
+        q, k, v, do = (
+            torch.randn(B, T, *tail).to(self.dtype)
+            for tail in ((HQ, self.K), (self.H, self.K), (self.H, self.V), (HQ, self.V))
+        )
+        state, dstate = torch.randn(2, N, self.H, self.K, self.V)
+        return dict(q=q, k=k, v=v, g=None if g is None else -self.size * g, state=state, do=do, dstate=dstate)
+
+    def cu_seqlens(self) -> torch.Tensor | None:
+        return None if self.lengths is None else torch.tensor([0, *self.lengths]).cumsum(0)
+
+
+def run(op: Any, case: Case, x: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
+    """What the module `op` (forward, backward) makes of it."""
+    args = x["q"], x["k"], x["v"], x["g"], x["state"], case.cu_seqlens(), case.K**-0.5, case.chunk
+    o, last = op.forward(*args)
+    found = op.backward(x["do"], x["dstate"], *args, x["g"] is not None)
+    return dict(zip(("o", "last", "q", "k", "v", "g", "state"), (o, last, *found), strict=True))
+
+
+def exact(case: Case, x: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
+    """The same in float64, token by token, every sequence by itself."""
+    leaves = {n: None if x[n] is None else x[n].double().requires_grad_() for n in ("q", "k", "v", "g", "state")}
+    lengths, scale, outputs, states = case.lengths, case.K**-0.5, [], []
+    if lengths is None:
+        parts = [({n: y for n, y in leaves.items()}, leaves["state"])]
+    else:
+        split = {n: None if y is None else y.split(lengths, 1) for n, y in leaves.items() if n != "state"}
+        parts = [
+            ({m: None if y is None else y[n] for m, y in split.items()}, leaves["state"][n : n + 1])
+            for n in range(len(lengths))
+        ]
+    for part, state in parts:
+        o, last = naive_recurrence(part["q"], part["k"], part["v"], part["g"], scale, state)
+        outputs.append(o)
+        states.append(last)
+    o, last = torch.cat(outputs, 1), torch.cat(states)
+    wanted = [y for y in leaves.values() if y is not None]
+    grads = torch.autograd.grad((o, last), wanted, (x["do"].double(), x["dstate"].double()))
+    found = dict(zip([n for n, y in leaves.items() if y is not None], grads, strict=True))
+    return dict(o=o.detach(), last=last.detach(), **found)
+
+
+def distances(found: dict[str, torch.Tensor], true: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Relative to the norm of what is true; NaN is infinitely far."""
+    far = {n: ((found[n].double() - y).norm() / y.norm().clamp(min=1e-30)).item() for n, y in true.items()}
+    return {n: float("inf") if d != d else d for n, d in far.items()}

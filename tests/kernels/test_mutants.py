@@ -1,0 +1,152 @@
+"""Faults seeded into the kernels, one at a time: what the tests above must notice."""
+
+import importlib
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import liger_ops._triton
+from tests.kernels.cases import Case, distances, exact, run
+from tests.kernels.interpreter import mend_rounding, sanitized
+from tests.kernels.test_additive import BARS, CLEAN
+
+mend_rounding()
+SOURCE = Path(liger_ops._triton.__file__).parent
+# File, what stands there, what stands there instead, which occurrence.
+MUTANTS = [
+    ("tiles", "mask=m_r[:, None] & (o_d < D)[None, :], other=0.0", "mask=m_r[:, None], other=0.0", 0),
+    ("tiles", "mask=m_r[:, None] & (o_d < D)[None, :], other=0.0", "mask=(o_d < D)[None, :], other=0.0", 0),
+    ("tiles", "& (o_d < D)[None, :], other=0.0)", "& (o_d < D)[None, :])", 0),
+    ("tiles", "& (o_d < D)[None, :], other=0.0)", "& (o_d <= D)[None, :], other=0.0)", 0),
+    ("tiles", "b_x, mask=m_r[:, None] & (o_d < D)[None, :])", "b_x, mask=(o_d < D)[None, :])", 0),
+    ("tiles", "b_x, mask=m_r[:, None] & (o_d < D)[None, :])", "b_x, mask=m_r[:, None])", 0),
+    ("tiles", "* H + i_h)[:, None] * D", "* H + i_h)[:, None] * (D + 1)", 0),
+    ("tiles", "* H + i_h)[:, None] * D", "* (H + 1) + i_h)[:, None] * D", 0),
+    ("tiles", "* H + i_h)[:, None] * D", "* H)[:, None] * D", 0),
+    ("tiles", "chunks + i_c * 2 + 1", "chunks + i_c * 2 + 3", 0),
+    ("tiles", "o_r < n - 1)", "o_r < n)", 0),
+    ("tiles", "i_t + 1, i_h, H, D, o_r, o_d, o_r < n - 1", "i_t, i_h, H, D, o_r, o_d, o_r < n - 1", 0),
+    ("tiles", "b_g, 0, reverse=True)", "b_g, 0)", 0),
+    ("tiles", "m_later = o_r[:, None] > o_r", "m_later = o_r[:, None] >= o_r", 0),
+    ("tiles", "tl.where(o_r[:, None] >= o_r[None, :], tl.exp(b_sum), 0.0)", "tl.exp(b_sum)", 0),
+    ("states", "m_r = o_r < n", "m_r = o_r < n + 1", 0),
+    ("states", "n = tl.minimum(i_end - i_t, C)", "n = C", 0),
+    ("states", "tl.cdiv(i_end - i_begin, C)", "(i_end - i_begin) // C", 0),
+    ("states", "i_begin + i_c * C", "i_begin + i * C", 0),
+    ("states", "i_first + i_c) * H + i_h", "i_c) * H + i_h", 0),
+    ("states", "i_first + i_c) * H + i_h", "i_first + i_c) * H", 0),
+    ("states", "i_first + i_c) * H", "i_first + i) * H", 0),
+    ("states", "i_nh // H, i_nh % H", "i_nh // H, i_nh // H", 0),
+    ("states", "o_k[:, None] * V + o_v[None, :]", "o_k[:, None] * K + o_v[None, :]", 0),
+    ("states", "m_h = (o_k < K)[:, None] & (o_v < V)[None, :]", "m_h = (o_k < K)[:, None] & (o_v >= 0)[None, :]", 0),
+    ("states", "b_h, mask=m_h)", "b_h)", 0),
+    ("states", "b_h *= tl.exp(tl.sum(b_g, 0))[:, None]", "b_h *= tl.exp(tl.sum(b_w, 0))[:, None]", 0),
+    ("states", "to_row(b_g) if REVERSE else", "to_row(b_g) if not REVERSE else", 0),
+    ("states", "b_k * b_w * scale", "b_k * b_w", 0),
+    ("states", "PRECISION) * scale", "PRECISION)", 0),
+    ("states", "i_h * R + i_r, H * R, V", "i_h * R, H * R, V", 0),
+    ("states", "b_h = tl.load(first", "b_h = 0.0 * tl.load(first", 0),
+    ("outputs", "    if n == 0:\n        return\n", "", 0),
+    ("outputs", "m_a = (o_r[:, None] >= o_r[None, :]) & (o_r < n)[:, None]", "m_a = (o_r < n)[:, None]", 0),
+    ("outputs", "i_h, HQ = i_q // G, H * G", "i_h, HQ = i_q // H, H * G", 0),
+    ("outputs", "i_v * BV + tl.arange(0, BV)", "tl.arange(0, BV)", 0),
+    ("outputs", "i_k * BK + tl.arange(0, BK)", "tl.arange(0, BK)", 0),
+    ("outputs", "b_o *= to_row(b_g)", "b_o *= 1.0", 0),
+    ("outputs", "b_a *= between(b_g, o_r)", "b_a *= to_row(b_g)", 0),
+    ("outputs", "b_a = tl.where(o_r[:, None] >= o_r[None, :], b_a, 0.0)", "b_a = b_a * 1.0", 0),
+    ("outputs", "b_o * scale", "b_o", 0),
+    ("outputs", "dot(b_k, b_dh, PRECISION)", "dot(b_k, b_dh * scale, PRECISION)", 0),
+    ("outputs", "tl.trans(b_a), b_do, PRECISION) * scale", "b_a, b_do, PRECISION) * scale", 0),
+    ("outputs", "            b_a *= b_e\n", "", 0),
+    ("outputs", "i_q = i_h * G + i_g", "i_q = i_h * G", 0),
+    ("pairs", "m_r & (o_r > 0)", "m_r", 0),
+    ("pairs", "o_c < i_first)", "o_c <= i_first)", 0),
+    ("pairs", "if n <= i_first:", "if n < i_first:", 0),
+    ("pairs", "n_r = tl.minimum(n - i_first, R)", "n_r = tl.minimum(n, R)", 0),
+    ("pairs", "tl.trans(b_k * tl.exp(-b_sum))", "tl.trans(b_k)", 0),
+    ("pairs", "b_sum += tl.where(o_r[:, None] >= s", "b_sum += tl.where(o_r[:, None] > s", 0),
+    ("pairs", "s = R - 1 - i", "s = i", 0),
+    ("pairs", "if factorable(b_g, b_k):", "if True:", 0),
+    ("pairs", "m_own = m_r[:, None] & (o_r[:, None] >= o_r[None, :])", "m_own = m_r[:, None]", 0),
+    ("pairs", "i_first + o_r, C), b_own", "o_r, C), b_own", 0),
+    ("pairs", "b_a * scale, mask", "b_a, mask", 0),
+    ("pairs", "PRECISION) * tl.exp(b_sum)", "PRECISION)", 0),
+    ("pairs", "PRECISION) * tl.exp(b_sum)", "PRECISION)", 1),
+    ("pairs", "(o_r[:, None] > o_r[None, :]) & (o_r < n)", "(o_r[:, None] >= o_r[None, :]) & (o_r < n)", 0),
+    ("pairs", "m_next = (o_c >= i_next) & (o_c < n)", "m_next = o_c >= i_next", 0),
+    ("pairs", "m_next = (o_c >= i_next) & (o_c < n)", "m_next = (o_c > i_next) & (o_c < n)", 0),
+    ("pairs", "PRECISION) * b_behind", "PRECISION)", 0),
+    ("pairs", "o_r < n_r - 1", "o_r < n_r", 0),
+    ("pairs", "tl.where(o_r[:, None] < t", "tl.where(o_r[:, None] <= t", 0),
+    ("pairs", "b_dk += b_up * tl.exp(-b_sum)", "b_dk = b_up * tl.exp(-b_sum)", 0),
+    ("gradients", "tl.trans(b_dh), PRECISION)", "tl.trans(b_dh), PRECISION) * scale", 0),
+    ("gradients", "b_dk *= from_row(g, i_t, n, i_h, H, KG, o_r, o_g)", "b_dk *= b_to", 0),
+    ("gradients", "b_dg = tl.cumsum(b_part, 0) - b_part", "b_dg = tl.cumsum(b_part, 0)", 0),
+    ("gradients", "b_straddle * tl.exp(tl.sum(b_g, 0))", "b_straddle", 0),
+    ("gradients", "b_dq *= scale", "b_dq *= 1.0", 0),
+    ("gradients", "            b_dq *= b_to\n", "            b_dq *= 1.0\n", 0),
+    ("gradients", "b_same[:, None] * b_q", "b_q", 0),
+    ("gradients", "b_pairs = -b_k * b_own", "b_pairs = b_k * b_own", 0),
+    ("gradients", "- b_k * b_own_k", "+ b_k * b_own_k", 0),
+    ("gradients", "tl.cumsum(b_pairs, 0, reverse=True)", "tl.cumsum(b_pairs, 0)", 0),
+    ("gradients", "b_a = tl.where(o_r[:, None] > o_r[None, :], b_a, 0.0)", "b_a = b_a * 1.0", 0),
+    ("gradients", "i_k.to(tl.int64) * S", "i_k.to(tl.int64)", 0),
+    (
+        "gradients",
+        "m_h = (o_k < K)[:, None] & (o_v < V)[None, :]",
+        "m_h = (o_k < K)[:, None] & (o_v < V + 1)[None, :]",
+        0,
+    ),
+]
+
+
+def load(root: Path, name: str, mutant: tuple | None):
+    """A copy of the kernels under another package name, with the fault in it."""
+    shutil.copytree(SOURCE, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in (root / name).glob("*.py"):
+        text = path.read_text().replace("liger_ops._triton", name)
+        if mutant is not None and path.stem == mutant[0]:
+            _, old, new, place = mutant
+            parts = text.split(old)
+            assert len(parts) > place + 1, f"{path.name} no longer says {old!r}"
+            text = old.join(parts[: place + 1]) + new + old.join(parts[place + 1 :])
+        path.write_text(text)
+    return importlib.import_module(f"{name}.additive")
+
+
+def killed(op) -> bool:
+    """Whether any clean case faults or misses its bar."""
+    for case in CLEAN:
+        torch.manual_seed(0)
+        x = case.tensors()
+        try:
+            with sanitized():
+                far = distances(run(op, case, x), exact(case, x))
+        except Exception:
+            return True
+        if any(d > BARS[n] for n, d in far.items()):
+            return True
+    return False
+
+
+def test_mutants_are_killed(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not killed(load(tmp_path, "mutant_none", None))
+    alive = []
+    for n, mutant in enumerate(MUTANTS):
+        name = f"mutant_{n}"
+        if not killed(load(tmp_path, name, mutant)):
+            alive.append(mutant)
+        for module in [m for m in sys.modules if m.split(".")[0] == name]:
+            del sys.modules[module]
+    assert len(alive) <= 0.05 * len(MUTANTS), alive
+
+
+@pytest.mark.parametrize("case", [Case(gate="channel"), Case(gate="head")])
+def test_a_clean_kernel_is_left_alone(case):
+    assert len(MUTANTS) >= 50
+    with sanitized():
+        run(liger_ops._triton.additive, case, case.tensors())
