@@ -1,0 +1,131 @@
+"""Every public op on the kernels beside the same op in PyTorch: one launch for all sequences, no bounds read."""
+
+import pytest
+import torch
+
+import liger_ops
+from liger_ops import _gated_linear_attention, _packed, _rwkv6
+from tests.kernels.interpreter import mend_rounding
+
+mend_rounding()
+T, HQ, H, K, V = 37, 4, 2, 24, 20
+LENGTHS = {"whole": None, "packed": (0, 20, 1, 0, 16)}
+
+
+def decay(*shape):
+    return -torch.rand(*shape)
+
+
+# What an op takes after q, k, v, in order or by name.
+OPS = {
+    "chunk_gla": lambda: dict(g=decay(1, T, H, K)),
+    "fused_recurrent_gla": lambda: dict(gk=decay(1, T, H, K), reverse=True),
+    "chunk_simple_gla": lambda: dict(g=decay(1, T, H), g_gamma=decay(H), normalize=False),
+    "fused_recurrent_simple_gla": lambda: dict(g=decay(1, T, H), reverse=True),
+    "chunk_retention": dict,
+    "chunk_lightning_attn": lambda: dict(layer_idx=1, num_layers=4),
+    "chunk_linear_attn": lambda: dict(normalize=False),
+    "chunk_rwkv6": lambda: dict(w=decay(1, T, H, K), u=torch.randn(HQ, K)),
+    "fused_recurrent_rwkv6": lambda: dict(w=decay(1, T, H, K), u=torch.randn(HQ, K), reverse=True),
+}
+
+
+def use_kernels(monkeypatch):
+    def on_triton(q, gv=None):
+        return gv is None
+
+    for module in (_packed, _gated_linear_attention, _rwkv6):
+        monkeypatch.setattr(module, "on_triton", on_triton)
+
+
+def run(name, q, k, v, more, state, lengths):
+    leaves = {n: x.clone().requires_grad_() for n, x in dict(q=q, k=k, v=v, state=state).items()}
+    tensors = {n: x.clone().requires_grad_() for n, x in more.items() if isinstance(x, torch.Tensor)}
+    cu_seqlens = None if lengths is None else torch.tensor([0, *lengths]).cumsum(0)
+    shared = dict(initial_state=leaves["state"], output_final_state=True, cu_seqlens=cu_seqlens)
+    o, last = getattr(liger_ops, name)(*(leaves[n] for n in "qkv"), **(more | tensors), **shared)
+    weights = torch.linspace(-1, 1, o.numel()).view(o.shape), torch.linspace(1, -1, last.numel()).view(last.shape)
+    everything = [*leaves.values(), *tensors.values()]
+    return [o, last, *torch.autograd.grad((o, last), everything, weights)]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("name", OPS)
+def test_ops_on_the_kernels(name, lengths, monkeypatch):
+    q, k, v = torch.randn(1, T, HQ, K), torch.randn(1, T, H, K), torch.randn(1, T, H, V)
+    lengths = LENGTHS[lengths]
+    more, state = OPS[name](), torch.randn(1 if lengths is None else len(lengths), H, K, V)
+    wanted = run(name, q, k, v, more, state, lengths)
+    use_kernels(monkeypatch)
+    found = run(name, q, k, v, more, state, lengths)
+    for n, (x, y) in enumerate(zip(found, wanted, strict=True)):
+        assert (x - y).norm() <= 2e-6 * y.norm(), n
+
+
+def test_normalised_and_value_first(monkeypatch):
+    q, k, v = torch.rand(2, T, HQ, K), torch.rand(2, T, H, K), torch.randn(2, T, H, V)
+    args = q, k, v, decay(2, T, H, K), None, torch.rand(2, H, V + 1, K), True, True
+    wanted = liger_ops.chunk_gla(*args, normalize=True)
+    use_kernels(monkeypatch)
+    for x, y in zip(liger_ops.chunk_gla(*args, normalize=True), wanted, strict=True):
+        assert (x - y).norm() <= 2e-6 * y.norm()
+
+
+@pytest.mark.parametrize("lengths", [(), (0,), (0, 0)])
+def test_nothing_to_do(lengths, monkeypatch):
+    use_kernels(monkeypatch)
+    q, k, v = torch.randn(1, 0, HQ, K), torch.randn(1, 0, H, K), torch.randn(1, 0, H, V)
+    cu_seqlens, state = torch.tensor([0, *lengths]), torch.randn(len(lengths), H, K, V)
+    o, last = liger_ops.chunk_gla(q, k, v, decay(1, 0, H, K), None, state, True, cu_seqlens=cu_seqlens)
+    assert o.shape == (1, 0, HQ, V)
+    assert torch.equal(last, state)
+
+
+def test_half_inputs_and_any_subset_of_gradients(monkeypatch):
+    use_kernels(monkeypatch)
+    q, k, v = (torch.randn(1, T, n, K).bfloat16() for n in (HQ, H, H))
+    for n in range(3):
+        leaves = [x.clone().requires_grad_(n == m) for m, x in enumerate((q, k, v))]
+        o, last = liger_ops.chunk_simple_gla(*leaves, decay(1, T, H).bfloat16(), output_final_state=True)
+        assert (o.dtype, last.dtype) == (torch.bfloat16, torch.float32)
+        (o.float().sum() + last.sum()).backward()
+        assert [x.grad is not None for x in leaves] == [n == m for m in range(3)]
+        assert leaves[n].grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("gate", ["none", "head", "channel"])
+def test_the_compiler_sees_one_op(gate, monkeypatch):
+    use_kernels(monkeypatch)
+    g = {"none": None, "head": decay(1, T, H), "channel": decay(1, T, H, K)}[gate]
+    q, k, v = torch.randn(1, T, HQ, K), torch.randn(1, T, H, K), torch.randn(1, T, H, V)
+    leaves = [x if x is None else x.requires_grad_() for x in (q, k, v, g, torch.randn(3, H, K, V))]
+    args = *leaves, torch.tensor([0, 20, 20, T]), K**-0.5, None
+    torch.library.opcheck(torch.ops.liger_ops.packed.default, args)
+
+    def call(*x):
+        o, last, *_ = _packed.recurrence(*x[:4], K**-0.5, x[4], cu_seqlens=x[5])
+        return o, last
+
+    wanted, found = call(*args[:6]), torch.compile(call, fullgraph=True, backend="aot_eager")(*args[:6])
+    assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
+
+
+def test_fullgraph_with_packed_sequences(monkeypatch):
+    """Bounds on the device stay there: no host read breaks the graph."""
+    use_kernels(monkeypatch)
+    q, k, v, g = torch.randn(1, T, HQ, K), torch.randn(1, T, H, K), torch.randn(1, T, H, V), decay(1, T, H, K)
+    cu_seqlens = torch.tensor([0, 20, 20, T])
+
+    def call(q, k, v, g, cu_seqlens):
+        return liger_ops.chunk_gla(q, k, v, g, output_final_state=True, cu_seqlens=cu_seqlens)
+
+    found = torch.compile(call, fullgraph=True, backend="aot_eager")(q, k, v, g, cu_seqlens)
+    assert all(torch.equal(x, y) for x, y in zip(found, call(q, k, v, g, cu_seqlens), strict=True))
+
+
+def test_a_second_derivative_names_itself(monkeypatch):
+    use_kernels(monkeypatch)
+    q, k, v = (torch.randn(1, T, n, K).requires_grad_() for n in (HQ, H, H))
+    o, _ = liger_ops.chunk_linear_attn(q, k, v, normalize=False)
+    with pytest.raises(RuntimeError, match="liger_ops::packed_backward"):
+        torch.autograd.grad(o.sum(), q, create_graph=True)
