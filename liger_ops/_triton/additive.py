@@ -117,9 +117,10 @@ def backward(do, dstate, q, k, v, g, state, cu_seqlens, scale, chunk, gate_gradi
         da, own = _pairs(x), _own_gradients(x, do, scale)
         da, own = own[0], own[1:]
     dq, dk, dv = torch.empty_like(x.q), torch.empty_like(x.k), torch.empty_like(x.v)
-    # A part per block of channels, of any configuration: those that are not written stay zero.
-    parts = () if x.per_channel else (cdiv(K, 16),)
-    dg = q.new_zeros(*parts, tokens, H, KG, dtype=torch.float32) if gate_gradient else x.q
+    dg = x.q
+    if gate_gradient:
+        # Per head a part for every block of channels, of any configuration: what is not written stays zero.
+        dg = torch.empty_like(x.g) if x.per_channel else x.g.new_zeros(cdiv(K, 16), tokens, H)
     args = x.q, x.k, x.v, x.gate(), h, dh, do, da, *own, dq, dk, dg, table, scale, tokens, H, G, K, V, KG
     launch(
         gradients.gradients_kernel,
