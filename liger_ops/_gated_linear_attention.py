@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from liger_ops import _checks
-from liger_ops._packed import on_triton, recurrence
+from liger_ops._packed import WIDEST, on_triton, pooled_step, recurrence
 from liger_ops._sequences import at_once, over_sequences
 from liger_ops._torch.additive import step
 
@@ -222,16 +222,21 @@ def gated_step(
     _checks.check_decay(None if g is None else g.unsqueeze(1), k.unsqueeze(1), (3, 4))
     _checks.check_pool(pool, slots, k, v.shape[-1] + normalize)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    live, dtype = slots >= 0, q.dtype
     if normalize:
-        v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
-    live = slots >= 0
-    rows = slots.long().clamp(min=0)
+        # In float32, so that nothing is rounded before the division.
+        v = torch.cat([v, torch.ones_like(v[..., :1])], -1).float()
     with torch.no_grad():
-        o, state = step(*(x.float() for x in (q * scale, k, v)), None if g is None else g.float(), None, pool[rows])
-        pool[rows[live]] = state[live]
+        if on_triton(q) and pool.is_contiguous() and k.shape[-1] <= WIDEST:
+            o = pooled_step(q, k, v, g, pool, slots, scale)
+        else:
+            rows = slots.long().clamp(min=0)
+            q, k, v, g = (x if x is None else x.float() for x in (q * scale, k, v, g))
+            o, state = step(q, k, v, g, None, pool[rows])
+            pool[rows[live]] = state[live]
         if normalize:
             o = o[..., :-1] / o[..., -1:]
-        return o.masked_fill(~live.view(-1, 1, 1), 0.0).to(q.dtype)
+        return o.masked_fill(~live.view(-1, 1, 1), 0.0).to(dtype)
 
 
 def _retention_decay(heads: int, device: torch.device) -> torch.Tensor:

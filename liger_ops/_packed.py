@@ -14,6 +14,8 @@ from liger_ops._torch.layout import full_precision
 # A per-channel gate costs an exponential per row, column and channel of a chunk, the others one per row and column.
 CHUNK_PER_CHANNEL = 16
 CHUNK = 32
+# Tokens that are not worth a matrix product, and the widest key that one program holds a state of.
+_FEW, WIDEST = 4, 256
 
 
 @functools.cache
@@ -42,6 +44,11 @@ def _packed(
     scale: float,
     chunk: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    if cu_seqlens is None and q.shape[1] <= _FEW and k.shape[-1] <= WIDEST:
+        from liger_ops._triton.recurrent import forward
+
+        last = torch.empty_like(state, memory_format=torch.contiguous_format)
+        return forward(q, k, v, g, state.contiguous(), last, None, scale), last
     from liger_ops._triton.additive import forward
 
     return forward(q, k, v, g, state, cu_seqlens, scale, chunk)
@@ -93,6 +100,28 @@ def _differentiate(ctx, do, dstate):
 
 
 _packed.register_autograd(_differentiate, setup_context=_setup)
+
+
+@torch.library.custom_op("liger_ops::pooled_step", mutates_args=("pool",))
+def pooled_step(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor | None,
+    pool: torch.Tensor,
+    slots: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """One token on a pool [S,H,K,V] in float32 and contiguous, changed in place: q [B,HQ,K] -> o [B,HQ,V]."""
+    from liger_ops._triton.recurrent import forward
+
+    one = (x if x is None else x.unsqueeze(1) for x in (q, k, v, g))
+    return forward(*one, pool, pool, slots, scale).squeeze(1)
+
+
+@pooled_step.register_fake
+def _(q, k, v, g, pool, slots, scale):
+    return v.new_empty(*q.shape[:2], v.shape[-1])
 
 
 @full_precision

@@ -32,6 +32,8 @@ CONFIGS: dict[str, list[Config]] = {
     "queries_gradient_kernel": [Config(32, 16, 2, 2), Config(64, 16, 4, 2)],
     "keys_gradient_kernel": [Config(32, 16, 2, 2), Config(64, 16, 4, 2)],
     "gradients_kernel": [Config(16, 32, 8, 1), Config(32, 32, 8, 1)],
+    # It holds all channels of the key, and may write over what it read: nothing to try twice.
+    "recurrent_kernel": [Config(256, 16, 4, 1)],
 }
 # Where float32 wants another default.
 _FLOAT32: dict[str, list[Config]] = {"gradients_kernel": [Config(16, 32, 4, 1), Config(32, 32, 8, 1)]}

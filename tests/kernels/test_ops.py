@@ -5,7 +5,7 @@ import torch
 
 import liger_ops
 from liger_ops import _gated_linear_attention, _packed, _rwkv6
-from tests.kernels.interpreter import mend_rounding
+from tests.kernels.interpreter import mend_rounding, sanitized
 
 mend_rounding()
 T, HQ, H, K, V = 37, 4, 2, 24, 20
@@ -129,3 +129,45 @@ def test_a_second_derivative_names_itself(monkeypatch):
     o, _ = liger_ops.chunk_linear_attn(q, k, v, normalize=False)
     with pytest.raises(RuntimeError, match="liger_ops::packed_backward"):
         torch.autograd.grad(o.sum(), q, create_graph=True)
+
+
+@pytest.mark.parametrize("gate", ["none", "head", "channel"])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_few_tokens(gate, tokens, monkeypatch):
+    """Forward token by token, backward on chunks."""
+    q, k, v = torch.randn(2, tokens, HQ, K), torch.randn(2, tokens, H, K), torch.randn(2, tokens, H, V)
+    shape = {"none": None, "head": (2, tokens, H), "channel": (2, tokens, H, K)}[gate]
+    name = "chunk_gla" if gate == "channel" else "chunk_simple_gla"
+    more, state = {} if shape is None else dict(g=decay(*shape)), torch.randn(2, H, K, V)
+    wanted = run(name, q, k, v, more, state, None)
+    use_kernels(monkeypatch)
+    with sanitized():
+        found = run(name, q, k, v, more, state, None)
+    for x, y in zip(found, wanted, strict=True):
+        assert (x - y).norm() <= 2e-6 * y.norm()
+
+
+@pytest.mark.parametrize("gate", ["none", "head", "channel"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_pool_of_states(gate, normalize, monkeypatch):
+    """In place, addressed by slot; a negative slot is nobody's, and a row that no slot names keeps its bits."""
+    q, k, v = torch.rand(4, HQ, K), torch.rand(4, H, K), torch.randn(4, H, V)
+    g = {"none": None, "head": decay(4, H), "channel": decay(4, H, K)}[gate]
+    pool, slots = torch.rand(6, H, K, V + normalize), torch.tensor([4, -1, 0, 2])
+    twin = pool.clone()
+    wanted = liger_ops.gated_step(q, k, v, g, twin, slots, normalize=normalize)
+    before = pool.clone()
+    use_kernels(monkeypatch)
+    with sanitized():
+        found = liger_ops.gated_step(q, k, v, g, pool, slots, normalize=normalize)
+    assert (found - wanted).norm() <= 1e-6 * wanted.norm()
+    assert (pool - twin).norm() <= 1e-6 * twin.norm()
+    assert torch.equal(pool[[1, 3, 5]], before[[1, 3, 5]])
+    assert not found[1].any()
+
+
+def test_the_compiler_knows_that_the_pool_changes(monkeypatch):
+    use_kernels(monkeypatch)
+    q, k, v, pool = torch.randn(2, HQ, K), torch.randn(2, H, K), torch.randn(2, H, V), torch.randn(3, H, K, V)
+    args = q, k, v, None, pool, torch.tensor([2, 0]), 0.1
+    torch.library.opcheck(torch.ops.liger_ops.pooled_step.default, args)

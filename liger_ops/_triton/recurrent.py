@@ -1,0 +1,77 @@
+"""The recurrence token by token, for few of them: one launch reads and writes every state once.
+
+Shapes: as in `tiles`; N sequences of T tokens each.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton import cdiv
+
+from liger_ops._triton.launch import launch
+
+
+@triton.jit
+def recurrent_kernel(
+    q,
+    k,
+    v,
+    g,
+    first,
+    last,
+    slots,
+    o,
+    scale,
+    T,
+    H,
+    G,
+    K,
+    V,
+    KG,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    BG: tl.constexpr,
+    GATED: tl.constexpr,
+    POOLED: tl.constexpr,
+):
+    """q [N,T,HQ,K], k [N,T,H,K], v [N,T,H,V], g [N,T,H,KG], states first and last [.,H,K,V] -> o [N,T,HQ,V].
+
+    POOLED: the state of sequence n is row slots[n] of first and last, which may be one tensor; below 0, n has none.
+    """
+    i_v, i_nh = tl.program_id(1), tl.program_id(0).to(tl.int64)
+    i_n, i_h = i_nh // H, i_nh % H
+    o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
+    o_g = o_k if BG == BK else tl.arange(0, 1)
+    m_k, m_v = o_k < K, o_v < V
+    i_s = tl.load(slots + i_n).to(tl.int64) if POOLED else i_n
+    o_h = (i_s * H + i_h) * K * V + o_k[:, None] * V + o_v[None, :]
+    m_h = m_k[:, None] & m_v[None, :] & (o_k[:, None] * 0 + i_s >= 0)
+
+    b_h = tl.load(first + o_h, mask=m_h, other=0.0)
+    for t in range(T):
+        i_t = i_n * T + t
+        b_k = tl.load(k + (i_t * H + i_h) * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+        b_v = tl.load(v + (i_t * H + i_h) * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+        if GATED:
+            b_h *= tl.exp(tl.load(g + (i_t * H + i_h) * KG + o_g, mask=o_g < KG, other=0.0))[:, None]
+        b_h += b_k[:, None] * b_v[None, :]
+        for i_g in range(G):
+            i_q = (i_t * H + i_h) * G + i_g
+            b_q = tl.load(q + i_q * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+            b_o = tl.where(i_s >= 0, tl.sum(b_h * b_q[:, None], 0) * scale, 0.0)
+            tl.store(o + i_q * V + o_v, b_o.to(o.dtype.element_ty), mask=m_v)
+    tl.store(last + o_h, b_h, mask=m_h)
+
+
+def forward(q, k, v, g, first, last, slots, scale) -> torch.Tensor:
+    """o [N,T,HQ,V]; fills last, which may be first. slots [N] addresses both, None is one state per sequence."""
+    N, T, H, K = k.shape
+    V, G = v.shape[-1], q.shape[2] // H
+    KG = 1 if g is None or g.ndim == 3 else K
+    q, k, v = (x.contiguous() for x in (q, k, v))
+    g = q if g is None else g.float().contiguous()
+    o = v.new_empty(N, T, q.shape[2], V)
+    constants = dict(GATED=g is not q, PER_CHANNEL=KG > 1, POOLED=slots is not None)
+    args = q, k, v, g, first, last, q if slots is None else slots, o, scale, T, H, G, K, V, KG
+    launch(recurrent_kernel, lambda c: (N * H, cdiv(V, c.BV)), K, V, *args, **constants)
+    return o
