@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from liger_ops._triton import additive
+from liger_ops._triton import additive, recurrent
 from liger_ops._triton import launch as launching
 
 # Shared memory that one program may have, in bytes.
@@ -55,14 +55,20 @@ def launches(gate: str, dtype: str, K: int = 128, V: int = 128) -> list[tuple]:
     def record(kernel, grid, K, V, *args, **constants):
         calls.append((kernel, K, V, args, constants))
 
-    run, additive.launch = additive.launch, record
+    modules = additive, recurrent
+    run = additive.launch
+    for module in modules:
+        module.launch = record
     try:
         shared = q, k, v, g, state, None, 0.1, None
         additive.forward(*shared)
-        additive.backward(torch.empty_like(q[..., :1].expand(*q.shape[:3], V)), state, *shared, g is not None)
+        additive.backward(torch.empty(*q.shape[:3], V, dtype=kind), state, *shared, g is not None)
+        recurrent.forward(q, k, v, g, state, state, torch.empty(B, dtype=torch.int64), 0.1)
     finally:
-        additive.launch = run
-    return calls
+        for module in modules:
+            module.launch = run
+    # Forward and backward share some.
+    return list({(call[0].fn.__name__, *call[4].items()): call for call in calls}.values())
 
 
 def jobs(every_option: bool = True) -> Iterator[Job]:
@@ -87,7 +93,9 @@ def _spills(asm: dict[str, Any], target: GPUTarget) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source, tempfile.NamedTemporaryFile() as out:
         source.write(asm["ptx"])
         source.flush()
-        command = [get_ptxas(target.arch).path, "-v", f"--gpu-name={name}", source.name, "-o", out.name]
+        # As Triton calls it.
+        options = ["-v", "-lineinfo", "--regAllocOptLevel=2", f"--gpu-name={name}"]
+        command = [get_ptxas(target.arch).path, *options, source.name, "-o", out.name]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     return int(re.search(r"Used (\d+) registers", said).group(1)), int(re.search(r"(\d+) bytes spill stores", said)[1])
 
@@ -128,8 +136,9 @@ def table(every_option: bool = True, workers: int = 2) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--defaults", action="store_true", help="only the first configuration of each kernel")
     args = parser.parse_args()
-    rows = table()
+    rows = table(not args.defaults)
     head = list(rows[0])
     print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
     for row in rows:

@@ -48,18 +48,21 @@ def recurrent_kernel(
     m_h = m_k[:, None] & m_v[None, :] & (o_k[:, None] * 0 + i_s >= 0)
 
     b_h = tl.load(first + o_h, mask=m_h, other=0.0)
-    for t in range(T):
-        i_t = i_n * T + t
-        b_k = tl.load(k + (i_t * H + i_h) * K + o_k, mask=m_k, other=0.0).to(tl.float32)
-        b_v = tl.load(v + (i_t * H + i_h) * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+    i_row = i_n * T * H + i_h
+    p_k, p_v, p_g = k + i_row * K + o_k, v + i_row * V + o_v, g + i_row * KG + o_g
+    p_q, p_o = q + i_row * G * K + o_k, o + i_row * G * V + o_v
+    for _ in range(T):
+        b_k = tl.load(p_k, mask=m_k, other=0.0).to(tl.float32)
+        b_v = tl.load(p_v, mask=m_v, other=0.0).to(tl.float32)
         if GATED:
-            b_h *= tl.exp(tl.load(g + (i_t * H + i_h) * KG + o_g, mask=o_g < KG, other=0.0))[:, None]
+            b_h *= tl.exp(tl.load(p_g, mask=o_g < KG, other=0.0))[:, None]
         b_h += b_k[:, None] * b_v[None, :]
         for i_g in range(G):
-            i_q = (i_t * H + i_h) * G + i_g
-            b_q = tl.load(q + i_q * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+            b_q = tl.load(p_q + i_g * K, mask=m_k, other=0.0).to(tl.float32)
             b_o = tl.where(i_s >= 0, tl.sum(b_h * b_q[:, None], 0) * scale, 0.0)
-            tl.store(o + i_q * V + o_v, b_o.to(o.dtype.element_ty), mask=m_v)
+            tl.store(p_o + i_g * V, b_o.to(o.dtype.element_ty), mask=m_v)
+        p_k, p_v, p_g = p_k + H * K, p_v + H * V, p_g + H * KG
+        p_q, p_o = p_q + H * G * K, p_o + H * G * V
     tl.store(last + o_h, b_h, mask=m_h)
 
 
