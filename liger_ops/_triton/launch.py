@@ -87,14 +87,16 @@ def launch(
         kernel[grid(config)](*args, **filled, num_warps=config.num_warps, num_stages=config.num_stages)
 
     choices = options(name, tensor.dtype, K, V)
-    if isinstance(kernel, InterpretedFunction) or len(choices) == 1 or torch.cuda.is_current_stream_capturing():
+    if isinstance(kernel, InterpretedFunction):
         return run(choices[0])
-    key = name, tensor.device, tensor.dtype, K, V, *constants.items()
-    if key not in _chosen:
+    with torch.cuda.device(tensor.device):
+        if len(choices) == 1 or torch.cuda.is_current_stream_capturing():
+            return run(choices[0])
+        key = name, tensor.device, tensor.dtype, K, V, *constants.items()
         with _lock:
             if key not in _chosen:
                 _chosen[key] = min(choices, key=lambda config: _milliseconds(lambda: run(config)))
-    return run(_chosen[key])
+        return run(_chosen[key])
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -104,7 +106,7 @@ def precision(dtype: torch.dtype) -> str:
     """
     if torch.version.hip:
         return "tf32" if dtype == torch.bfloat16 and is_cdna3() else "ieee"
-    if dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
         return "ieee"
     return "tf32x3" if dtype == torch.float16 else "tf32"
 
