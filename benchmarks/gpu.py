@@ -1,0 +1,177 @@
+"""The kernels on a GPU: right against float64, then timed beside flash-linear-attention, SDPA and a copy; writes JSON.
+
+python -m benchmarks.gpu --out benchmarks/results/ops-gpu.json
+
+Shapes: B batch, T time, HQ query heads, H key/value heads, D width. Where fla is installed, it gets its heads repeated.
+"""
+
+import argparse
+import importlib
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import liger_ops
+
+HQ, H, D = 32, 8, 128
+# What each op takes after q, k, v, and where fla keeps its own.
+OPS: dict[str, tuple[Callable[..., dict], str]] = {
+    "chunk_gla": (lambda B, T, n, **x: dict(g=decay(B, T, n, D, **x)), "fla.ops.gla"),
+    "chunk_simple_gla": (lambda B, T, n, **x: dict(g=decay(B, T, n, **x)), "fla.ops.simple_gla"),
+    "chunk_retention": (lambda *_, **x: {}, "fla.ops.retention"),
+    "chunk_rwkv6": (
+        lambda B, T, n, **x: dict(w=decay(B, T, n, D, **x), u=torch.ones(HQ, D, **x)),
+        "fla.ops.rwkv6",
+    ),
+}
+
+
+def decay(*shape: int, **options: Any) -> torch.Tensor:
+    return -torch.rand(*shape, **options) / 16
+
+
+def inputs(B: int, T: int, name: str, repeated: bool, **options: Any) -> tuple[list, dict]:
+    """q, k, v and the op's own arguments; repeated as an op without grouped heads wants them."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(B, T, n, D, **options) for n in (HQ, H, H))
+    more = OPS[name][0](B, T, H, **options)
+    if repeated:
+        k, v = (x.repeat_interleave(HQ // H, 2) for x in (k, v))
+        more = {n: x if n == "u" else x.repeat_interleave(HQ // H, 2) for n, x in more.items()}
+    return [q, k, v], more
+
+
+def milliseconds(run: Callable[[], Any], device: torch.device, rounds: int) -> float:
+    """Median of single runs, by events where there are any."""
+    run()
+    times = []
+    for _ in range(rounds):
+        if device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+        else:
+            begin = time.perf_counter()
+            run()
+            times.append(1e3 * (time.perf_counter() - begin))
+    return statistics.median(times)
+
+
+def timed(op: Callable, args: list, more: dict, device: torch.device, rounds: int) -> dict[str, float]:
+    """Forward, and forward with backward of every argument."""
+    with torch.no_grad():
+        forward = milliseconds(lambda: op(*args, **more), device, rounds)
+    leaves = [x.detach().requires_grad_() for x in args]
+    named = {n: x.detach().requires_grad_() for n, x in more.items()}
+    o = op(*leaves, **named)[0]
+    weight = torch.randn_like(o)
+
+    def both() -> None:
+        torch.autograd.grad(op(*leaves, **named)[0], [*leaves, *named.values()], weight)
+
+    return dict(forward_ms=forward, both_ms=milliseconds(both, device, rounds))
+
+
+def errors(name: str, T: int, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """Relative distance of output and gradients from the same op in float64, which PyTorch runs."""
+    args, more = inputs(1, T, name, False, device=device, dtype=torch.float32)
+    found, op = {}, getattr(liger_ops, name)
+    for kind in (dtype, torch.float64):
+        leaves = [x.to(dtype).to(kind).requires_grad_() for x in args]
+        # Gates stay as fine as they are given.
+        named = {n: x.to(kind if kind == torch.float64 else torch.float32).requires_grad_() for n, x in more.items()}
+        o, last = op(*leaves, **named, output_final_state=True)
+        weights = torch.linspace(-1, 1, o.numel(), device=device).view(o.shape).to(o.dtype)
+        grads = torch.autograd.grad((o, last), [*leaves, *named.values()], (weights, torch.ones_like(last)))
+        found[kind] = dict(zip(["o", "last", "q", "k", "v", *named], [o, last, *grads], strict=True))
+    far = {n: (x.double() - found[torch.float64][n]).norm() for n, x in found[dtype].items()}
+    return {n: (x / found[torch.float64][n].norm()).item() for n, x in far.items()}
+
+
+def theirs(name: str) -> Callable | None:
+    """fla's op of the same name, if it is installed."""
+    try:
+        return getattr(importlib.import_module(OPS[name][1]), name)
+    except ImportError:
+        return None
+
+
+def copy_floor(args: list, device: torch.device, rounds: int) -> float:
+    """Milliseconds to read q, k and v and to write an output of the size of q, by copies."""
+    pairs = [(x, torch.empty_like(x)) for x in args]
+    return milliseconds(lambda: [y.copy_(x) for x, y in pairs], device, rounds)
+
+
+def measure(T: int, tokens: int, dtype: torch.dtype, device: torch.device, rounds: int) -> dict[str, Any]:
+    """Every op at one length, the batch such that there are `tokens` in all."""
+    B, row = max(tokens // T, 1), {}
+    options = dict(device=device, dtype=dtype)
+    for name in OPS:
+        args, more = inputs(B, T, name, False, **options)
+        row[name] = timed(getattr(liger_ops, name), args, more, device, rounds)
+        if other := theirs(name):
+            args, more = inputs(B, T, name, True, **options)
+            row[f"fla {name}"] = timed(other, args, more, device, rounds)
+    q, k, v = (x.transpose(1, 2) for x in inputs(B, T, "chunk_gla", False, **options)[0])
+
+    def sdpa(q, k, v):
+        return (F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),)
+
+    row["sdpa"] = timed(sdpa, [q, k, v], {}, device, rounds)
+    row["copy"] = dict(forward_ms=copy_floor([q, k, v], device, rounds))
+    return row
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    lengths = list(result["ms"])
+    for axis, kind in zip(axes, ("forward_ms", "both_ms"), strict=True):
+        for name in result["ms"][lengths[0]]:
+            if kind in result["ms"][lengths[0]][name]:
+                axis.loglog([int(T) for T in lengths], [result["ms"][T][name][kind] for T in lengths], "o-", label=name)
+        axis.set(xlabel="tokens", ylabel="ms", title="forward" if kind == "forward_ms" else "forward and backward")
+    axes[1].legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384, 32768])
+    parser.add_argument("--tokens", type=int, default=32768, help="batch times length")
+    parser.add_argument("--rounds", type=int, default=30)
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    result: dict[str, Any] = dict(device=name, torch=torch.__version__, shape=dict(HQ=HQ, H=H, D=D), errors={}, ms={})
+    for dtype in (torch.float32, torch.bfloat16):
+        for op in OPS:
+            key = f"{op} {dtype}".replace("torch.", "")
+            result["errors"][key] = errors(op, min(args.lengths), dtype, device)
+            print(key, {n: f"{x:.1e}" for n, x in result["errors"][key].items()}, flush=True)
+    for T in args.lengths:
+        result["ms"][str(T)] = measure(T, args.tokens, torch.bfloat16, device, args.rounds)
+        for op, row in result["ms"][str(T)].items():
+            print(T, op, {n: round(x, 3) for n, x in row.items()}, flush=True)
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=2) + "\n")
+        plot(result, args.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
