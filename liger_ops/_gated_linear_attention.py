@@ -37,7 +37,7 @@ def _run(
     _checks.check_decay(g, k, ranks)
     _checks.check_decay(g_gamma, k, (1,), "g_gamma")
     _checks.check_decay(gv, v, (4,), "gv")
-    kernels = on_triton(q, gv)
+    kernels = on_triton(q, g, gv)
     bounds = _checks.check_cu_seqlens(cu_seqlens, *q.shape[:2], cu_seqlens_cpu, kernels)
     if g_gamma is not None:
         fixed = g_gamma.expand(k.shape[:3])

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from liger_ops import _checks
-from liger_ops._packed import recurrence
-from liger_ops._sequences import over_sequences
+from liger_ops._packed import on_triton, recurrence
+from liger_ops._sequences import at_once, over_sequences
 
 SlotState = tuple[torch.Tensor, torch.Tensor]
 
@@ -56,8 +56,10 @@ def chunk_gsa(
     _checks.check_qkv(q, k, v)
     _checks.check_like("s", s, k, "H, M")
     _checks.check_decay(g, s, (4,))
-    bounds = _checks.check_cu_seqlens(cu_seqlens, *q.shape[:2], cu_seqlens_cpu)
-    count, M = q.shape[0] if bounds is None else len(bounds) - 1, s.shape[-1]
+    # A running softmax starts anew with every sequence: one by one.
+    kernels = on_triton(q) and (g is not None or cu_seqlens is None)
+    bounds = _checks.check_cu_seqlens(cu_seqlens, *q.shape[:2], cu_seqlens_cpu, kernels)
+    count, M = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1, s.shape[-1]
     if initial_state is not None:
         _checks.check_state(initial_state[0], count, k, M, "initial_state[0]")
         _checks.check_state(initial_state[1], count, s, v.shape[-1], "initial_state[1]")
@@ -66,14 +68,19 @@ def chunk_gsa(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
 
-    def core(q, k, v, s, g, state):
+    def core(q, k, v, s, g, state, cu_seqlens=None):
         hk, hv = (None, None) if state is None else state
         s, g = (s.to(work), g) if g is not None else _running_softmax(s.to(work))
-        scores, hk = recurrence(q.to(work), k.to(work), s, None, scale, hk, chunk_size, g)
-        o, hv = recurrence(scores.softmax(-1), s, v.to(work), g, 1.0, hv, chunk_size)
+        shared = dict(chunk=chunk_size, cu_seqlens=cu_seqlens)
+        scores, hk = recurrence(q.to(work), k.to(work), s, None, scale, hk, gv=g, **shared)
+        o, hv = recurrence(scores.softmax(-1), s, v.to(work), g, 1.0, hv, **shared)
         return o, (hk, hv)
 
-    o, state = over_sequences(core, (q, k, v, s, g), initial_state, bounds, reverse)
+    tensors = q, k, v, s, g
+    if kernels:
+        o, state = at_once(core, tensors, initial_state, cu_seqlens, reverse)
+    else:
+        o, state = over_sequences(core, tensors, initial_state, bounds, reverse)
     return o.to(q.dtype), state if output_final_state else None
 
 

@@ -23,9 +23,9 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def on_triton(q: torch.Tensor, gv: torch.Tensor | None = None) -> bool:
-    """Whether kernels serve these tensors: on a GPU, float64 and decays of value channels aside."""
-    return q.is_cuda and q.dtype != torch.float64 and gv is None and _has_triton()
+def on_triton(q: torch.Tensor, g: torch.Tensor | None = None, gv: torch.Tensor | None = None) -> bool:
+    """Whether kernels serve these tensors: on a GPU, float64 and decays of both keys and values aside."""
+    return q.is_cuda and q.dtype != torch.float64 and (g is None or gv is None) and _has_triton()
 
 
 def default_chunk(g: torch.Tensor | None, chunk: int | None = None) -> int:
@@ -39,11 +39,16 @@ def _packed(
     k: torch.Tensor,
     v: torch.Tensor,
     g: torch.Tensor | None,
+    gv: torch.Tensor | None,
     state: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
     scale: float,
     chunk: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    if gv is not None:
+        from liger_ops._triton.additive import values_forward
+
+        return values_forward(q, k, v, gv, state, cu_seqlens, scale, chunk)
     if cu_seqlens is None and q.shape[1] <= _FEW and k.shape[-1] <= WIDEST:
         from liger_ops._triton.recurrent import forward
 
@@ -55,7 +60,7 @@ def _packed(
 
 
 @_packed.register_fake
-def _(q, k, v, g, state, cu_seqlens, scale, chunk):
+def _(q, k, v, g, gv, state, cu_seqlens, scale, chunk):
     return v.new_empty(*q.shape[:3], v.shape[-1]), torch.empty_like(state, memory_format=torch.contiguous_format)
 
 
@@ -67,22 +72,26 @@ def _packed_backward(
     k: torch.Tensor,
     v: torch.Tensor,
     g: torch.Tensor | None,
+    gv: torch.Tensor | None,
     state: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
     scale: float,
     chunk: int | None,
     gate: bool,
 ) -> list[torch.Tensor]:
-    """Gradients of q, k, v and state, and of g if wanted."""
-    from liger_ops._triton.additive import backward
+    """Gradients of q, k, v and state, and of the gate, g or gv, if wanted."""
+    from liger_ops._triton import additive as kernels
 
-    *found, dg, dfirst = backward(do, dstate, q, k, v, g, state, cu_seqlens, scale, chunk, gate)
-    return [*found, dfirst] + ([dg] if gate else [])
+    run, given = (kernels.backward, g) if gv is None else (kernels.values_backward, gv)
+    *found, dgate, dfirst = run(do, dstate, q, k, v, given, state, cu_seqlens, scale, chunk, gate)
+    return [*found, dfirst] + ([dgate] if gate else [])
 
 
 @_packed_backward.register_fake
-def _(do, dstate, q, k, v, g, state, cu_seqlens, scale, chunk, gate):
-    return [torch.empty_like(x) for x in ((q, k, v, state, g) if gate else (q, k, v, state))]
+def _(do, dstate, q, k, v, g, gv, state, cu_seqlens, scale, chunk, gate):
+    return [torch.empty_like(x) for x in (q, k, v, state)] + (
+        [torch.empty_like(g if gv is None else gv)] if gate else []
+    )
 
 
 def _setup(ctx, inputs, output):
@@ -93,10 +102,11 @@ def _setup(ctx, inputs, output):
 def _differentiate(ctx, do, dstate):
     if torch.is_grad_enabled():
         raise RuntimeError("liger_ops::packed_backward: expected one differentiation, got create_graph=True")
-    gate = ctx.needs_input_grad[3]
+    gate = any(ctx.needs_input_grad[3:5])
     held = ctx.saved_tensors
     dq, dk, dv, dfirst, *dg = _packed_backward(do, dstate, *held, ctx.scale, ctx.chunk, gate)
-    return dq, dk, dv, dg[0] if gate else None, dfirst, None, None, None
+    gates = [dg[0] if need else None for need in ctx.needs_input_grad[3:5]]
+    return dq, dk, dv, *gates, dfirst, None, None, None
 
 
 _packed.register_autograd(_differentiate, setup_context=_setup)
@@ -141,8 +151,8 @@ def recurrence(
     Log decays g [B,T,H] or [B,T,H,K] and gv [B,T,H,V], or None. cu_seqlens [N+1] only where `on_triton`.
     """
     (B, T, H, K), V = k.shape, v.shape[-1]
-    if not (on_triton(q, gv) and T and B):
+    if not (on_triton(q, g, gv) and T and B):
         return additive.recurrence(q, k, v, g, scale, state, default_chunk(g, chunk), gv)
     N = B if cu_seqlens is None else len(cu_seqlens) - 1
     state = q.new_zeros(N, H, K, V, dtype=torch.float32) if state is None else state.float()
-    return _packed(q, k, v, g, state, cu_seqlens, scale, chunk)
+    return _packed(q, k, v, g, gv, state, cu_seqlens, scale, chunk)

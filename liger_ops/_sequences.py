@@ -57,12 +57,12 @@ def over_sequences(
 
 
 def at_once(
-    core: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    core: Callable[..., tuple[torch.Tensor, State]],
     tensors: Sequence[torch.Tensor | None],
-    state: torch.Tensor | None,
+    state: State,
     cu_seqlens: torch.Tensor | None,
     reverse: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, State]:
     """`over_sequences` for a core(*tensors, state, cu_seqlens) that knows packing itself; reads no bounds."""
     if not reverse:
         return core(*tensors, state, cu_seqlens)
@@ -70,8 +70,14 @@ def at_once(
     if cu_seqlens is None:
         o, state = core(*tensors, state, None)
         return o.flip(1), state
-    o, state = core(*tensors, state if state is None else state.flip(0), (cu_seqlens[-1] - cu_seqlens).flip(0))
-    return o.flip(1), state.flip(0)
+    o, state = core(*tensors, _turned(state), (cu_seqlens[-1] - cu_seqlens).flip(0))
+    return o.flip(1), _turned(state)
+
+
+def _turned(state: State) -> State:
+    if isinstance(state, tuple):
+        return tuple(x.flip(0) for x in state)
+    return state if state is None else state.flip(0)
 
 
 def after_one(o: torch.Tensor, first: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:

@@ -111,16 +111,45 @@ def backward(do, dstate, q, k, v, g, state, cu_seqlens, scale, chunk, gate_gradi
     do = do.contiguous().flatten(0, 1)
     h, _ = _states(x, x.k, x.v, state.contiguous())
     dh, dfirst = _states(x, x.q, do, dstate.contiguous(), scale, reverse=True)
-    table, count, tokens = x.chunks.chunks, len(h), len(x.q)
-    a, da, own = _scores(x), x.q, (x.q, x.k)
-    if x.per_channel:
-        da, own = _pairs(x), _own_gradients(x, do, scale)
-        da, own = own[0], own[1:]
-    dq, dk, dv = torch.empty_like(x.q), torch.empty_like(x.k), torch.empty_like(x.v)
-    dg = x.q
+    dq, dk, dg = _gradients(x, h, dh, do, scale, gate_gradient)
+    dv, count = torch.empty_like(x.v), len(h)
+    args = x.q, x.k, do, x.gate(), dh, _scores(x), dv, x.chunks.chunks, scale, H, G, K, V, KG
+    launch(outputs.values_kernel, lambda c: (count, cdiv(V, c.BV), H), K, V, *args, **x.constants)
+    dg = dg.view(g.shape).to(g.dtype) if gate_gradient else None
+    return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape), dg, dfirst
+
+
+def values_forward(q, k, v, gv, state, cu_seqlens, scale, chunk):
+    """`forward` with decays of value channels, gv [B,T,H,V].
+
+    o_t = scale sum_s (q_t . k_s) exp(gv) v_s is the gradient of the queries of another recurrence: its keys are v, its
+    values k, its output's gradient q, its state the transpose.
+    """
+    x = _call(v.new_zeros(*q.shape[:3], v.shape[-1]), v, k, gv, cu_seqlens, chunk)
+    h, last = _states(x, x.k, x.v, state.transpose(-1, -2).contiguous())
+    o, _, _ = _gradients(x, h, h, q.contiguous().flatten(0, 1), scale, False)
+    return o.view(*q.shape[:3], v.shape[-1]), last.transpose(-1, -2).contiguous()
+
+
+def values_backward(do, dstate, q, k, v, gv, state, cu_seqlens, scale, chunk, gate_gradient):
+    """The gradients of q, k, v, gv and the initial state of `values_forward`: those of that other recurrence."""
+    first, dlast = (s.transpose(-1, -2).contiguous() for s in (state, dstate))
+    other = do, v, k, gv, first, cu_seqlens, scale, chunk
+    dq, _ = forward(*other)
+    _, dv, dk, dgv, dfirst = backward(q, dlast, *other, gate_gradient)
+    return dq, dk, dv, dgv, dfirst.transpose(-1, -2).contiguous()
+
+
+def _gradients(x: _Call, h, dh, do, scale, gate_gradient):
+    """The gradients of queries, keys and, if wanted, gates [S,H,1 or K]. That of the queries needs neither q nor dh."""
+    H, G, K, V, KG = x.sizes
+    tokens, count = len(x.q), len(h)
+    da, *own = _own_gradients(x, do, scale) if x.per_channel else (x.q, x.q, x.k)
+    dq, dk, dg = torch.empty_like(x.q), torch.empty_like(x.k), x.q
     if gate_gradient:
         # Per head a part for every block of channels, of any configuration: what is not written stays zero.
         dg = torch.empty_like(x.g) if x.per_channel else x.g.new_zeros(cdiv(K, 16), tokens, H)
+    table = x.chunks.chunks
     args = x.q, x.k, x.v, x.gate(), h, dh, do, da, *own, dq, dk, dg, table, scale, tokens, H, G, K, V, KG
     launch(
         gradients.gradients_kernel,
@@ -131,11 +160,7 @@ def backward(do, dstate, q, k, v, g, state, cu_seqlens, scale, chunk, gate_gradi
         **x.constants,
         GATE_GRADIENT=gate_gradient,
     )
-    args = x.q, x.k, do, x.gate(), dh, a, dv, table, scale, H, G, K, V, KG
-    launch(outputs.values_kernel, lambda c: (count, cdiv(V, c.BV), H), K, V, *args, **x.constants)
-    if gate_gradient:
-        dg = (dg if x.per_channel else dg.sum(0)).view(g.shape).to(g.dtype)
-    return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape), dg if gate_gradient else None, dfirst
+    return dq, dk, dg if x.per_channel else dg.sum(0)
 
 
 def _own_gradients(x: _Call, do, scale):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import liger_ops
-from liger_ops import _gated_linear_attention, _packed, _rwkv6
+from liger_ops import _gated_linear_attention, _gated_slot_attention, _packed, _rwkv6
 from tests.kernels.interpreter import mend_rounding, sanitized
 
 mend_rounding()
@@ -20,6 +20,7 @@ def decay(*shape):
 OPS = {
     "chunk_gla": lambda: dict(g=decay(1, T, H, K)),
     "fused_recurrent_gla": lambda: dict(gk=decay(1, T, H, K), reverse=True),
+    "fused_recurrent_gla of values": lambda: dict(gv=decay(1, T, H, V)),
     "chunk_simple_gla": lambda: dict(g=decay(1, T, H), g_gamma=decay(H), normalize=False),
     "fused_recurrent_simple_gla": lambda: dict(g=decay(1, T, H), reverse=True),
     "chunk_retention": dict,
@@ -31,10 +32,10 @@ OPS = {
 
 
 def use_kernels(monkeypatch):
-    def on_triton(q, gv=None):
-        return gv is None
+    def on_triton(q, g=None, gv=None):
+        return g is None or gv is None
 
-    for module in (_packed, _gated_linear_attention, _rwkv6):
+    for module in (_packed, _gated_linear_attention, _gated_slot_attention, _rwkv6):
         monkeypatch.setattr(module, "on_triton", on_triton)
 
 
@@ -43,7 +44,7 @@ def run(name, q, k, v, more, state, lengths):
     tensors = {n: x.clone().requires_grad_() for n, x in more.items() if isinstance(x, torch.Tensor)}
     cu_seqlens = None if lengths is None else torch.tensor([0, *lengths]).cumsum(0)
     shared = dict(initial_state=leaves["state"], output_final_state=True, cu_seqlens=cu_seqlens)
-    o, last = getattr(liger_ops, name)(*(leaves[n] for n in "qkv"), **(more | tensors), **shared)
+    o, last = getattr(liger_ops, name.split()[0])(*(leaves[n] for n in "qkv"), **(more | tensors), **shared)
     weights = torch.linspace(-1, 1, o.numel()).view(o.shape), torch.linspace(1, -1, last.numel()).view(last.shape)
     everything = [*leaves.values(), *tensors.values()]
     return [o, last, *torch.autograd.grad((o, last), everything, weights)]
@@ -100,7 +101,7 @@ def test_the_compiler_sees_one_op(gate, monkeypatch):
     q, k, v = torch.randn(1, T, HQ, K), torch.randn(1, T, H, K), torch.randn(1, T, H, V)
     leaves = [x if x is None else x.requires_grad_() for x in (q, k, v, g, torch.randn(3, H, K, V))]
     args = *leaves, torch.tensor([0, 20, 20, T]), K**-0.5, None
-    torch.library.opcheck(torch.ops.liger_ops.packed.default, args)
+    torch.library.opcheck(torch.ops.liger_ops.packed.default, (*args[:4], None, *args[4:]))
 
     def call(*x):
         o, last, *_ = _packed.recurrence(*x[:4], K**-0.5, x[4], cu_seqlens=x[5])
@@ -171,3 +172,29 @@ def test_the_compiler_knows_that_the_pool_changes(monkeypatch):
     q, k, v, pool = torch.randn(2, HQ, K), torch.randn(2, H, K), torch.randn(2, H, V), torch.randn(3, H, K, V)
     args = q, k, v, None, pool, torch.tensor([2, 0]), 0.1
     torch.library.opcheck(torch.ops.liger_ops.pooled_step.default, args)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("gate", [True, False])
+@pytest.mark.parametrize("name", ["chunk_gsa", "fused_recurrent_gsa"])
+def test_slots_on_the_kernels(name, gate, lengths, monkeypatch):
+    """Both passes; without a gate, a running softmax."""
+    M, lengths = 12, LENGTHS[lengths]
+    N = 1 if lengths is None else len(lengths)
+    tensors = [torch.randn(1, T, HQ, K), torch.randn(1, T, H, K), torch.randn(1, T, H, V), torch.randn(1, T, H, M)]
+    tensors += [torch.randn(N, H, K, M), torch.randn(N, H, M, V)] + ([decay(1, T, H, M)] if gate else [])
+
+    def call():
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        options = dict(reverse=True) if name == "fused_recurrent_gsa" else {}
+        cu_seqlens = None if lengths is None else torch.tensor([0, *lengths]).cumsum(0)
+        options |= dict(g=leaves[6] if gate else None, cu_seqlens=cu_seqlens, output_final_state=True)
+        o, last = getattr(liger_ops, name)(*leaves[:4], initial_state=(leaves[4], leaves[5]), **options)
+        found = o, *last
+        weights = [torch.linspace(-1, 1, x.numel()).view(x.shape) for x in found]
+        return [*found, *torch.autograd.grad(found, leaves, weights)]
+
+    wanted = call()
+    use_kernels(monkeypatch)
+    for n, (x, y) in enumerate(zip(call(), wanted, strict=True)):
+        assert (x - y).norm() <= 5e-6 * y.norm(), n
