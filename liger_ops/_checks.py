@@ -32,6 +32,8 @@ def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, same_length:
     if H == 0 or HQ % H:
         hint = f"; {T} heads at length {HQ} look head-first, expected [batch, time, heads, width]" if HQ > T else ""
         fail(query, f"a number of heads divisible by the {H} key/value heads", f"{HQ} heads{hint}")
+    if K == 0:
+        fail(query, "a width of at least 1", f"shape {tuple(q.shape)}")
     if S < T:
         fail("k", f"at least as many tokens as {query} ({T})", S)
 
@@ -76,8 +78,11 @@ def check_pool(pool: torch.Tensor, slots: torch.Tensor, k: torch.Tensor, width: 
     shape = (*k.shape[1:], width)
     if pool.ndim != 4 or tuple(pool.shape[1:]) != shape or pool.dtype != torch.float32:
         fail("pool", f"float32 [S, {', '.join(map(str, shape))}]", f"{pool.dtype} {tuple(pool.shape)}")
-    if slots.shape != k.shape[:1] or slots.is_floating_point():
+    if slots.shape != k.shape[:1] or slots.is_floating_point() or slots.dtype == torch.bool:
         fail("slots", f"integers [{len(k)}]", f"{slots.dtype} {tuple(slots.shape)}")
+    for name, x in (("pool", pool), ("slots", slots)):
+        if x.device != k.device:
+            fail(name, f"device {k.device}", x.device)
     if slots.device.type == "cpu":
         live = slots[slots >= 0]
         if len(live) and live.max() >= len(pool):
@@ -102,6 +107,8 @@ def check_cu_seqlens(
     not at all when they are on the host already.
     """
     if cu_seqlens is None:
+        if on_host is not None:
+            fail("cu_seqlens", "the bounds of cu_seqlens_cpu on the device", None)
         return None
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1 or cu_seqlens.is_floating_point():
         fail("cu_seqlens", "a 1-d integer tensor of sequence bounds", f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")

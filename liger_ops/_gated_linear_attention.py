@@ -48,6 +48,8 @@ def _run(
             _checks.fail("normalize", "False with gv, which has no decay for the normaliser", True)
     state = initial_state
     if state is not None and state_v_first:
+        if state.ndim != 4:
+            _checks.fail("initial_state", "[N, H, V, K]", f"shape {tuple(state.shape)}")
         state = state.transpose(-1, -2)
     _checks.check_state(state, q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1, k, v.shape[-1])
     if chunk_size is not None:
@@ -219,6 +221,8 @@ def gated_step(
         if x.ndim != 3:
             _checks.fail(name, "[batch, heads, width]", f"shape {tuple(x.shape)}")
     _checks.check_qkv(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1))
+    if g is not None and g.ndim not in (2, 3):
+        _checks.fail("g", "[batch, heads] or [batch, heads, width]", f"shape {tuple(g.shape)}")
     _checks.check_decay(None if g is None else g.unsqueeze(1), k.unsqueeze(1), (3, 4))
     _checks.check_pool(pool, slots, k, v.shape[-1] + normalize)
     scale = q.shape[-1] ** -0.5 if scale is None else scale

@@ -89,9 +89,8 @@ def _packed_backward(
 
 @_packed_backward.register_fake
 def _(do, dstate, q, k, v, g, gv, state, cu_seqlens, scale, chunk, gate):
-    return [torch.empty_like(x) for x in (q, k, v, state)] + (
-        [torch.empty_like(g if gv is None else gv)] if gate else []
-    )
+    given = q, k, v, state, *((g if gv is None else gv,) if gate else ())
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in given]
 
 
 def _setup(ctx, inputs, output):
@@ -151,8 +150,9 @@ def recurrence(
     Log decays g [B,T,H] or [B,T,H,K] and gv [B,T,H,V], or None. cu_seqlens [N+1] only where `on_triton`.
     """
     (B, T, H, K), V = k.shape, v.shape[-1]
-    if not (on_triton(q, g, gv) and T and B):
+    kernels, N = on_triton(q, g, gv), B if cu_seqlens is None else len(cu_seqlens) - 1
+    if kernels and state is None:
+        state = q.new_zeros(N, H, K, V, dtype=torch.float32)
+    if not (kernels and T and B):
         return additive.recurrence(q, k, v, g, scale, state, default_chunk(g, chunk), gv)
-    N = B if cu_seqlens is None else len(cu_seqlens) - 1
-    state = q.new_zeros(N, H, K, V, dtype=torch.float32) if state is None else state.float()
-    return _packed(q, k, v, g, gv, state, cu_seqlens, scale, chunk)
+    return _packed(q, k, v, g, gv, state.float(), cu_seqlens, scale, chunk)

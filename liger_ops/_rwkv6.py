@@ -8,6 +8,7 @@ import torch
 from liger_ops import _checks
 from liger_ops._packed import on_triton, recurrence
 from liger_ops._sequences import after_one, at_once, over_sequences
+from liger_ops._torch.layout import full_precision
 
 
 def chunk_rwkv6(
@@ -47,6 +48,8 @@ def chunk_rwkv6(
     _checks.check_decay(w, k, (4,), "w")
     if tuple(u.shape) != (r.shape[2], r.shape[3]):
         _checks.fail("u", f"shape {[r.shape[2], r.shape[3]]}", tuple(u.shape))
+    if u.device != r.device:
+        _checks.fail("u", f"device {r.device}", u.device)
     kernels = on_triton(r)
     bounds = _checks.check_cu_seqlens(cu_seqlens, *r.shape[:2], cu_seqlens_cpu, kernels)
     _checks.check_state(initial_state, r.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1, k, v.shape[-1])
@@ -61,11 +64,8 @@ def chunk_rwkv6(
         if not r.shape[1]:
             return o, final
         begin = r[:, 0] if cu_seqlens is None else r[0, cu_seqlens[:-1].clamp(max=r.shape[1] - 1)]
-        first = begin.new_zeros(*begin.shape[:2], v.shape[-1])
-        if state is not None:
-            q = (scale * begin).to(state.dtype).unflatten(1, (k.shape[2], -1))
-            first = (q @ state).flatten(1, 2).to(o.dtype)
-        return after_one(o, first, cu_seqlens), final
+        first = begin.new_zeros(*begin.shape[:2], v.shape[-1]) if state is None else _read(scale * begin, state)
+        return after_one(o, first.to(o.dtype), cu_seqlens), final
 
     if kernels:
         o, state = at_once(core, (r, k, v, w), initial_state, cu_seqlens, reverse)
@@ -76,6 +76,13 @@ def chunk_rwkv6(
     bonus = ((r * u).to(work).unflatten(2, (H, -1)) * k.to(work).unsqueeze(3)).sum(-1, keepdim=True)
     own = (scale * bonus * v.to(work).unsqueeze(3)).flatten(2, 3)
     return (o.to(work) + own).to(r.dtype), state if output_final_state else None
+
+
+@full_precision
+def _read(q: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    """q [N,HQ,K], state [N,H,K,V] -> [N,HQ,V], in float32 or float64."""
+    work = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return (q.to(work).unflatten(1, (state.shape[1], -1)) @ state.to(work)).flatten(1, 2)
 
 
 def fused_recurrent_rwkv6(

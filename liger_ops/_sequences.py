@@ -64,6 +64,7 @@ def at_once(
     reverse: bool = False,
 ) -> tuple[torch.Tensor, State]:
     """`over_sequences` for a core(*tensors, state, cu_seqlens) that knows packing itself; reads no bounds."""
+    cu_seqlens = cu_seqlens if cu_seqlens is None else cu_seqlens.to(tensors[0].device)
     if not reverse:
         return core(*tensors, state, cu_seqlens)
     tensors = [x if x is None else x.flip(1) for x in tensors]

@@ -150,11 +150,11 @@ def _gradients(x: _Call, h, dh, do, scale, gate_gradient):
     da, *own = _own_gradients(x, do, scale) if x.per_channel else (x.q, x.q, x.k)
     dq, dk, dg = torch.empty_like(x.q), torch.empty_like(x.k), x.q
     if gate_gradient:
-        # Per head a part for every block of channels, of any configuration: what is not written stays zero.
-        dg = torch.empty_like(x.g) if x.per_channel else x.g.new_zeros(cdiv(K, 16), tokens, H)
+        # Per head a part for every block of channels, as many as the configuration has.
+        dg = torch.empty_like(x.g) if x.per_channel else x.g.new_empty(cdiv(K, 16), tokens, H)
     table = x.chunks.chunks
     args = x.q, x.k, x.v, x.gate(), h, dh, do, da, *own, dq, dk, dg, table, scale, tokens, H, G, K, V, KG
-    launch(
+    config = launch(
         gradients.gradients_kernel,
         lambda c: (count, cdiv(K, c.BK), H),
         K,
@@ -163,7 +163,7 @@ def _gradients(x: _Call, h, dh, do, scale, gate_gradient):
         **x.constants,
         GATE_GRADIENT=gate_gradient,
     )
-    return dq, dk, dg if x.per_channel else dg.sum(0)
+    return dq, dk, dg if x.per_channel or not gate_gradient else dg[: cdiv(K, config.BK)].sum(0)
 
 
 def _own_gradients(x: _Call, do, scale):

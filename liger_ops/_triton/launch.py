@@ -87,17 +87,18 @@ def launch(
     """
     name, tensor = kernel.fn.__name__, args[0]
 
-    def run(config: Config) -> None:
+    def run(config: Config) -> Config:
         filled = fill(kernel, config, constants)
         kernel[grid(config)](*args, **filled, num_warps=config.num_warps, num_stages=config.num_stages)
+        return config
 
     choices = options(name, tensor.dtype, K, V)
     if isinstance(kernel, InterpretedFunction):
         return run(choices[0])
+    key = name, tensor.device, tensor.dtype, K, V, *constants.items()
     with torch.cuda.device(tensor.device):
         if len(choices) == 1 or torch.cuda.is_current_stream_capturing():
-            return run(choices[0])
-        key = name, tensor.device, tensor.dtype, K, V, *constants.items()
+            return run(_chosen.get(key, choices[0]))
         with _lock:
             if key not in _chosen:
                 _chosen[key] = min(choices, key=lambda config: _milliseconds(lambda: run(config)))
@@ -111,7 +112,7 @@ def precision(dtype: torch.dtype) -> str:
     """
     if torch.version.hip:
         return "tf32" if dtype == torch.bfloat16 and is_cdna3() else "ieee"
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
+    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32":
         return "ieee"
     return "tf32x3" if dtype == torch.float16 else "tf32"
 
@@ -128,12 +129,12 @@ class Chunks(NamedTuple):
     sequences: torch.Tensor
 
 
-def make_chunks(cu_seqlens: torch.Tensor, tokens: int, C: int, count: int | None = None) -> Chunks:
+def make_chunks(cu_seqlens: torch.Tensor, tokens: int, C: int) -> Chunks:
     """The chunks of sequences bounded by cu_seqlens [N+1], whose values nothing here reads on the host."""
     bounds = cu_seqlens.long()
     begin, end = bounds[:-1], bounds[1:]
     N = len(begin)
-    count = tokens // C + min(N, tokens) if count is None else count
+    count = tokens // C + min(N, tokens)
     after = ((end - begin + C - 1) // C).cumsum(0)
     first = after - (end - begin + C - 1) // C
     i = torch.arange(count, device=bounds.device)
@@ -144,14 +145,10 @@ def make_chunks(cu_seqlens: torch.Tensor, tokens: int, C: int, count: int | None
     return Chunks(torch.stack([start, size], 1), torch.stack([begin, end, first], 1))
 
 
-@functools.lru_cache(64)
-def _equal_chunks(batch: int, length: int, C: int, device: torch.device) -> Chunks:
-    bounds = torch.arange(batch + 1, device=device) * length
-    return make_chunks(bounds, batch * length, C, batch * -(-length // C))
-
-
 def equal_chunks(batch: int, length: int, C: int, device: torch.device) -> Chunks:
-    """The chunks of `batch` sequences of one length, kept for the next call unless a graph owns their memory."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return _equal_chunks.__wrapped__(batch, length, C, device)
-    return _equal_chunks(batch, length, C, device)
+    """The chunks of `batch` sequences of one length."""
+    each = -(-length // C)
+    i, n = torch.arange(batch * each, device=device), torch.arange(batch, device=device)
+    within = i % each * C
+    chunks = torch.stack([i // each * length + within, (length - within).clamp(max=C)], 1)
+    return Chunks(chunks, torch.stack([n * length, (n + 1) * length, n * each], 1))

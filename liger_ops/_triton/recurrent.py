@@ -72,9 +72,11 @@ def forward(q, k, v, g, first, last, slots, scale) -> torch.Tensor:
     V, G = v.shape[-1], q.shape[2] // H
     KG = 1 if g is None or g.ndim == 3 else K
     q, k, v = (x.contiguous() for x in (q, k, v))
-    g = q if g is None else g.float().contiguous()
+    gated = g is not None
+    g = g.float().contiguous() if gated else q
+    slots = slots if slots is None else slots.contiguous()
     o = v.new_empty(N, T, q.shape[2], V)
-    constants = dict(GATED=g is not q, PER_CHANNEL=KG > 1, POOLED=slots is not None)
+    constants = dict(GATED=gated, PER_CHANNEL=KG > 1, POOLED=slots is not None)
     args = q, k, v, g, first, last, q if slots is None else slots, o, scale, T, H, G, K, V, KG
     launch(recurrent_kernel, lambda c: (N * H, cdiv(V, c.BV)), K, V, *args, **constants)
     return o

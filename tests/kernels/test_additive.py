@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from liger_ops._triton import additive
+from liger_ops._triton import additive, launch
 from tests.kernels.cases import Case, distances, exact, run
 from tests.kernels.interpreter import mend_rounding, sanitized
 
@@ -138,3 +138,40 @@ def test_packed_split_and_permuted(gate):
         o, state = additive.forward(*piece, state, None, *args)
         assert distances({"o": o}, {"o": whole["o"][:, slice(*part)].double()})["o"] <= 1e-6
     assert distances({"s": state}, {"s": whole["last"].double()})["s"] <= 1e-6
+
+
+@pytest.mark.parametrize("gate", ["head", "channel"])
+def test_every_configuration_may_run_before_the_chosen_one(gate, monkeypatch):
+    """As tuning does: what an earlier one wrote must not show."""
+
+    def tuned(kernel, grid, K, V, *args, **constants):
+        for config in launch.options(kernel.fn.__name__, args[0].dtype, K, V):
+            kernel[grid(config)](*args, **launch.fill(kernel, config, constants))
+        return config
+
+    monkeypatch.setattr(additive, "launch", tuned)
+    check(Case(gate=gate, K=72, V=40, G=2))
+
+
+@pytest.mark.parametrize(("name", "size"), [("q", 1e-8), ("q", 1e2), ("k", 1e-8), ("k", 1e8), ("do", 1e4), ("do", 1e8)])
+def test_factored_blocks_bear_operands_of_any_size(name, size):
+    """Decays that sum to -79 in a block of 16 rows are as far as inverses may reach."""
+    case = Case(gate="channel", T=40, lengths=None)
+    x = case.tensors()
+    x["g"][:] = 0
+    x["g"][:, 1::16] = -79.0
+    x[name] *= size
+    far = distances(run(additive, case, x), exact(case, x))
+    assert all(d <= BARS[n] for n, d in far.items()), far
+
+
+def test_precision_follows_either_way_of_asking_pytorch():
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for setting, wanted in (("tf32", "tf32"), ("ieee", "ieee")):
+            torch.backends.cuda.matmul.fp32_precision = setting
+            assert launch.precision(torch.float32) == wanted
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert launch.precision(torch.bfloat16) == "tf32"
+    assert launch.precision(torch.float16) == "tf32x3"

@@ -80,6 +80,8 @@ def test_nothing_to_do(lengths, monkeypatch):
     o, last = liger_ops.chunk_gla(q, k, v, decay(1, 0, H, K), None, state, True, cu_seqlens=cu_seqlens)
     assert o.shape == (1, 0, HQ, V)
     assert torch.equal(last, state)
+    last = liger_ops.chunk_gla(q, k, v, decay(1, 0, H, K), None, None, True, cu_seqlens=cu_seqlens)[1]
+    assert torch.equal(last, torch.zeros_like(state))
 
 
 def test_half_inputs_and_any_subset_of_gradients(monkeypatch):
@@ -102,6 +104,11 @@ def test_the_compiler_sees_one_op(gate, monkeypatch):
     leaves = [x if x is None else x.requires_grad_() for x in (q, k, v, g, torch.randn(3, H, K, V))]
     args = *leaves, torch.tensor([0, 20, 20, T]), K**-0.5, None
     torch.library.opcheck(torch.ops.liger_ops.packed.default, (*args[:4], None, *args[4:]))
+    # [B,H,T,D] underneath, as most models hold them.
+    turned = [x if x is None else x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in leaves]
+    do, dstate = torch.randn(1, T, HQ, V), torch.randn(3, H, K, V)
+    back = do, dstate, *turned[:4], None, turned[4], *args[5:], gate != "none"
+    torch.library.opcheck(torch.ops.liger_ops.packed_backward.default, back, test_utils="test_faketensor")
 
     def call(*x):
         o, last, *_ = _packed.recurrence(*x[:4], K**-0.5, x[4], cu_seqlens=x[5])
@@ -154,7 +161,7 @@ def test_a_pool_of_states(gate, normalize, monkeypatch):
     """In place, addressed by slot; a negative slot is nobody's, and a row that no slot names keeps its bits."""
     q, k, v = torch.rand(4, HQ, K), torch.rand(4, H, K), torch.randn(4, H, V)
     g = {"none": None, "head": decay(4, H), "channel": decay(4, H, K)}[gate]
-    pool, slots = torch.rand(6, H, K, V + normalize), torch.tensor([4, -1, 0, 2])
+    pool, slots = torch.rand(6, H, K, V + normalize), torch.tensor([[4, 9], [-1, 9], [0, 9], [2, 9]])[:, 0]
     twin = pool.clone()
     wanted = liger_ops.gated_step(q, k, v, g, twin, slots, normalize=normalize)
     before = pool.clone()
@@ -198,3 +205,10 @@ def test_slots_on_the_kernels(name, gate, lengths, monkeypatch):
     use_kernels(monkeypatch)
     for n, (x, y) in enumerate(zip(call(), wanted, strict=True)):
         assert (x - y).norm() <= 5e-6 * y.norm(), n
+
+
+def test_the_gate_may_be_the_query(monkeypatch):
+    use_kernels(monkeypatch)
+    g = decay(1, 3, H, K)
+    k, v = torch.randn(1, 3, H, K), torch.randn(1, 3, H, V)
+    assert torch.equal(liger_ops.chunk_gla(g, k, v, g)[0], liger_ops.chunk_gla(g.clone(), k, v, g)[0])

@@ -180,6 +180,9 @@ def bad(**changes):
         (dict(g=-torch.rand(2, 9, 2)), "g: expected shape"),
         (dict(initial_state=torch.randn(2, 2, 8, 9)), "initial_state: expected shape"),
         (dict(cu_seqlens=torch.tensor([0, 9])), "cu_seqlens: expected batch 1"),
+        (dict(cu_seqlens_cpu=torch.tensor([0, 9])), "cu_seqlens: expected the bounds of cu_seqlens_cpu"),
+        (dict(initial_state=torch.randn(8), state_v_first=True), r"initial_state: expected \[N, H, V, K\]"),
+        (dict(q=torch.randn(2, 9, 4, 0), k=torch.randn(2, 9, 2, 0)), "q: expected a width of at least 1"),
         (dict(chunk_size=0), "chunk_size: expected an integer"),
     ],
 )

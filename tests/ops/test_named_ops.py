@@ -354,8 +354,27 @@ GATE = -torch.rand(1, 6, 2, 4)
             lambda: gated_step(X[0], X[0], X[0], None, torch.zeros(9, 2, 4, 5), torch.arange(6)),
             r"pool: expected float32 \[S, 2, 4, 4\]",
         ),
+        (
+            lambda: gated_step(X[0], X[0], X[0], None, torch.zeros(9, 2, 4, 4), torch.arange(6, device="meta")),
+            "slots: expected device cpu",
+        ),
+        (
+            lambda: gated_step(X[0], X[0], X[0], torch.tensor(-1.0), torch.zeros(9, 2, 4, 4), torch.arange(6)),
+            r"g: expected \[batch, heads\] or",
+        ),
+        (lambda: chunk_rwkv6(X, X, X, GATE, torch.randn(2, 4, device="meta")), "u: expected device cpu"),
     ],
 )
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_rwkv6_reads_a_coarse_initial_state_in_float32():
+    """The first token, which reads nothing else, is as exact as the others."""
+    r, k, v, w, u = X, X * 0, X * 0, GATE * 0, torch.zeros(2, 4)
+    state = torch.randn(1, 2, 4, 4).bfloat16()
+    wanted = chunk_rwkv6(r.double(), k.double(), v.double(), w.double(), u.double(), initial_state=state.double())[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = chunk_rwkv6(r, k, v, w, u, initial_state=state)[0]
+    assert (found - wanted).norm() <= 1e-6 * wanted.norm()
