@@ -54,6 +54,7 @@ def launches(gate: str, dtype: str, K: int = 128, V: int = 128) -> list[tuple]:
 
     def record(kernel, grid, K, V, *args, **constants):
         calls.append((kernel, K, V, args, constants))
+        return launching.options(kernel.fn.__name__, args[0].dtype, K, V)[0]
 
     modules = additive, recurrent
     run = additive.launch

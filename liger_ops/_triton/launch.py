@@ -28,7 +28,7 @@ CONFIGS: dict[str, list[Config]] = {
     "states_kernel": [Config(32, 64, 4, 1), Config(32, 32, 4, 2), Config(64, 64, 8, 2)],
     "outputs_kernel": [Config(32, 64, 4, 2), Config(32, 128, 8, 2)],
     "values_kernel": [Config(32, 64, 8, 2), Config(32, 64, 4, 1)],
-    "scores_kernel": [Config(32, 16, 4, 2), Config(16, 16, 2, 2)],
+    "scores_kernel": [Config(16, 16, 4, 2), Config(32, 16, 8, 2)],
     "products_kernel": [Config(16, 32, 4, 2), Config(16, 64, 4, 3)],
     "queries_gradient_kernel": [Config(32, 16, 2, 2), Config(64, 16, 4, 2)],
     "keys_gradient_kernel": [Config(32, 16, 2, 2), Config(64, 16, 4, 2)],
