@@ -133,6 +133,12 @@ def check_positive(name: str, value: int, minimum: int = 1) -> None:
         fail(name, f"an integer >= {minimum}", value)
 
 
+def check_chunk_size(size: int | None) -> None:
+    """None leaves the choice to the backend."""
+    if size is not None:
+        check_positive("chunk_size", size)
+
+
 def check_window(window: int, sinks: int, visible: torch.Tensor | None, k: torch.Tensor) -> None:
     check_positive("window", window)
     check_positive("sinks", sinks, 0)

@@ -9,7 +9,7 @@ import torch
 
 from liger_ops import _checks
 from liger_ops._packed import WIDEST, on_triton, pooled_step, recurrence
-from liger_ops._sequences import at_once, over_sequences
+from liger_ops._sequences import over_sequences
 from liger_ops._torch.additive import step
 
 
@@ -52,18 +52,14 @@ def _run(
             _checks.fail("initial_state", "[N, H, V, K]", f"shape {tuple(state.shape)}")
         state = state.transpose(-1, -2)
     _checks.check_state(state, q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1, k, v.shape[-1])
-    if chunk_size is not None:
-        _checks.check_positive("chunk_size", chunk_size)
+    _checks.check_chunk_size(chunk_size)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
 
     def core(q, k, v, g, gv, state, cu_seqlens=None):
         return recurrence(q, k, v, g, scale, state, chunk_size, gv, cu_seqlens)
 
-    tensors = q, k, v, g, gv
-    if kernels:
-        o, state = at_once(core, tensors, state, cu_seqlens, reverse)
-    else:
-        o, state = over_sequences(core, tensors, state, bounds, reverse)
+    packing = cu_seqlens if kernels else None
+    o, state = over_sequences(core, (q, k, v, g, gv), state, bounds, reverse, packing)
     if normalize:
         o = o[..., :-1] / o[..., -1:]
     if not output_final_state:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from liger_ops import _checks
 from liger_ops._packed import on_triton, recurrence
-from liger_ops._sequences import at_once, over_sequences
+from liger_ops._sequences import over_sequences
 
 SlotState = tuple[torch.Tensor, torch.Tensor]
 
@@ -63,8 +63,7 @@ def chunk_gsa(
     if initial_state is not None:
         _checks.check_state(initial_state[0], count, k, M, "initial_state[0]")
         _checks.check_state(initial_state[1], count, s, v.shape[-1], "initial_state[1]")
-    if chunk_size is not None:
-        _checks.check_positive("chunk_size", chunk_size)
+    _checks.check_chunk_size(chunk_size)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
 
@@ -76,11 +75,8 @@ def chunk_gsa(
         o, hv = recurrence(scores.softmax(-1), s, v.to(work), g, 1.0, hv, **shared)
         return o, (hk, hv)
 
-    tensors = q, k, v, s, g
-    if kernels:
-        o, state = at_once(core, tensors, initial_state, cu_seqlens, reverse)
-    else:
-        o, state = over_sequences(core, tensors, initial_state, bounds, reverse)
+    packing = cu_seqlens if kernels else None
+    o, state = over_sequences(core, (q, k, v, s, g), initial_state, bounds, reverse, packing)
     return o.to(q.dtype), state if output_final_state else None
 
 

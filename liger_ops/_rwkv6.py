@@ -7,7 +7,7 @@ import torch
 
 from liger_ops import _checks
 from liger_ops._packed import on_triton, recurrence
-from liger_ops._sequences import after_one, at_once, over_sequences
+from liger_ops._sequences import after_one, over_sequences
 from liger_ops._torch.layout import full_precision
 
 
@@ -53,8 +53,7 @@ def chunk_rwkv6(
     kernels = on_triton(r)
     bounds = _checks.check_cu_seqlens(cu_seqlens, *r.shape[:2], cu_seqlens_cpu, kernels)
     _checks.check_state(initial_state, r.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1, k, v.shape[-1])
-    if chunk_size is not None:
-        _checks.check_positive("chunk_size", chunk_size)
+    _checks.check_chunk_size(chunk_size)
     scale = r.shape[-1] ** -0.5 if scale is None else scale
 
     def core(r, k, v, w, state, cu_seqlens=None):
@@ -67,10 +66,8 @@ def chunk_rwkv6(
         first = begin.new_zeros(*begin.shape[:2], v.shape[-1]) if state is None else _read(scale * begin, state)
         return after_one(o, first.to(o.dtype), cu_seqlens), final
 
-    if kernels:
-        o, state = at_once(core, (r, k, v, w), initial_state, cu_seqlens, reverse)
-    else:
-        o, state = over_sequences(core, (r, k, v, w), initial_state, bounds, reverse)
+    packing = cu_seqlens if kernels else None
+    o, state = over_sequences(core, (r, k, v, w), initial_state, bounds, reverse, packing)
     H = k.shape[2]
     work = torch.float64 if r.dtype == torch.float64 else torch.float32
     bonus = ((r * u).to(work).unflatten(2, (H, -1)) * k.to(work).unsqueeze(3)).sum(-1, keepdim=True)

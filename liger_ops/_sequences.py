@@ -1,4 +1,4 @@
-"""Sequences packed along time, one after the other: the only arithmetic on cu_seqlens.
+"""Sequences packed along time: all arithmetic on cu_seqlens but the kernels' own table of chunks.
 
 Shapes: B batch, T time, H heads, N sequences.
 """
@@ -24,24 +24,38 @@ def _join(states: list[State]) -> State:
     return torch.cat(states)
 
 
+def _turned(state: State) -> State:
+    if isinstance(state, tuple):
+        return tuple(x.flip(0) for x in state)
+    return state if state is None else state.flip(0)
+
+
 def over_sequences(
     core: Callable[..., tuple[torch.Tensor, State]],
     tensors: Sequence[torch.Tensor | None],
     state: State,
     bounds: list[int] | None,
     reverse: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, State]:
     """core(*tensors [B,t,...], state) -> (o [B,t,...], state), on each sequence between `bounds`; None is no packing.
 
-    reverse runs every sequence from its last token to its first.
+    reverse runs every sequence from its last token to its first. With cu_seqlens, which only a core that takes it as
+    its last argument may be given, all sequences run at once and bounds are not read.
     """
 
-    def run(part, held):
+    def run(part, held, *packing):
         if not reverse:
-            return core(*part, held)
-        o, held = core(*(x if x is None else x.flip(1) for x in part), held)
+            return core(*part, held, *packing)
+        o, held = core(*(x if x is None else x.flip(1) for x in part), held, *packing)
         return o.flip(1), held
 
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.to(tensors[0].device)
+        if not reverse:
+            return run(tensors, state, cu_seqlens)
+        o, state = run(tensors, _turned(state), (cu_seqlens[-1] - cu_seqlens).flip(0))
+        return o, _turned(state)
     if bounds is None:
         return run(tensors, state)
     if len(bounds) == 1:
@@ -54,31 +68,6 @@ def over_sequences(
     ]
     outputs, states = zip(*pieces, strict=True)
     return torch.cat(outputs, 1), _join(list(states))
-
-
-def at_once(
-    core: Callable[..., tuple[torch.Tensor, State]],
-    tensors: Sequence[torch.Tensor | None],
-    state: State,
-    cu_seqlens: torch.Tensor | None,
-    reverse: bool = False,
-) -> tuple[torch.Tensor, State]:
-    """`over_sequences` for a core(*tensors, state, cu_seqlens) that knows packing itself; reads no bounds."""
-    cu_seqlens = cu_seqlens if cu_seqlens is None else cu_seqlens.to(tensors[0].device)
-    if not reverse:
-        return core(*tensors, state, cu_seqlens)
-    tensors = [x if x is None else x.flip(1) for x in tensors]
-    if cu_seqlens is None:
-        o, state = core(*tensors, state, None)
-        return o.flip(1), state
-    o, state = core(*tensors, _turned(state), (cu_seqlens[-1] - cu_seqlens).flip(0))
-    return o.flip(1), _turned(state)
-
-
-def _turned(state: State) -> State:
-    if isinstance(state, tuple):
-        return tuple(x.flip(0) for x in state)
-    return state if state is None else state.flip(0)
 
 
 def after_one(o: torch.Tensor, first: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:

@@ -79,11 +79,14 @@ def fill(kernel: Any, config: Config, constants: dict[str, Any]) -> dict[str, An
 
 def launch(
     kernel: Any, grid: Callable[[Config], tuple[int, ...]], K: int, V: int, *args: Any, **constants: Any
-) -> None:
+) -> Config:
     """Run kernel on grid(config), its blocks and warps chosen once per device, widths, dtype and constants.
 
-    Nothing is timed under the interpreter or while a graph is captured: the first configuration runs. Kernels write
-    their outputs and read none, so that timing may repeat them.
+    Nothing is timed under the interpreter or while a graph is captured: the first configuration runs, unless another
+    was chosen before. Kernels with a choice read none of their outputs, so that timing may repeat them.
+
+    Returns:
+        The configuration that ran last, whose outputs stand.
     """
     name, tensor = kernel.fn.__name__, args[0]
 

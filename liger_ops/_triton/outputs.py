@@ -6,19 +6,24 @@ Shapes: as in `tiles`.
 import triton
 import triton.language as tl
 
-from liger_ops._triton.tiles import between, dot, from_row, load_chunk, load_decays, load_rows, store_rows, to_row
+from liger_ops._triton.tiles import (
+    between,
+    dot,
+    from_row,
+    load_chunk,
+    load_decays,
+    load_rows,
+    offsets,
+    store_rows,
+    to_row,
+)
 
 
 @triton.jit
 def load_pairs(a, i_t, i_h, HQ, o_r, n, C: tl.constexpr):
     """Tile [C,C] of the chunk's pairs in a [S,HQ,C]: row t, column s <= t; the rest was never written."""
     m_a = (o_r[:, None] >= o_r[None, :]) & (o_r < n)[:, None]
-    return tl.load(a + offsets_pairs(i_t, i_h, HQ, o_r, o_r, C), mask=m_a, other=0.0)
-
-
-@triton.jit
-def offsets_pairs(i_t, i_h, HQ, o_r, o_c, C: tl.constexpr):
-    return ((i_t + o_r.to(tl.int64)) * HQ + i_h)[:, None] * C + o_c[None, :]
+    return tl.load(a + offsets(i_t, i_h, HQ, C, o_r, o_r), mask=m_a, other=0.0)
 
 
 @triton.jit

@@ -10,8 +10,7 @@ from overflow, and one row is taken at a time otherwise.
 import triton
 import triton.language as tl
 
-from liger_ops._triton.outputs import offsets_pairs
-from liger_ops._triton.tiles import dot, load_chunk, load_decays, load_rows, store_rows
+from liger_ops._triton.tiles import dot, from_row, load_chunk, load_decays, load_rows, offsets, store_rows
 
 # The smallest sum of decays, and the largest logarithm of an operand over its decay, that float32 factors bear.
 FACTORABLE = tl.constexpr(-80.0)
@@ -37,13 +36,7 @@ def load_row(x, i_t, i_h, H, K, o_k, i, n):
 def load_block(a, i_t, i_h, HQ, o_r, i_column, n, C: tl.constexpr):
     """The pairs s < t of a block with itself."""
     m_a = (o_r[:, None] > o_r[None, :]) & (o_r < n)[:, None]
-    return tl.load(a + offsets_pairs(i_t, i_h, HQ, o_r, i_column + o_r, C), mask=m_a, other=0.0)
-
-
-@triton.jit
-def before_decays(g, i_t, i_first, i_h, H, K, o_c, o_k):
-    """[C,BK]: factors from behind a row of the chunk through row i_first of it, for the rows before that one."""
-    return tl.exp(tl.cumsum(load_decays(g, i_t + 1, i_h, H, K, o_c, o_k, o_c < i_first), 0, reverse=True))
+    return tl.load(a + offsets(i_t, i_h, HQ, C, o_r, i_column + o_r), mask=m_a, other=0.0)
 
 
 @triton.jit
@@ -83,7 +76,7 @@ def scores_kernel(
         b_to = b_q * tl.exp(b_sum)
         if i_b > 0:
             b_from = load_rows(k, i_t, i_h, H, K, o_c, o_k, o_c < i_first)
-            b_from = b_from * before_decays(g, i_t, i_first, i_h, H, K, o_c, o_k)
+            b_from = b_from * from_row(g, i_t, i_first + 1, i_h, H, K, o_c, o_k)
             b_past += dot(b_to, tl.trans(b_from), PRECISION)
         if factorable(b_g, b_k):
             b_own += dot(b_q * (tl.exp(b_sum) * HALF), tl.trans(b_k * (tl.exp(-b_sum) / HALF)), PRECISION)
@@ -95,9 +88,9 @@ def scores_kernel(
                 b_own += tl.where(o_r[None, :] == s, tl.sum(b_s, 1)[:, None], 0.0)
                 b_sum += tl.where(o_r[:, None] >= s, load_row(g, i_r, i_h, H, K, o_k, s, n_r)[None, :], 0.0)
     m_past = m_r[:, None] & (o_c < i_first)[None, :]
-    tl.store(a + offsets_pairs(i_r, i_q, HQ, o_r, o_c, C), b_past, mask=m_past)
+    tl.store(a + offsets(i_r, i_q, HQ, C, o_r, o_c), b_past, mask=m_past)
     m_own = m_r[:, None] & (o_r[:, None] >= o_r[None, :])
-    tl.store(a + offsets_pairs(i_r, i_q, HQ, o_r, i_first + o_r, C), b_own, mask=m_own)
+    tl.store(a + offsets(i_r, i_q, HQ, C, o_r, i_first + o_r), b_own, mask=m_own)
 
 
 @triton.jit
@@ -128,7 +121,7 @@ def products_kernel(
         b_x = load_rows(x, i_t, i_q, HQ, V, o_r, o_v, m_r)
         b_a += dot(b_x, tl.trans(load_rows(y, i_t, i_h, H, V, o_r, o_v, m_r)), PRECISION)
     m_a = m_r[:, None] & (o_r[:, None] >= o_r[None, :])
-    tl.store(a + offsets_pairs(i_t, i_q, HQ, o_r, o_r, C), b_a * scale, mask=m_a)
+    tl.store(a + offsets(i_t, i_q, HQ, C, o_r, o_r), b_a * scale, mask=m_a)
 
 
 @triton.jit
@@ -165,9 +158,9 @@ def queries_gradient_kernel(
     b_dq = tl.zeros([R, BK], tl.float32)
     if i_b > 0:
         m_a = m_r[:, None] & (o_c < i_first)[None, :]
-        b_past = tl.load(da + offsets_pairs(i_r, i_q, HQ, o_r, o_c, C), mask=m_a, other=0.0)
+        b_past = tl.load(da + offsets(i_r, i_q, HQ, C, o_r, o_c), mask=m_a, other=0.0)
         b_from = load_rows(k, i_t, i_h, H, K, o_c, o_k, o_c < i_first)
-        b_from = b_from * before_decays(g, i_t, i_first, i_h, H, K, o_c, o_k)
+        b_from = b_from * from_row(g, i_t, i_first + 1, i_h, H, K, o_c, o_k)
         b_dq += dot(b_past, b_from, PRECISION) * tl.exp(b_sum)
     b_a = load_block(da, i_r, i_q, HQ, o_r, i_first, n_r, C)
     if factorable(b_g, b_k * tl.maximum(tl.max(tl.abs(b_a)) * R, 1.0)):
@@ -215,13 +208,13 @@ def keys_gradient_kernel(
 
     b_g = load_decays(g, i_r, i_h, H, K, o_r, o_k, m_r & (o_r > 0))
     b_sum = tl.cumsum(b_g, 0)
-    b_behind = tl.exp(tl.cumsum(load_decays(g, i_r + 1, i_h, H, K, o_r, o_k, o_r < n_r - 1), 0, reverse=True))
+    b_behind = from_row(g, i_r, n_r, i_h, H, K, o_r, o_k)
     b_later = tl.exp(tl.cumsum(load_decays(g, i_t, i_h, H, K, o_c, o_k, m_next), 0))
     b_dk = tl.zeros([R, BK], tl.float32)
     for i_g in range(G):
         i_q = i_h * G + i_g
         if i_next < n:
-            p_a = da + offsets_pairs(i_t, i_q, HQ, o_c, i_first + o_r, C)
+            p_a = da + offsets(i_t, i_q, HQ, C, o_c, i_first + o_r)
             b_next = tl.load(p_a, mask=m_next[:, None], other=0.0)
             b_t = load_rows(q, i_t, i_q, HQ, K, o_c, o_k, m_next) * b_later
             b_dk += dot(tl.trans(b_next), b_t, PRECISION) * b_behind

@@ -47,7 +47,7 @@ def to_row(b_g):
 
 @triton.jit
 def from_row(g, i_t, n, i_h, H, D, o_r, o_d):
-    """Factors [C,BG] from behind each row through the chunk's last one: the decays one row further on, summed."""
+    """Factors [C,BG] from behind each row through the last of n rows: the decays one row further on, summed."""
     b_g = load_decays(g, i_t + 1, i_h, H, D, o_r, o_d, o_r < n - 1)
     return tl.exp(tl.cumsum(b_g, 0, reverse=True))
 

@@ -107,9 +107,9 @@ class Sanitizer:
         if not isinstance(x, torch.Tensor) or not x.numel():
             return x
         storage = x.untyped_storage()
-        memory = self.memories.setdefault(storage.data_ptr(), None) or _Memory(storage)
-        self.memories[storage.data_ptr()] = memory
-        return memory.view(x)
+        if storage.data_ptr() not in self.memories:
+            self.memories[storage.data_ptr()] = _Memory(storage)
+        return self.memories[storage.data_ptr()].view(x)
 
     def check(self, program: int, pointers: TensorHandle, mask: TensorHandle, store: bool) -> None:
         kind = "store" if store else "load"

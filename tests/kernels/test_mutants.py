@@ -64,7 +64,9 @@ MUTANTS = [
     ("outputs", "            b_a *= b_e\n", "", 0),
     ("outputs", "i_q = i_h * G + i_g", "i_q = i_h * G", 0),
     ("pairs", "m_r & (o_r > 0)", "m_r", 0),
-    ("pairs", "o_c < i_first)", "o_c <= i_first)", 0),
+    ("pairs", "o_c < i_first)", "o_c < i_first - 1)", 1),
+    ("pairs", "i_first + 1, i_h", "i_first, i_h", 0),
+    ("pairs", "i_first + 1, i_h", "i_first + 2, i_h", 1),
     ("pairs", "if n <= i_first:", "if n < i_first:", 0),
     ("pairs", "n_r = tl.minimum(n - i_first, R)", "n_r = tl.minimum(n, R)", 0),
     ("pairs", "tl.trans(b_k * (tl.exp(-b_sum) / HALF))", "tl.trans(b_k)", 0),
@@ -72,7 +74,7 @@ MUTANTS = [
     ("pairs", "s = R - 1 - i", "s = i", 0),
     ("pairs", "if factorable(b_g, b_k):", "if True:", 0),
     ("pairs", "m_own = m_r[:, None] & (o_r[:, None] >= o_r[None, :])", "m_own = m_r[:, None]", 0),
-    ("pairs", "i_first + o_r, C), b_own", "o_r, C), b_own", 0),
+    ("pairs", "i_first + o_r), b_own", "o_r), b_own", 0),
     ("pairs", "b_a * scale, mask", "b_a, mask", 0),
     ("pairs", "PRECISION) * tl.exp(b_sum)", "PRECISION)", 0),
     ("pairs", "PRECISION) * (tl.exp(b_sum) * HALF)", "PRECISION) * HALF", 0),
@@ -80,7 +82,7 @@ MUTANTS = [
     ("pairs", "m_next = (o_c >= i_next) & (o_c < n)", "m_next = o_c >= i_next", 0),
     ("pairs", "m_next = (o_c >= i_next) & (o_c < n)", "m_next = (o_c > i_next) & (o_c < n)", 0),
     ("pairs", "PRECISION) * b_behind", "PRECISION)", 0),
-    ("pairs", "o_r < n_r - 1", "o_r < n_r", 0),
+    ("pairs", "from_row(g, i_r, n_r, i_h", "from_row(g, i_r, n_r + 1, i_h", 0),
     ("pairs", "tl.where(o_r[:, None] < t", "tl.where(o_r[:, None] <= t", 0),
     ("pairs", "b_dk += b_up * (tl.exp(-b_sum) / HALF)", "b_dk = b_up * (tl.exp(-b_sum) / HALF)", 0),
     ("gradients", "tl.trans(b_dh), PRECISION)", "tl.trans(b_dh), PRECISION) * scale", 0),
@@ -101,6 +103,25 @@ MUTANTS = [
         "m_h = (o_k < K)[:, None] & (o_v < V + 1)[None, :]",
         0,
     ),
+    ("recurrent", "i_nh // H, i_nh % H", "i_nh // H, i_nh // H", 0),
+    ("recurrent", "i_v * BV + tl.arange(0, BV)", "tl.arange(0, BV)", 0),
+    ("recurrent", "m_k, m_v = o_k < K, o_v < V", "m_k, m_v = o_k <= K, o_v < V", 0),
+    ("recurrent", "m_k, m_v = o_k < K, o_v < V", "m_k, m_v = o_k < K, o_v <= V", 0),
+    ("recurrent", "& (o_k[:, None] * 0 + i_s >= 0)", "", 0),
+    ("recurrent", "(i_s * H + i_h) * K * V", "(i_n * H + i_h) * K * V", 0),
+    ("recurrent", "i_row = i_n * T * H + i_h", "i_row = i_n * H + i_h", 0),
+    ("recurrent", "mask=m_h, other=0.0)", "mask=m_h)", 0),
+    ("recurrent", "mask=o_g < KG, other=0.0", "other=0.0", 0),
+    ("recurrent", "g + i_row * KG", "g + i_row * K", 0),
+    ("recurrent", "p_v + H * V", "p_v + H * K", 0),
+    ("recurrent", "p_q + i_g * K", "p_q", 0),
+    (
+        "recurrent",
+        "tl.where(i_s >= 0, tl.sum(b_h * b_q[:, None], 0) * scale, 0.0)",
+        "tl.sum(b_h * b_q[:, None], 0) * scale",
+        0,
+    ),
+    ("recurrent", "tl.sum(b_h * b_q[:, None], 0) * scale", "tl.sum(b_h * b_q[:, None], 0)", 0),
 ]
 
 
@@ -172,6 +193,6 @@ def test_mutants_are_killed(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("case", [Case(gate="channel"), Case(gate="head")])
 def test_a_clean_kernel_is_left_alone(case):
-    assert len(MUTANTS) >= 50
+    assert len(MUTANTS) >= 90
     with sanitized():
         run(liger_ops._triton.additive, case, case.tensors())
