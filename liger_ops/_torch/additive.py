@@ -1,11 +1,11 @@
 """Chunked additive recurrence h_t = exp(g_t) h_{t-1} + k_t v_t^T, in segments.
 
 Shapes: B batch, T time, HQ query heads, H key/value heads, G query heads per key/value head, K key width, V value
-width, N chunks of C tokens. Every exponent is a sum of log decays, never a difference of two such sums; the one
-exception is a gate per channel whose chunks sum to no less than _FACTORABLE, anchored at their own first row.
+width, N chunks of C tokens. Running sums of log decays are float64, where a difference of two is as good as a sum of
+the gates between them; what leaves float64 is a factor <= 1, except in chunks whose sums are no less than _FACTORABLE:
+there decays and their inverses from the chunk's start multiply apart.
 """
 
-import math
 from functools import partial
 from typing import NamedTuple
 
@@ -16,44 +16,65 @@ from liger_ops._torch.layout import full_precision, head_major, pack, unpack
 from liger_ops._torch.segments import Plan, define, whole_chunks
 
 _FACTORABLE = -80.0
-# The logarithm that a factor may reach: it leaves float32 room for the gradients that will multiply it.
-_REACH = 84.0
+# About half of it in powers of two, which round nothing, moves from one factor to the other where decays come near it,
+# so that neither underflows beside an operand.
+_HALF = 2.0**57
+# Larger operands beside such decays would leave no room for the gradients that multiply them.
+_LARGEST = 1e3
+# Its exponential is zero in float64, and so much less would leave no digit of the gates beside it.
+_NOTHING = -750.0
 
 
-def between(g: torch.Tensor) -> torch.Tensor:
-    """g [B,H,N,C,...] -> running sums over rows j < l <= i, [B,H,N,C(i),C(j),...]; zero where i <= j."""
-    C = g.shape[3]
-    later = torch.ones(C, C, dtype=torch.bool, device=g.device).tril(-1)
-    later = later.view(C, C, *[1] * (g.ndim - 4))
-    return torch.where(later, g.unsqueeze(4), 0.0).cumsum(3)
+def running(g: torch.Tensor) -> torch.Tensor:
+    """Sums of log decays g [B,H,N,C,...] through each row of its chunk, in float64."""
+    return g.clamp(min=_NOTHING).cumsum(3, dtype=torch.float64)
+
+
+def between(sums: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """sums [B,H,N,C,...] -> log decays of rows j < l <= i, [B,H,N,C(i),C(j),...]; zero where i <= j."""
+    C = sums.shape[3]
+    later = torch.ones(C, C, dtype=torch.bool, device=sums.device).tril(-1)
+    later = later.view(C, C, *[1] * (sums.ndim - 4))
+    return torch.where(later, sums.unsqueeze(4) - sums.unsqueeze(3), 0.0).to(dtype)
 
 
 class Decay(NamedTuple):
-    """Log decays g [B,H,N,C] or [B,H,N,C,K], and what they amount to.
+    """Running sums [B,H,N,C,1 or K] and what they amount to: factors from the chunk's start to a row and from a row
+    to its end, both like the sums, and over the whole chunk, [B,H,N,1 or K].
 
-    start and end [B,H,N,C,1 or K] are factors from the chunk's start to a row and from a row to its end, total
-    [B,H,N,1 or K] the logarithm over the whole chunk.
+    start * half and rise, its inverse, may multiply operands apart; None where they may not.
     """
 
-    g: torch.Tensor
+    sums: torch.Tensor
     start: torch.Tensor
     end: torch.Tensor
     total: torch.Tensor
+    rise: torch.Tensor | None = None
+    half: float = 1.0
 
-    def factorable(self, *operands: torch.Tensor) -> bool:
-        """Whether decays and their inverses may multiply these operands apart."""
-        lowest = self.total.detach().amin().item()
-        largest = max(x.detach().abs().amax().item() for x in operands)
-        return lowest >= _FACTORABLE and math.log(max(largest, 1.0)) - lowest <= _REACH
+    def apart(self, *operands: torch.Tensor) -> bool:
+        """Whether start * half and rise may multiply these operands."""
+        if self.rise is None or self.half == 1.0:
+            return self.rise is not None
+        return max(x.detach().abs().amax().item() for x in operands) <= _LARGEST
 
 
 def make_decay(g: torch.Tensor | None) -> Decay | None:
+    """g [B,H,N,C] or [B,H,N,C,K]."""
     if g is None:
         return None
-    wide = g if g.ndim == 5 else g.unsqueeze(-1)
-    start, end = wide.cumsum(3), wide.flip(3).cumsum(3).flip(3)
-    end = torch.cat([end[:, :, :, 1:], torch.zeros_like(end[:, :, :, :1])], 3)
-    return Decay(g, start.exp(), end.exp(), start[:, :, :, -1])
+    sums = running(g if g.ndim == 5 else g.unsqueeze(-1))
+    start, last = sums.exp(), sums[:, :, :, -1:]
+    lowest = last.detach().amin().item()
+    near = start.to(g.dtype)
+    if g.ndim == 4 or lowest < _FACTORABLE:
+        # The last row's is exactly 1: a difference of it and itself would leave its gradient in the gate's.
+        end = F.pad(last - sums[:, :, :, :-1], (0, 0, 0, 1)).exp().to(g.dtype)
+        return Decay(sums, near, end, near[:, :, :, -1])
+    rise = start.reciprocal()
+    end = (start[:, :, :, -1:] * rise).to(g.dtype)
+    half = 1.0 if lowest >= _FACTORABLE / 2 else _HALF
+    return Decay(sums, near, end, near[:, :, :, -1], (rise if half == 1.0 else rise / half).to(g.dtype), half)
 
 
 def _times(x: torch.Tensor, y: torch.Tensor | float) -> torch.Tensor:
@@ -72,16 +93,20 @@ def _factored(own: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     return torch.where(strict, a.view(*own.shape, C), own.unsqueeze(-1) * eye)
 
 
+def _causal(q: torch.Tensor) -> torch.Tensor:
+    return torch.ones(q.shape[3], q.shape[3], dtype=q.dtype, device=q.device).tril()
+
+
 def _scores(q: torch.Tensor, k: torch.Tensor, decay: Decay | None) -> torch.Tensor:
     """q [B,H,N,C,G,K], k [B,H,N,C,K] -> decayed causal scores [B,H,N,C,G,C]."""
-    causal = torch.ones(q.shape[3], q.shape[3], dtype=q.dtype, device=q.device).tril()
-    if decay is None or decay.g.ndim == 4:
-        weights = causal if decay is None else between(decay.g).exp().tril()
+    causal = _causal(q)
+    if decay is None or decay.sums.shape[-1] == 1:
+        weights = causal if decay is None else between(decay.sums.squeeze(-1), q.dtype).exp().tril()
         return _times((q.flatten(3, 4) @ k.transpose(-1, -2)).view(*q.shape[:5], -1), weights.unsqueeze(-2))
-    if decay.factorable(q, k):
-        a = (q * decay.start.unsqueeze(4)).flatten(3, 4) @ (k * (-decay.g.cumsum(3)).exp()).transpose(-1, -2)
+    if decay.apart(q, k):
+        a = (q * (decay.start * decay.half).unsqueeze(4)).flatten(3, 4) @ (k * decay.rise).transpose(-1, -2)
         return _factored((q * k.unsqueeze(4)).sum(-1), a)
-    decayed = between(decay.g).exp() * k.unsqueeze(3)
+    decayed = between(decay.sums, q.dtype).exp() * k.unsqueeze(3)
     return torch.einsum("bhncgk,bhncjk->bhncgj", q, decayed) * causal.unsqueeze(1)
 
 
@@ -92,8 +117,15 @@ def scores(
 
     Returns the decayed causal scores [B,H,N,C,G,C] and the queries as the state before the chunk sees them.
     """
-    a = _times(_scores(q, k, decay), gain)
-    return a, _times(q, gain if decay is None else decay.start.unsqueeze(4) * gain)
+    if decay is None or torch.is_grad_enabled() or not decay.apart(q, k):
+        a = _times(_scores(q, k, decay), gain)
+        return a, _times(q, gain if decay is None else decay.start.unsqueeze(4) * gain)
+    # The same to a rounding, with one pass over the queries.
+    q.mul_(decay.start.unsqueeze(4) * gain)
+    scaled = q if decay.half == 1.0 else q * decay.half
+    a = (scaled.flatten(3, 4) @ (k * decay.rise).transpose(-1, -2)).view(*q.shape[:5], -1)
+    # What lies above the diagonal may be infinite.
+    return a.masked_fill_(_causal(q).unsqueeze(1) == 0, 0.0), q
 
 
 def products(x: torch.Tensor) -> torch.Tensor:
@@ -108,12 +140,28 @@ def _read(a: torch.Tensor, v: torch.Tensor, q: torch.Tensor, before: torch.Tenso
         return o.view(*q.shape[:5], -1)
     start = decay.start.unsqueeze(4)
     o = (q.flatten(3, 4) @ before).view(*q.shape[:5], -1) * start
-    if not decay.factorable(v):
-        return o + torch.einsum("bhncgj,bhncjv,bhnjv->bhncgv", a, between(decay.g).exp(), v)
+    if not decay.apart(v):
+        return o + torch.einsum("bhncgj,bhncjv,bhnjv->bhncgv", a, between(decay.sums, v.dtype).exp(), v)
     own = a.diagonal(dim1=3, dim2=5).transpose(-1, -2)
     strict = a * torch.ones(a.shape[3], a.shape[3], dtype=a.dtype, device=a.device).tril(-1).unsqueeze(1)
-    earlier = (strict.flatten(3, 4) @ (v * (-decay.g.cumsum(3)).exp())).view_as(o)
-    return o + earlier * start + own.unsqueeze(-1) * v.unsqueeze(4)
+    earlier = (strict.flatten(3, 4) @ (v * decay.rise)).view_as(o)
+    return o + earlier * (start * decay.half) + own.unsqueeze(-1) * v.unsqueeze(4)
+
+
+def _one_by_one(added: torch.Tensor, keep: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each chunk adds [B,H,N,K,V] and keeps [B,H,N,K,1 or V] -> the states before them, and after the last."""
+    if torch.is_grad_enabled():
+        states = [state]
+        for new, kept in zip(added.unbind(2), keep.unbind(2), strict=True):
+            states.append(torch.addcmul(new, kept, states[-1]))
+        return torch.stack(states[:-1], 2), states[-1]
+    states = torch.empty_like(added)
+    before = states.unbind(2)
+    before[0].copy_(state)
+    after = [*before[1:], torch.empty_like(state)]
+    for old, new, kept, out in zip(before, added.unbind(2), keep.unbind(2), after, strict=True):
+        torch.addcmul(new, kept, old, out=out)
+    return states, after[-1]
 
 
 def enter(
@@ -122,17 +170,13 @@ def enter(
     """k [B,H,N,C,K], v [B,H,N,C,V], state [B,H,K,V] -> the state before each chunk [B,H,N,K,V], and after the last."""
     k = k if decay is None else k * decay.end
     added = k.transpose(-1, -2) @ (v if decay_v is None else v * decay_v.end)
-    (B, H, N, K, V), total = added.shape, None if decay is None else decay.total
-    if decay_v is not None or (total is not None and total.shape[-1] > 1):
-        log = added.new_zeros(()) if total is None else total.unsqueeze(-1)
-        log = log if decay_v is None else log + decay_v.total.unsqueeze(-2)
-        states = [state]
-        for new, keep in zip(added.unbind(2), log.exp().unbind(2), strict=True):
-            states.append(torch.addcmul(new, keep, states[-1]))
-        return torch.stack(states[:-1], 2), states[-1]
-    total = added.new_zeros(B, H, 1) if total is None else total.squeeze(-1)
-    total = F.pad(total.expand(-1, -1, N), (1, 0)).unsqueeze(2)
-    weights = between(total).squeeze(2).exp().tril().flatten(0, 1)
+    B, H, N, K, V = added.shape
+    if decay_v is not None or (decay is not None and decay.total.shape[-1] > 1):
+        keep = 1.0 if decay is None else decay.total.unsqueeze(-1)
+        keep = keep if decay_v is None else keep * decay_v.total.unsqueeze(-2)
+        return _one_by_one(added, keep, state)
+    total = added.new_zeros(B, H, N) if decay is None else decay.sums[:, :, :, -1, 0]
+    weights = between(running(F.pad(total, (1, 0)).unsqueeze(2)), added.dtype).squeeze(2).exp().tril().flatten(0, 1)
     state, added = state.reshape(B * H, 1, K * V), added.view(B * H, N, K * V)
     before, after = (
         (weights[:, rows, :1] * state).baddbmm_(weights[:, rows, 1:], added).view(B, H, -1, K, V)

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from liger_ops._torch.additive import between, products
+from liger_ops._torch.additive import between, products, running
 from liger_ops._torch.layout import full_precision, head_major, head_major_ones, pack, unpack
 from liger_ops._torch.segments import Plan, define, whole_chunks
 
@@ -27,9 +27,10 @@ def _segment(chunk, scale, rows, state, out, q, k, v, i, f):
     i = torch.cat([i, i.new_full((B, short, H), -torch.inf)], 1).transpose(1, 2).unflatten(2, (N, C))
     held, unit = state[:, :, :-1], state[:, :, -1, 0].detach()
 
-    start, total = f.cumsum(3), f.sum(3)
+    sums = running(f)
+    start, total = sums.to(f.dtype), sums[:, :, :, -1].to(f.dtype)
     causal = torch.ones(C, C, dtype=torch.bool, device=q.device).tril()
-    log = (between(f) + i.unsqueeze(3)).masked_fill(~causal, -torch.inf)
+    log = (between(sums, f.dtype) + i.unsqueeze(3)).masked_fill(~causal, -torch.inf)
     leaving = log[..., -1, :]
     units = [unit]
     for kept, largest in zip(total.detach().unbind(2), leaving.detach().amax(-1).unbind(2), strict=True):

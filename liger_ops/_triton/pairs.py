@@ -15,8 +15,11 @@ from liger_ops._triton.tiles import dot, from_row, load_chunk, load_decays, load
 # The smallest sum of decays, and the largest logarithm of an operand over its decay, that float32 factors bear.
 FACTORABLE = tl.constexpr(-80.0)
 REACH = tl.constexpr(84.0)
-# About half of it, moved from one factor to the other without rounding, keeps both clear of underflow.
-HALF = tl.constexpr(2.0**57)
+# About half of it in powers of two, moved from one factor to the other, keeps both clear of underflow.
+HALF = tl.constexpr(57.0)
+LOG2E = tl.constexpr(1.4426950408889634)
+# Running sums of multiples of this stay exact down to FACTORABLE.
+STEP = tl.constexpr(2.0**-13)
 
 
 @triton.jit
@@ -24,6 +27,21 @@ def factorable(b_g, b_x):
     """Whether the decays b_g [R,BK] may divide b_x: their sums and the largest quotient stay far inside float32."""
     lowest = tl.min(tl.sum(b_g, 0))
     return (lowest >= FACTORABLE) & (tl.log(tl.maximum(tl.max(tl.abs(b_x)), 1.0)) - lowest <= REACH)
+
+
+@triton.jit
+def apart(b_g):
+    """The decays through each row of b_g [R,BK] times 2^HALF, and their inverses over it.
+
+    A running sum near FACTORABLE is rounded at 4e-6, which both factors of a pair would keep although the pair's own
+    decay be weak. So the sums are taken in two parts: multiples of STEP, without rounding, and small rests. Below
+    FACTORABLE both are finite and mean nothing.
+    """
+    b_g = tl.maximum(b_g * LOG2E, 2 * FACTORABLE)
+    b_high = tl.floor(b_g / STEP) * STEP
+    b_low = tl.cumsum(b_g - b_high, 0)
+    b_high = tl.maximum(tl.cumsum(b_high, 0), 2 * FACTORABLE) + HALF
+    return tl.exp2(b_high) * tl.exp2(b_low), tl.exp2(-b_high) * tl.exp2(-b_low)
 
 
 @triton.jit
@@ -79,7 +97,8 @@ def scores_kernel(
             b_from = b_from * from_row(g, i_t, i_first + 1, i_h, H, K, o_c, o_k)
             b_past += dot(b_to, tl.trans(b_from), PRECISION)
         if factorable(b_g, b_k):
-            b_own += dot(b_q * (tl.exp(b_sum) * HALF), tl.trans(b_k * (tl.exp(-b_sum) / HALF)), PRECISION)
+            b_fall, b_rise = apart(b_g)
+            b_own += dot(b_q * b_fall, tl.trans(b_k * b_rise), PRECISION)
         else:
             b_sum = tl.zeros([R, BK], tl.float32)
             for i in range(R):
@@ -164,7 +183,8 @@ def queries_gradient_kernel(
         b_dq += dot(b_past, b_from, PRECISION) * tl.exp(b_sum)
     b_a = load_block(da, i_r, i_q, HQ, o_r, i_first, n_r, C)
     if factorable(b_g, b_k * tl.maximum(tl.max(tl.abs(b_a)) * R, 1.0)):
-        b_dq += dot(b_a, b_k * (tl.exp(-b_sum) / HALF), PRECISION) * (tl.exp(b_sum) * HALF)
+        b_fall, b_rise = apart(b_g)
+        b_dq += dot(b_a, b_k * b_rise, PRECISION) * b_fall
     else:
         b_sum = tl.zeros([R, BK], tl.float32)
         for i in range(R):
@@ -207,7 +227,7 @@ def keys_gradient_kernel(
     m_next = (o_c >= i_next) & (o_c < n)
 
     b_g = load_decays(g, i_r, i_h, H, K, o_r, o_k, m_r & (o_r > 0))
-    b_sum = tl.cumsum(b_g, 0)
+    b_fall, b_rise = apart(b_g)
     b_behind = from_row(g, i_r, n_r, i_h, H, K, o_r, o_k)
     b_later = tl.exp(tl.cumsum(load_decays(g, i_t, i_h, H, K, o_c, o_k, m_next), 0))
     b_dk = tl.zeros([R, BK], tl.float32)
@@ -220,9 +240,9 @@ def keys_gradient_kernel(
             b_dk += dot(tl.trans(b_next), b_t, PRECISION) * b_behind
         b_q = load_rows(q, i_r, i_q, HQ, K, o_r, o_k, m_r).to(tl.float32)
         b_a = load_block(da, i_r, i_q, HQ, o_r, i_first, n_r, C)
-        b_up = dot(tl.trans(b_a), b_q * (tl.exp(b_sum) * HALF), PRECISION)
+        b_up = dot(tl.trans(b_a), b_q * b_fall, PRECISION)
         if factorable(b_g, b_up):
-            b_dk += b_up * (tl.exp(-b_sum) / HALF)
+            b_dk += b_up * b_rise
         else:
             b_part = tl.zeros([R, BK], tl.float32)
             for t in range(R):

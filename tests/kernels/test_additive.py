@@ -64,6 +64,17 @@ def test_gates_of_every_size(gate, size):
 
 
 @pytest.mark.parametrize("gate", ["head", "channel"])
+@pytest.mark.parametrize("depth", [20.0, 75.0])
+def test_a_strong_gate_amid_weak_ones_blurs_no_pair_behind_it(gate, depth):
+    """Behind it every running sum is long, and every decay between two rows is weak."""
+    case = Case(gate=gate, T=50, G=2, size=0.05)
+    x = case.tensors()
+    x["g"][:, 3::16] -= depth
+    far = distances(run(additive, case, x), exact(case, x))
+    assert all(d <= BARS[n] for n, d in far.items()), far
+
+
+@pytest.mark.parametrize("gate", ["head", "channel"])
 def test_minus_infinity_resets(gate):
     """What came before -inf is gone to the bit, and no gradient reaches it."""
     case = Case(gate=gate, T=50, size=0.1)

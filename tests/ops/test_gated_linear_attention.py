@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from liger_ops import chunk_gla, chunk_simple_gla, naive_recurrence
+from liger_ops import chunk_gla, chunk_simple_gla, fused_recurrent_gla, naive_recurrence
 from tests.strategies import MAGNITUDES, Case, cases, decay
 
 
@@ -212,6 +212,28 @@ def test_large_keys_under_strong_gates_keep_their_gradients():
             strict=True,
         ):
             assert distance(a, b) <= 1e-5
+
+
+@pytest.mark.parametrize("depth", [1.0, 39.0, 45.0, 75.0, 90.0, 1e4])
+@pytest.mark.parametrize("gate", ["channel", "head", "value"])
+def test_a_strong_gate_amid_weak_ones_blurs_no_pair_behind_it(gate, depth):
+    """Behind it every running sum is long, and every decay between two rows is weak."""
+    T, H, D = 50, 2, 20
+    q, k, v = torch.randn(1, T, 2 * H, D), torch.randn(1, T, H, D), torch.randn(1, T, H, D)
+    g = -0.05 * torch.rand(1, T, H, *([] if gate == "head" else [D]))
+    g[:, 3::16] -= depth
+    leaves = [x.requires_grad_() for x in (q, k, v, g)]
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    if gate == "value":
+        got = fused_recurrent_gla(*leaves[:3], gv=leaves[3])[0]
+        wanted = naive_recurrence(*exact[:3], gv=exact[3])[0]
+    else:
+        op = chunk_gla if gate == "channel" else chunk_simple_gla
+        got, wanted = op(*leaves)[0], naive_recurrence(*exact)[0]
+    assert distance(got, wanted) <= 1e-6
+    weights = [torch.randn(wanted.shape)]
+    for name, a, b in zip("qkvg", gradients([got], leaves, weights), gradients([wanted], exact, weights), strict=True):
+        assert distance(a, b) <= (1e-5 if name == "g" else 2e-6), name
 
 
 def test_no_rows_at_all():
