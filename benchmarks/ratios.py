@@ -15,17 +15,18 @@ import torch
 from benchmarks.test_ops import OPS
 
 
-def interleaved(functions: dict, rounds: int) -> dict[str, float]:
-    """Median milliseconds of each function, called in turn."""
+def interleaved(functions: dict, rounds: int, row: int = 1) -> dict[str, float]:
+    """Median milliseconds of each function, called in turn, `row` times in a row."""
     times = {name: [] for name in functions}
     for _ in range(2):
         for f in functions.values():
             f()
     for _ in range(rounds):
         for name, f in functions.items():
-            start = time.perf_counter()
-            f()
-            times[name].append(1e3 * (time.perf_counter() - start))
+            for _ in range(row):
+                start = time.perf_counter()
+                f()
+                times[name].append(1e3 * (time.perf_counter() - start))
     return {name: statistics.median(values) for name, values in times.items()}
 
 

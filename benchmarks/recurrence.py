@@ -1,4 +1,4 @@
-"""The CPU backend against the token loop, and grouped key heads against repeated ones, T = 2048; medians, interleaved.
+"""The CPU backend against the token loop, and grouped key heads against repeated ones, at T = 2048; medians.
 
 python -m benchmarks.recurrence --out benchmarks/results/recurrence-cpu.json
 """
@@ -44,7 +44,7 @@ def main() -> None:
                 "repeated": lambda op=op, x=repeated, b=backward: run(op, x, b),
                 "naive": lambda x=grouped, b=backward: run(naive_recurrence, x, b),
             }
-            ms = interleaved(calls, args.rounds)
+            ms = interleaved(calls, args.rounds, 2 if backward else 6)
             name = f"{gate}, {'forward and backward' if backward else 'forward'}"
             result[name] = {
                 "ms": ms,
