@@ -1,16 +1,61 @@
-"""mLSTM: a matrix memory with an exponential input gate, stabilised by the largest gate so far.
+"""mLSTM: the gated recurrence in units that follow its largest exponential input gate so far.
 
 Shapes: B batch, T time, HQ query heads, H key/value heads (HQ = G * H), K key width, V value width, N sequences.
 """
 
 import torch
+import torch.nn.functional as F
 
 from liger_ops import _checks
-from liger_ops._packed import CHUNK
-from liger_ops._sequences import over_sequences
-from liger_ops._torch.mlstm import mlstm as _mlstm
+from liger_ops._packed import on_triton, recurrence
+from liger_ops._sequences import after_one, over_sequences
+from liger_ops._torch.layout import full_precision
 
 MLSTMState = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+# A unit below exp(-80) would overflow in the floor of the denominator, exp(-m), and buys nothing.
+_SMALLEST = -80.0
+
+
+def _units(
+    i: torch.Tensor, f: torch.Tensor, unit: torch.Tensor, cu_seqlens: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logarithms of the unit before and after each token, m_t = max(m_{t-1} + f_t, i_t, _SMALLEST), both [B,T,H].
+
+    i, f [B,T,H] and unit [N,H], the one that each sequence starts from, are float64: what rounds away here would
+    be missing from a product of many decays. Tokens combine in log2(T) rounds.
+    """
+    first = after_one(torch.full_like(f, -torch.inf), unit, cu_seqlens)
+    top = torch.maximum(i.clamp(min=_SMALLEST), first + f)
+    # Nothing older than a sequence reaches over its first token.
+    drop = f.masked_fill(first > -torch.inf, -torch.inf)
+    reach = 1
+    while reach < f.shape[1]:
+        earlier, before = (F.pad(x[:, :-reach], (0, 0, reach, 0), value=-torch.inf) for x in (top, drop))
+        top, drop = torch.maximum(top, earlier + drop), drop + before
+        reach *= 2
+    return after_one(top, unit, cu_seqlens), top
+
+
+@full_precision
+def _core(q, k, v, i, f, scale, state, chunk, cu_seqlens=None):
+    """Arguments as in `mlstm`, of one dtype, state ([N,H,K,V+1], [N,H] in float64) -> o, state."""
+    held, unit = state
+    if not f.numel():
+        return v.new_zeros(*q.shape[:3], v.shape[-1]), state
+    with torch.no_grad():
+        smallest = unit.clamp(min=_SMALLEST)
+        before, after = _units(i.double(), f.double(), smallest, cu_seqlens)
+    held = held * (unit - smallest).exp().to(held.dtype)[..., None, None]
+    entering = (i - after).exp().to(k.dtype)
+    kept = (f + (before - after)).to(f.dtype)
+    v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
+    o, held = recurrence(q, k * entering.unsqueeze(-1), v, kept, scale, held, chunk, None, cu_seqlens)
+    floor = (-after).exp().to(o.dtype).repeat_interleave(q.shape[2] // k.shape[2], 2)
+    o = o[..., :-1] / torch.maximum(o[..., -1].abs(), floor).unsqueeze(-1)
+    if cu_seqlens is None:
+        return o, (held, after[:, -1])
+    empty = (cu_seqlens[1:] == cu_seqlens[:-1]).unsqueeze(-1)
+    return o, (held, torch.where(empty, smallest, after[0, (cu_seqlens[1:] - 1).clamp(min=0)]))
 
 
 def mlstm(
@@ -24,7 +69,7 @@ def mlstm(
     output_final_state: bool = False,
     cu_seqlens: torch.Tensor | None = None,
     *,
-    chunk_size: int = CHUNK,
+    chunk_size: int | None = None,
 ) -> tuple[torch.Tensor, MLSTMState | None]:
     """mLSTM (xLSTM, arXiv 2405.04517, eq. 19-27).
 
@@ -49,26 +94,30 @@ def mlstm(
     _checks.check_decay(f, k, (3,), "f")
     if i.shape != k.shape[:3] or not i.is_floating_point():
         _checks.fail("i", f"a floating tensor {list(k.shape[:3])}", f"{i.dtype} {tuple(i.shape)}")
-    bounds = _checks.check_cu_seqlens(cu_seqlens, *q.shape[:2])
-    _checks.check_positive("chunk_size", chunk_size)
+    kernels = on_triton(q, f)
+    bounds = _checks.check_cu_seqlens(cu_seqlens, *q.shape[:2], None, kernels)
+    _checks.check_chunk_size(chunk_size)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
-    N, (H, K), V = q.shape[0] if bounds is None else len(bounds) - 1, k.shape[2:], v.shape[-1]
+    N, (H, K), V = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1, k.shape[2:], v.shape[-1]
     if initial_state is None:
-        state = k.new_zeros(N, H, K + 1, V + 1, dtype=work)
+        state = k.new_zeros(N, H, K, V + 1, dtype=work), k.new_zeros(N, H, dtype=torch.float64)
     else:
         C, n, m = initial_state
         for name, x, shape in (("C", C, (N, H, K, V)), ("n", n, (N, H, K)), ("m", m, (N, H))):
             if tuple(x.shape) != shape:
                 _checks.fail(f"initial_state, {name}", f"shape {list(shape)}", tuple(x.shape))
-        sums = torch.cat([C, n.unsqueeze(-1)], -1).to(work)
-        state = torch.cat([sums, m.detach().to(work)[..., None, None].expand(-1, -1, 1, V + 1)], 2)
+        state = torch.cat([C, n.unsqueeze(-1)], -1).to(work), m.detach().double()
 
-    def core(q, k, v, i, f, state):
-        state = q.new_zeros(0, H, K + 1, V + 1) if state is None else state
-        return _mlstm(q, k, v, i, f, scale, state, chunk_size)
+    def core(q, k, v, i, f, held, cu_seqlens=None):
+        held = tuple(x.new_zeros(0, *x.shape[1:]) for x in state) if held is None else held
+        return _core(q, k, v, i, f, scale, held, chunk_size, cu_seqlens)
 
-    o, state = over_sequences(core, [x.to(work) for x in (q, k, v, i, f)], state, bounds)
-    if output_final_state:
-        state = state[:, :, :-1, :-1].contiguous(), state[:, :, :-1, -1].contiguous(), state[:, :, -1, 0].contiguous()
-    return o.to(q.dtype), state if output_final_state else None
+    packing = cu_seqlens if kernels else None
+    o, (held, unit) = over_sequences(core, [x.to(work) for x in (q, k, v, i, f)], state, bounds, cu_seqlens=packing)
+    if not output_final_state:
+        return o.to(q.dtype), None
+    m = unit.to(work)
+    # What m loses to its dtype goes to what it is the unit of.
+    held = held * (unit - m).exp().to(work)[..., None, None]
+    return o.to(q.dtype), (held[..., :-1].contiguous(), held[..., -1].contiguous(), m)

@@ -65,9 +65,9 @@ def _per_head(q, k, g):
     last = sums[..., -1:]
     weights = _cut(between(sums, q.dtype).exp_(), 1)
     a.view(-1, *q.shape[3:5], a.shape[-1]).mul_(weights.flatten(0, 2).unsqueeze(2))
-    k *= (last - sums).to(k.dtype).exp_().unsqueeze(-1)
-    q *= sums.to(q.dtype).exp_()[..., None, None]
-    return a, q, k, last.to(k.dtype).exp_().unsqueeze(-1)
+    k *= (last - sums).exp().to(k.dtype).unsqueeze(-1)
+    q *= sums.exp().to(q.dtype)[..., None, None]
+    return a, q, k, last.exp().to(k.dtype).unsqueeze(-1)
 
 
 def _per_channel(q, k, g):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import liger_ops
-from liger_ops import _gated_linear_attention, _gated_slot_attention, _packed, _rwkv6
+from liger_ops import _gated_linear_attention, _gated_slot_attention, _mlstm, _packed, _rwkv6
 from tests.kernels.interpreter import mend_rounding, sanitized
 
 mend_rounding()
@@ -35,7 +35,7 @@ def use_kernels(monkeypatch):
     def on_triton(q, g=None, gv=None):
         return g is None or gv is None
 
-    for module in (_packed, _gated_linear_attention, _gated_slot_attention, _rwkv6):
+    for module in (_packed, _gated_linear_attention, _gated_slot_attention, _mlstm, _rwkv6):
         monkeypatch.setattr(module, "on_triton", on_triton)
 
 
@@ -60,6 +60,29 @@ def test_ops_on_the_kernels(name, lengths, monkeypatch):
     use_kernels(monkeypatch)
     found = run(name, q, k, v, more, state, lengths)
     for n, (x, y) in enumerate(zip(found, wanted, strict=True)):
+        assert (x - y).norm() <= 2e-6 * y.norm(), n
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_mlstm_on_the_kernels(lengths, monkeypatch):
+    lengths = LENGTHS[lengths]
+    cu_seqlens = None if lengths is None else torch.tensor([0, *lengths]).cumsum(0)
+    N = 1 if lengths is None else len(lengths)
+    gates = 5 * torch.randn(1, T, H), decay(1, T, H) * 10 ** torch.randn(1, T, H)
+    # Signed terms may cancel in the denominator, and then nothing compares.
+    positive = torch.rand(1, T, HQ, K), torch.rand(1, T, H, K), torch.rand(N, H, K)
+    leaves = [*positive[:2], torch.randn(1, T, H, V), *gates, torch.randn(N, H, K, V), positive[2]]
+    weights = torch.randn(1, T, HQ, V)
+    unit = 5 * torch.randn(N, H)
+
+    def run(dtype):
+        *x, C, n = given = [x.to(dtype).requires_grad_() for x in leaves]
+        o, (C, n, m) = liger_ops.mlstm(*x, initial_state=(C, n, unit), output_final_state=True, cu_seqlens=cu_seqlens)
+        return [o, C, n, m, *torch.autograd.grad((o * weights).sum() + C.sum() + n.sum(), given)]
+
+    wanted = run(torch.float64)
+    use_kernels(monkeypatch)
+    for n, (x, y) in enumerate(zip(run(torch.float32), wanted, strict=True)):
         assert (x - y).norm() <= 2e-6 * y.norm(), n
 
 

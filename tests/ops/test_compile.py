@@ -67,7 +67,6 @@ def test_fullgraph(name):
 
 SAMPLES = {
     "additive": lambda: (*inputs(), (-torch.rand(B, T, H)).requires_grad_(), None, leaf(B, H, D, D), 0.3, 32),
-    "mlstm": lambda: (*inputs(), leaf(B, T, H), -torch.rand(B, T, H), torch.zeros(B, H, D + 1, D + 1), 0.3, 32),
     "joint": lambda: (
         *(leaf(B, T, HQ, D), leaf(B, T + 16, H, D), leaf(B, T + 16, H, D)),
         *(leaf(B, H, 2, D), leaf(B, H, 2, D), torch.arange(2).expand(B, 2).contiguous()),
@@ -91,4 +90,4 @@ def test_a_second_derivative_names_itself():
 
 def test_every_op_is_in_one_library():
     assert liger_ops.__name__ == "liger_ops"
-    assert {"additive", "joint", "mlstm"} <= set(dir(torch.ops.liger_ops))
+    assert {"additive", "joint"} <= set(dir(torch.ops.liger_ops))
