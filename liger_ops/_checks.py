@@ -99,29 +99,37 @@ def either(name: str, x: torch.Tensor | None, other: str, y: torch.Tensor | None
 
 
 def check_cu_seqlens(
-    cu_seqlens: torch.Tensor | None, batch: int, length: int, on_host: torch.Tensor | None = None, kernels: bool = False
-) -> list[int] | None:
-    """Sequence bounds as a Python list, or None without any.
+    cu_seqlens: torch.Tensor | None,
+    batch: int,
+    length: int,
+    on_host: torch.Tensor | None = None,
+    longest: int | None = None,
+) -> None:
+    """cu_seqlens [N+1] rises from 0 to the length.
 
-    kernels need no list: then the values of cu_seqlens are read only outside of a captured or compiled graph, and
-    not at all when they are on the host already.
+    Its values are read only outside of captured and compiled graphs; on a GPU not if they are on the host too, nor if
+    the caller answers for them with the length of the longest sequence.
     """
+    if longest is not None:
+        check_positive("max_seqlen", longest, 0)
     if cu_seqlens is None:
         if on_host is not None:
             fail("cu_seqlens", "the bounds of cu_seqlens_cpu on the device", None)
-        return None
+        return
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1 or cu_seqlens.is_floating_point():
         fail("cu_seqlens", "a 1-d integer tensor of sequence bounds", f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
     if batch != 1:
         fail("cu_seqlens", "batch 1 (sequences packed along time)", f"batch {batch}")
     if on_host is not None and on_host.shape != cu_seqlens.shape:
         fail("cu_seqlens_cpu", f"as many bounds as cu_seqlens ({len(cu_seqlens)})", tuple(on_host.shape))
-    if kernels and on_host is None and (torch.compiler.is_compiling() or _capturing(cu_seqlens)):
-        return None
-    bounds = (cu_seqlens if on_host is None else on_host).tolist()
+    readable = cu_seqlens if on_host is None else on_host
+    if torch.compiler.is_compiling() or _capturing(readable) or (readable.is_cuda and longest is not None):
+        return
+    bounds = readable.tolist()
     if bounds[0] != 0 or bounds[-1] != length or any(a > b for a, b in itertools.pairwise(bounds)):
         fail("cu_seqlens", f"bounds that rise from 0 to {length}", bounds)
-    return bounds
+    if longest is not None and any(b - a > longest for a, b in itertools.pairwise(bounds)):
+        fail("max_seqlen", "no less than the longest sequence of cu_seqlens", longest)
 
 
 def _capturing(x: torch.Tensor) -> bool:

@@ -9,7 +9,7 @@ import torch
 
 from liger_ops import _checks
 from liger_ops._packed import WIDEST, on_triton, pooled_step, recurrence
-from liger_ops._sequences import over_sequences
+from liger_ops._sequences import in_order
 from liger_ops._torch.additive import step
 
 
@@ -31,14 +31,14 @@ def _run(
     normalize=False,
     reverse=False,
     chunk_size=None,
+    max_seqlen=None,
 ):
     """Check, spread a fixed decay over time, append the normaliser's column, and run every sequence."""
     _checks.check_qkv(q, k, v)
     _checks.check_decay(g, k, ranks)
     _checks.check_decay(g_gamma, k, (1,), "g_gamma")
     _checks.check_decay(gv, v, (4,), "gv")
-    kernels = on_triton(q, g, gv)
-    bounds = _checks.check_cu_seqlens(cu_seqlens, *q.shape[:2], cu_seqlens_cpu, kernels)
+    _checks.check_cu_seqlens(cu_seqlens, *q.shape[:2], cu_seqlens_cpu, max_seqlen)
     if g_gamma is not None:
         fixed = g_gamma.expand(k.shape[:3])
         g = fixed if g is None else g + fixed
@@ -55,11 +55,10 @@ def _run(
     _checks.check_chunk_size(chunk_size)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
 
-    def core(q, k, v, g, gv, state, cu_seqlens=None):
+    def core(q, k, v, g, gv, state, cu_seqlens):
         return recurrence(q, k, v, g, scale, state, chunk_size, gv, cu_seqlens)
 
-    packing = cu_seqlens if kernels else None
-    o, state = over_sequences(core, (q, k, v, g, gv), state, bounds, reverse, packing)
+    o, state = in_order(core, (q, k, v, g, gv), state, cu_seqlens, reverse)
     if normalize:
         o = o[..., :-1] / o[..., -1:]
     if not output_final_state:
@@ -82,6 +81,7 @@ def chunk_gla(
     gk: torch.Tensor | None = None,
     normalize: bool = False,
     chunk_size: int | None = None,
+    max_seqlen: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Gated linear attention with a decay per key channel (arXiv 2312.06635, eq. 3).
 
@@ -99,6 +99,7 @@ def chunk_gla(
         cu_seqlens_cpu: the same on the host, which spares a synchronisation.
         normalize: divide o_t by the same recurrence over values of 1; its column rides last in the state.
         chunk_size: tokens handled by one matrix product; changes speed only.
+        max_seqlen: length of the longest sequence; with it a GPU's cu_seqlens are neither checked nor waited for.
 
     Returns:
         o [B,T,HQ,V] in the dtype of q, and the final state in float32 (float64 for float64) or None.
@@ -107,7 +108,7 @@ def chunk_gla(
         ValueError: names the argument, what was expected and what was given.
     """
     g = _checks.either("g", g, "gk", gk)
-    options = dict(ranks=(4,), normalize=normalize, chunk_size=chunk_size)
+    options = dict(ranks=(4,), normalize=normalize, chunk_size=chunk_size, max_seqlen=max_seqlen)
     return _run(
         q, k, v, g, scale, initial_state, output_final_state, state_v_first, cu_seqlens, cu_seqlens_cpu, **options
     )
@@ -128,6 +129,7 @@ def fused_recurrent_gla(
     *,
     g: torch.Tensor | None = None,
     normalize: bool = False,
+    max_seqlen: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`chunk_gla` for few tokens: h_t = exp(gk_t) h_{t-1} exp(gv_t) + k_t v_t^T.
 
@@ -135,7 +137,7 @@ def fused_recurrent_gla(
     reverse runs time backwards. Everything else, errors included, as in `chunk_gla`.
     """
     gk = _checks.either("gk", gk, "g", g)
-    options = dict(ranks=(4,), gv=gv, reverse=reverse, normalize=normalize)
+    options = dict(ranks=(4,), gv=gv, reverse=reverse, normalize=normalize, max_seqlen=max_seqlen)
     return _run(q, k, v, gk, scale, initial_state, output_final_state, state_v_first, cu_seqlens, **options)
 
 
@@ -154,13 +156,14 @@ def chunk_simple_gla(
     *,
     normalize: bool = False,
     chunk_size: int | None = None,
+    max_seqlen: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Gated linear attention with one decay per head (Mamba-2, arXiv 2405.21060; gated retention, arXiv 2405.05254).
 
     g [B,T,H] is a log decay per step, g_gamma [H] a fixed one; they add up, and with neither nothing is forgotten.
     Everything else, errors included, as in `chunk_gla`.
     """
-    options = dict(ranks=(3,), g_gamma=g_gamma, normalize=normalize, chunk_size=chunk_size)
+    options = dict(ranks=(3,), g_gamma=g_gamma, normalize=normalize, chunk_size=chunk_size, max_seqlen=max_seqlen)
     return _run(
         q, k, v, g, scale, initial_state, output_final_state, state_v_first, cu_seqlens, cu_seqlens_cpu, **options
     )
@@ -180,9 +183,10 @@ def fused_recurrent_simple_gla(
     cu_seqlens: torch.Tensor | None = None,
     *,
     normalize: bool = False,
+    max_seqlen: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`chunk_simple_gla` for few tokens; reverse runs time backwards."""
-    options = dict(ranks=(3,), g_gamma=g_gamma, reverse=reverse, normalize=normalize)
+    options = dict(ranks=(3,), g_gamma=g_gamma, reverse=reverse, normalize=normalize, max_seqlen=max_seqlen)
     return _run(q, k, v, g, scale, initial_state, output_final_state, state_v_first, cu_seqlens, **options)
 
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from liger_ops import _checks
-from liger_ops._packed import on_triton, recurrence
-from liger_ops._sequences import over_sequences
+from liger_ops._packed import recurrence
+from liger_ops._sequences import in_order
 
 SlotState = tuple[torch.Tensor, torch.Tensor]
 
@@ -29,6 +29,7 @@ def chunk_gsa(
     *,
     reverse: bool = False,
     chunk_size: int | None = None,
+    max_seqlen: int | None = None,
 ) -> tuple[torch.Tensor, SlotState | None]:
     """Gated slot attention (arXiv 2409.07146, eq. 10): two passes of gated linear attention around a softmax.
 
@@ -41,8 +42,8 @@ def chunk_gsa(
         s: [B,T,H,M] what a token writes into each slot, in the dtype of q.
         g: [B,T,H,M] log decay of each slot, <= 0. None: each slot keeps a running softmax of s over
             time (ABC, arXiv 2110.02488).
-        scale, cu_seqlens, cu_seqlens_cpu, chunk_size: as in `chunk_gla`. checkpoint_level is accepted and has no
-            effect: the backward always recomputes.
+        scale, cu_seqlens, cu_seqlens_cpu, chunk_size, max_seqlen: as in `chunk_gla`. checkpoint_level is accepted and
+            has no effect: the backward always recomputes.
         initial_state: hk [N,H,K,M] and hv [N,H,M,V].
         output_final_state: also return both states after the last token.
         reverse: run time backwards.
@@ -56,9 +57,7 @@ def chunk_gsa(
     _checks.check_qkv(q, k, v)
     _checks.check_like("s", s, k, "H, M")
     _checks.check_decay(g, s, (4,))
-    # A running softmax starts anew with every sequence: one by one.
-    kernels = on_triton(q) and (g is not None or cu_seqlens is None)
-    bounds = _checks.check_cu_seqlens(cu_seqlens, *q.shape[:2], cu_seqlens_cpu, kernels)
+    _checks.check_cu_seqlens(cu_seqlens, *q.shape[:2], cu_seqlens_cpu, max_seqlen)
     count, M = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1, s.shape[-1]
     if initial_state is not None:
         _checks.check_state(initial_state[0], count, k, M, "initial_state[0]")
@@ -67,23 +66,26 @@ def chunk_gsa(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
 
-    def core(q, k, v, s, g, state, cu_seqlens=None):
+    def core(q, k, v, s, g, state, cu_seqlens):
         hk, hv = (None, None) if state is None else state
-        s, g = (s.to(work), g) if g is not None else _running_softmax(s.to(work))
+        s, g = (s.to(work), g) if g is not None else _running_softmax(s.to(work), cu_seqlens)
         shared = dict(chunk=chunk_size, cu_seqlens=cu_seqlens)
         scores, hk = recurrence(q.to(work), k.to(work), s, None, scale, hk, gv=g, **shared)
         o, hv = recurrence(scores.softmax(-1), s, v.to(work), g, 1.0, hv, **shared)
         return o, (hk, hv)
 
-    packing = cu_seqlens if kernels else None
-    o, state = over_sequences(core, (q, k, v, s, g), initial_state, bounds, reverse, packing)
+    o, state = in_order(core, (q, k, v, s, g), initial_state, cu_seqlens, reverse)
     return o.to(q.dtype), state if output_final_state else None
 
 
-def _running_softmax(s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _running_softmax(s: torch.Tensor, cu_seqlens: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """exp(s_t - z_t) with z_t = log sum_{u<=t} exp(s_u), and the log decay z_{t-1} - z_t, never above 0."""
     if not s.shape[1]:
         return s, s
+    if cu_seqlens is not None:
+        # It starts anew with every sequence: one by one.
+        parts = s.split(cu_seqlens.diff().tolist(), 1)
+        return tuple(torch.cat(x, 1) for x in zip(*(_running_softmax(x, None) for x in parts), strict=True))
     z = s.logcumsumexp(1)
     g = -F.softplus(s[:, 1:] - z[:, :-1])
     return (s - z).exp(), torch.cat([torch.zeros_like(s[:, :1]), g], 1)
@@ -100,6 +102,9 @@ def fused_recurrent_gsa(
     output_final_state: bool = False,
     reverse: bool = False,
     cu_seqlens: torch.Tensor | None = None,
+    *,
+    max_seqlen: int | None = None,
 ) -> tuple[torch.Tensor, SlotState | None]:
     """`chunk_gsa` for few tokens; reverse runs time backwards."""
-    return chunk_gsa(q, k, v, s, g, scale, initial_state, output_final_state, cu_seqlens=cu_seqlens, reverse=reverse)
+    options = dict(cu_seqlens=cu_seqlens, reverse=reverse, max_seqlen=max_seqlen)
+    return chunk_gsa(q, k, v, s, g, scale, initial_state, output_final_state, **options)

@@ -21,14 +21,15 @@ def chunk_linear_attn(
     output_final_state: bool = False,
     normalize: bool = True,
     cu_seqlens: torch.Tensor | None = None,
+    *,
+    max_seqlen: int | None = None,
 ) -> tuple[torch.Tensor, LinearState]:
     """Linear attention without decay (arXiv 2006.16236, eq. 16-20), divided by q_t sum_s k_s if normalize.
 
     With normalize, states are pairs (h [N,H,K,V], z [N,1,H,K]). Everything else, errors included, as in `chunk_gla`.
     """
-    return fused_recurrent_linear_attn(
-        q, k, v, scale, initial_state, output_final_state, normalize=normalize, cu_seqlens=cu_seqlens
-    )
+    options = dict(normalize=normalize, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+    return fused_recurrent_linear_attn(q, k, v, scale, initial_state, output_final_state, **options)
 
 
 def fused_recurrent_linear_attn(
@@ -41,6 +42,8 @@ def fused_recurrent_linear_attn(
     reverse: bool = False,
     normalize: bool = False,
     cu_seqlens: torch.Tensor | None = None,
+    *,
+    max_seqlen: int | None = None,
 ) -> tuple[torch.Tensor, LinearState]:
     """`chunk_linear_attn` for few tokens; reverse runs time backwards."""
     if isinstance(initial_state, tuple) != (normalize and initial_state is not None):
@@ -52,7 +55,7 @@ def fused_recurrent_linear_attn(
         if h.ndim != 4 or z.shape != (len(h), 1, *h.shape[1:3]):
             _checks.fail("initial_state", "h [N,H,K,V] and z [N,1,H,K]", f"{tuple(h.shape)} and {tuple(z.shape)}")
         state = torch.cat([h, z.squeeze(1).unsqueeze(-1)], -1)
-    options = dict(reverse=reverse, cu_seqlens=cu_seqlens, normalize=normalize)
+    options = dict(reverse=reverse, cu_seqlens=cu_seqlens, normalize=normalize, max_seqlen=max_seqlen)
     o, state = fused_recurrent_simple_gla(q, k, v, None, None, scale, state, output_final_state, **options)
     if normalize and state is not None:
         state = state[..., :-1].contiguous(), state[..., -1].unsqueeze(1).contiguous()

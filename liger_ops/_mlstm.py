@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from liger_ops import _checks
-from liger_ops._packed import on_triton, recurrence
-from liger_ops._sequences import after_one, over_sequences
+from liger_ops._packed import recurrence
+from liger_ops._sequences import after_one, in_order
 from liger_ops._torch.layout import full_precision
 
 MLSTMState = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -37,7 +37,7 @@ def _units(
 
 
 @full_precision
-def _core(q, k, v, i, f, scale, state, chunk, cu_seqlens=None):
+def _core(q, k, v, i, f, scale, state, chunk, cu_seqlens):
     """Arguments as in `mlstm`, of one dtype, state ([N,H,K,V+1], [N,H] in float64) -> o, state."""
     held, unit = state
     if not f.numel():
@@ -70,6 +70,7 @@ def mlstm(
     cu_seqlens: torch.Tensor | None = None,
     *,
     chunk_size: int | None = None,
+    max_seqlen: int | None = None,
 ) -> tuple[torch.Tensor, MLSTMState | None]:
     """mLSTM (xLSTM, arXiv 2405.04517, eq. 19-27).
 
@@ -81,7 +82,7 @@ def mlstm(
         k, v: [B,T,H,K] keys and [B,T,H,V] values, in the dtype of q.
         i: [B,T,H] logarithm of the input gate, any real number.
         f: [B,T,H] logarithm of the forget gate, <= 0 (a sigmoid's).
-        scale, output_final_state, cu_seqlens, chunk_size: as in `chunk_gla`.
+        scale, output_final_state, cu_seqlens, chunk_size, max_seqlen: as in `chunk_gla`.
         initial_state: (C [N,H,K,V], n [N,H,K], m [N,H]), standing for exp(m) C and exp(m) n; m takes no gradient.
 
     Returns:
@@ -94,8 +95,7 @@ def mlstm(
     _checks.check_decay(f, k, (3,), "f")
     if i.shape != k.shape[:3] or not i.is_floating_point():
         _checks.fail("i", f"a floating tensor {list(k.shape[:3])}", f"{i.dtype} {tuple(i.shape)}")
-    kernels = on_triton(q, f)
-    bounds = _checks.check_cu_seqlens(cu_seqlens, *q.shape[:2], None, kernels)
+    _checks.check_cu_seqlens(cu_seqlens, *q.shape[:2], None, max_seqlen)
     _checks.check_chunk_size(chunk_size)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -109,12 +109,10 @@ def mlstm(
                 _checks.fail(f"initial_state, {name}", f"shape {list(shape)}", tuple(x.shape))
         state = torch.cat([C, n.unsqueeze(-1)], -1).to(work), m.detach().double()
 
-    def core(q, k, v, i, f, held, cu_seqlens=None):
-        held = tuple(x.new_zeros(0, *x.shape[1:]) for x in state) if held is None else held
-        return _core(q, k, v, i, f, scale, held, chunk_size, cu_seqlens)
+    def core(q, k, v, i, f, state, cu_seqlens):
+        return _core(q, k, v, i, f, scale, state, chunk_size, cu_seqlens)
 
-    packing = cu_seqlens if kernels else None
-    o, (held, unit) = over_sequences(core, [x.to(work) for x in (q, k, v, i, f)], state, bounds, cu_seqlens=packing)
+    o, (held, unit) = in_order(core, [x.to(work) for x in (q, k, v, i, f)], state, cu_seqlens)
     if not output_final_state:
         return o.to(q.dtype), None
     m = unit.to(work)

@@ -147,12 +147,12 @@ def recurrence(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q [B,T,HQ,K], k [B,T,H,K], v [B,T,H,V] -> o [B,T,HQ,V] in the dtype of q, and the last state [N,H,K,V].
 
-    Log decays g [B,T,H] or [B,T,H,K] and gv [B,T,H,V], or None. cu_seqlens [N+1] only where `on_triton`.
+    Log decays g [B,T,H] or [B,T,H,K] and gv [B,T,H,V], or None; cu_seqlens [N+1] packs sequences into batch 1.
     """
     (B, T, H, K), V = k.shape, v.shape[-1]
     kernels, N = on_triton(q, g, gv), B if cu_seqlens is None else len(cu_seqlens) - 1
     if kernels and state is None:
         state = q.new_zeros(N, H, K, V, dtype=torch.float32)
     if not (kernels and T and B):
-        return additive.recurrence(q, k, v, g, scale, state, default_chunk(g, chunk), gv)
+        return additive.recurrence(q, k, v, g, scale, state, default_chunk(g, chunk), gv, cu_seqlens)
     return _packed(q, k, v, g, gv, state.float(), cu_seqlens, scale, chunk)

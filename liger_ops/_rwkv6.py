@@ -6,8 +6,8 @@ Shapes: B batch, T time, HQ query heads, H key/value heads (HQ = G * H), K key w
 import torch
 
 from liger_ops import _checks
-from liger_ops._packed import on_triton, recurrence
-from liger_ops._sequences import after_one, over_sequences
+from liger_ops._packed import recurrence
+from liger_ops._sequences import after_one, in_order
 from liger_ops._torch.layout import full_precision
 
 
@@ -25,6 +25,7 @@ def chunk_rwkv6(
     *,
     reverse: bool = False,
     chunk_size: int | None = None,
+    max_seqlen: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """RWKV-6 (arXiv 2404.05892, eq. 19): what a token reads is the state before it, and itself through u.
 
@@ -35,7 +36,7 @@ def chunk_rwkv6(
         k, v: [B,T,H,K] keys and [B,T,H,V] values, in the dtype of r.
         w: [B,T,H,K] log decay per step, <= 0.
         u: [HQ,K] bonus of the current token.
-        scale, initial_state, output_final_state, cu_seqlens, cu_seqlens_cpu, chunk_size: as in `chunk_gla`.
+        scale, initial_state, output_final_state, cu_seqlens, cu_seqlens_cpu, chunk_size, max_seqlen: as in `chunk_gla`.
         reverse: run time backwards.
 
     Returns:
@@ -50,13 +51,12 @@ def chunk_rwkv6(
         _checks.fail("u", f"shape {[r.shape[2], r.shape[3]]}", tuple(u.shape))
     if u.device != r.device:
         _checks.fail("u", f"device {r.device}", u.device)
-    kernels = on_triton(r)
-    bounds = _checks.check_cu_seqlens(cu_seqlens, *r.shape[:2], cu_seqlens_cpu, kernels)
+    _checks.check_cu_seqlens(cu_seqlens, *r.shape[:2], cu_seqlens_cpu, max_seqlen)
     _checks.check_state(initial_state, r.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1, k, v.shape[-1])
     _checks.check_chunk_size(chunk_size)
     scale = r.shape[-1] ** -0.5 if scale is None else scale
 
-    def core(r, k, v, w, state, cu_seqlens=None):
+    def core(r, k, v, w, state, cu_seqlens):
         """Token t - 1 asks token t's question of the inclusive recurrence; the first one asks the initial state."""
         asked = torch.cat([r[:, 1:], torch.zeros_like(r[:, :1])], 1)
         o, final = recurrence(asked, k, v, w, scale, state, chunk_size, cu_seqlens=cu_seqlens)
@@ -66,8 +66,7 @@ def chunk_rwkv6(
         first = begin.new_zeros(*begin.shape[:2], v.shape[-1]) if state is None else _read(scale * begin, state)
         return after_one(o, first.to(o.dtype), cu_seqlens), final
 
-    packing = cu_seqlens if kernels else None
-    o, state = over_sequences(core, (r, k, v, w), initial_state, bounds, reverse, packing)
+    o, state = in_order(core, (r, k, v, w), initial_state, cu_seqlens, reverse)
     H = k.shape[2]
     work = torch.float64 if r.dtype == torch.float64 else torch.float32
     bonus = ((r * u).to(work).unflatten(2, (H, -1)) * k.to(work).unsqueeze(3)).sum(-1, keepdim=True)
@@ -93,6 +92,9 @@ def fused_recurrent_rwkv6(
     output_final_state: bool = False,
     reverse: bool = False,
     cu_seqlens: torch.Tensor | None = None,
+    *,
+    max_seqlen: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`chunk_rwkv6` for few tokens; reverse runs time backwards."""
-    return chunk_rwkv6(r, k, v, w, u, scale, initial_state, output_final_state, cu_seqlens, reverse=reverse)
+    options = dict(reverse=reverse, max_seqlen=max_seqlen)
+    return chunk_rwkv6(r, k, v, w, u, scale, initial_state, output_final_state, cu_seqlens, **options)

@@ -3,7 +3,6 @@
 Shapes: B batch, T time, H heads, N sequences.
 """
 
-import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,62 +11,29 @@ import torch
 State = torch.Tensor | tuple[torch.Tensor, ...] | None
 
 
-def _rows(state: State, n: int) -> State:
-    if isinstance(state, tuple):
-        return tuple(x[n : n + 1] for x in state)
-    return state if state is None else state[n : n + 1]
-
-
-def _join(states: list[State]) -> State:
-    if isinstance(states[0], tuple):
-        return tuple(torch.cat(x) for x in zip(*states, strict=True))
-    return torch.cat(states)
-
-
 def _turned(state: State) -> State:
     if isinstance(state, tuple):
         return tuple(x.flip(0) for x in state)
     return state if state is None else state.flip(0)
 
 
-def over_sequences(
+def in_order(
     core: Callable[..., tuple[torch.Tensor, State]],
     tensors: Sequence[torch.Tensor | None],
     state: State,
-    bounds: list[int] | None,
+    cu_seqlens: torch.Tensor | None,
     reverse: bool = False,
-    cu_seqlens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, State]:
-    """core(*tensors [B,t,...], state) -> (o [B,t,...], state), on each sequence between `bounds`; None is no packing.
-
-    reverse runs every sequence from its last token to its first. With cu_seqlens, which only a core that takes it as
-    its last argument may be given, all sequences run at once and bounds are not read.
-    """
-
-    def run(part, held, *packing):
-        if not reverse:
-            return core(*part, held, *packing)
-        o, held = core(*(x if x is None else x.flip(1) for x in part), held, *packing)
-        return o.flip(1), held
-
-    if cu_seqlens is not None:
-        cu_seqlens = cu_seqlens.to(tensors[0].device)
-        if not reverse:
-            return run(tensors, state, cu_seqlens)
-        o, state = run(tensors, _turned(state), (cu_seqlens[-1] - cu_seqlens).flip(0))
-        return o, _turned(state)
-    if bounds is None:
-        return run(tensors, state)
-    if len(bounds) == 1:
-        # No sequence: an empty one gives the shapes.
-        o, final = core(*tensors, None)
-        return o, tuple(x[:0] for x in final) if isinstance(final, tuple) else final[:0]
-    pieces = [
-        run([x if x is None else x[:, a:b] for x in tensors], _rows(state, n))
-        for n, (a, b) in enumerate(itertools.pairwise(bounds))
-    ]
-    outputs, states = zip(*pieces, strict=True)
-    return torch.cat(outputs, 1), _join(list(states))
+    """core(*tensors [B,T,...], state, cu_seqlens) -> (o [B,T,...], state); reverse runs every sequence from its end."""
+    cu_seqlens = cu_seqlens if cu_seqlens is None else cu_seqlens.to(tensors[0].device)
+    if not reverse:
+        return core(*tensors, state, cu_seqlens)
+    tensors = [x if x is None else x.flip(1) for x in tensors]
+    if cu_seqlens is None:
+        o, state = core(*tensors, state, None)
+        return o.flip(1), state
+    o, state = core(*tensors, _turned(state), (cu_seqlens[-1] - cu_seqlens).flip(0))
+    return o.flip(1), _turned(state)
 
 
 def after_one(o: torch.Tensor, first: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:

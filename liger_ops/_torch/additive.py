@@ -140,12 +140,15 @@ def _segment(chunk, scale, rows, state, out, q, k, v, g, gv):
     return o.flatten(2, 3) if out is None else out.unflatten(2, (H, -1)).copy_(o), state
 
 
-def _plan(q, k, v, g, gv, state, scale, chunk):
-    return Plan(partial(_segment, chunk, scale), whole_chunks(chunk), v.shape[-1], state, [q, k, v, g, gv], [0] * 5)
+def _plan(q, k, v, g, gv, state, cu_seqlens, scale, chunk):
+    body, inputs = partial(_segment, chunk, scale), [q, k, v, g, gv]
+    return Plan(body, whole_chunks(chunk), v.shape[-1], state, inputs, [0] * len(inputs), cu_seqlens)
 
 
 _additive = define(
-    "additive", "Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? gv, Tensor state, float scale, int chunk", _plan
+    "additive",
+    "Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? gv, Tensor state, Tensor? cu_seqlens, float scale, int chunk",
+    _plan,
 )
 
 
@@ -159,8 +162,9 @@ def recurrence(
     state: torch.Tensor | None,
     chunk: int,
     gv: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q [B,T,HQ,K], k [B,T,H,K], v [B,T,H,V] -> o [B,T,HQ,V], state [B,H,K,V].
+    """q [B,T,HQ,K], k [B,T,H,K], v [B,T,H,V] -> o [B,T,HQ,V], state [N,H,K,V], N the batch or packed sequences.
 
     Log decays g [B,T,H] or [B,T,H,K] and gv [B,T,H,V], or None. Computes in float32 (float64 for float64 inputs)
     and returns o in the dtype of q.
@@ -168,14 +172,15 @@ def recurrence(
     dtype, (B, T, H, K), V = q.dtype, k.shape, v.shape[-1]
     work = torch.float64 if dtype == torch.float64 else torch.float32
     q, k, v, g, gv = (None if x is None else x.to(work) for x in (q, k, v, g, gv))
-    state = q.new_zeros(B, H, K, V) if state is None else state.to(work)
+    N = B if cu_seqlens is None else len(cu_seqlens) - 1
+    state = q.new_zeros(N, H, K, V) if state is None else state.to(work)
     if T == 0 or B == 0:
         return q.new_zeros(B, T, q.shape[2], V).to(dtype), state
-    if T == 1 and not torch.is_grad_enabled():
+    if T == 1 and cu_seqlens is None and not torch.is_grad_enabled():
         o, state = step(q[:, 0] * scale, k[:, 0], v[:, 0], *(None if x is None else x[:, 0] for x in (g, gv)), state)
         o = o.unsqueeze(1)
     else:
-        o, state, _ = _additive(q, k, v, g, gv, state, scale, chunk)
+        o, state, _ = _additive(q, k, v, g, gv, state, cu_seqlens, scale, chunk)
     return o.to(dtype), state
 
 

@@ -1,8 +1,9 @@
 """Long sequences in segments, as torch.library ops: memory linear in T, a backward that recomputes, nothing to trace.
 
-Shapes: B batch, T time, HQ query heads, U output columns.
+Shapes: B batch, T time, HQ query heads, U output columns, N sequences packed along time.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,11 +17,21 @@ _LIBRARY = torch.library.Library("liger_ops", "FRAGMENT")
 Body = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
+class Segment(NamedTuple):
+    """Rows of one sequence, its place among the states, and whether they are its first and its last."""
+
+    rows: slice
+    place: slice
+    first: bool
+    last: bool
+
+
 class Plan(NamedTuple):
     """How an op runs: `body` handles `step` rows at a time and hands its state on, from `state` to the final one.
 
     The first of `inputs` is q [B,T,HQ,K] with T >= 1. A segment gets rows [start, stop + reach) of dimension 1 of each
-    input, or all of an input whose reach is None. o is [B,T,HQ,width].
+    input, or all of an input whose reach is None. o is [B,T,HQ,width]. cu_seqlens [N+1] parts batch 1 into sequences,
+    each with a state of its own.
     """
 
     body: Body
@@ -29,10 +40,26 @@ class Plan(NamedTuple):
     state: torch.Tensor
     inputs: list[torch.Tensor | None]
     reach: list[int | None]
+    cu_seqlens: torch.Tensor | None = None
 
-    def segments(self) -> list[slice]:
-        length = self.inputs[0].shape[1]
-        return [slice(start, min(start + self.step, length)) for start in range(0, length, self.step)]
+    @property
+    def most(self) -> int:
+        """No fewer than there are segments; as many without cu_seqlens."""
+        return -(-self.inputs[0].shape[1] // self.step) + (0 if self.cu_seqlens is None else len(self.cu_seqlens) - 1)
+
+    def segments(self) -> list[Segment]:
+        packed = self.cu_seqlens is not None
+        bounds = self.cu_seqlens.tolist() if packed else [0, self.inputs[0].shape[1]]
+        return [
+            Segment(
+                slice(start, min(start + self.step, end)),
+                slice(n, n + 1) if packed else slice(None),
+                start == begin,
+                start + self.step >= end,
+            )
+            for n, (begin, end) in enumerate(itertools.pairwise(bounds))
+            for start in range(begin, end, self.step)
+        ]
 
     def shares(self, rows: slice, tensors: list | None = None) -> list[torch.Tensor | None]:
         tensors = self.inputs if tensors is None else tensors
@@ -45,12 +72,17 @@ class Plan(NamedTuple):
 @torch.no_grad()
 def _forward(plan: Plan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """o, the final state, and the states that segments start from."""
-    q, state, starts = plan.inputs[0], plan.state, []
+    q, segments, final = plan.inputs[0], plan.segments(), plan.state.clone(memory_format=torch.contiguous_format)
     o = q.new_empty(*q.shape[:3], plan.width)
-    for rows in plan.segments():
-        starts.append(state)
-        state = plan.body(rows, state, o[:, rows], *plan.shares(rows))[1]
-    return o, state, torch.stack(starts)
+    starts = final.new_zeros(plan.most, *(final if plan.cu_seqlens is None else final[:1]).shape)
+    state = plan.state
+    for start, segment in zip(starts, segments, strict=False):
+        state = plan.state[segment.place] if segment.first else state
+        start.copy_(state)
+        state = plan.body(segment.rows, state, o[:, segment.rows], *plan.shares(segment.rows))[1]
+        if segment.last:
+            final[segment.place] = state
+    return o, final, starts
 
 
 def _backward(
@@ -58,18 +90,23 @@ def _backward(
 ) -> list[torch.Tensor | None]:
     """Gradients of the inputs that `needs` names, and of the state, a segment at a time from the last one."""
     grads = [torch.zeros_like(x) if need else None for x, need in zip(plan.inputs, needs, strict=True)]
-    for rows, start in reversed(list(zip(plan.segments(), starts, strict=True))):
+    dfirst, later = dstate.clone(memory_format=torch.contiguous_format), dstate
+    # More starts than segments only where sequences are packed.
+    for start, (rows, place, first, last) in reversed(list(zip(starts, plan.segments(), strict=False))):
         shares = [x if x is None else x.detach() for x in plan.shares(rows)]
         wanted = [x.requires_grad_() for x, grad in zip(shares, grads, strict=True) if grad is not None]
         start = start.detach().requires_grad_()
         with torch.enable_grad():
             o, state = plan.body(rows, start, None, *shares)
-        *found, dstate = torch.autograd.grad((o, state), [*wanted, start], (do[:, rows], dstate), allow_unused=True)
+        later = dstate[place] if last else later
+        *found, later = torch.autograd.grad((o, state), [*wanted, start], (do[:, rows], later), allow_unused=True)
+        if first:
+            dfirst[place] = later
         kept = [x for x in plan.shares(rows, grads) if x is not None]
         for grad, new in zip(kept, found, strict=True):
             if new is not None:
                 grad += new
-    return [*grads, dstate]
+    return [*grads, dfirst]
 
 
 def whole_chunks(chunk: int) -> int:
@@ -82,11 +119,12 @@ def define(name: str, arguments: str, plan: Callable[..., Plan]) -> Callable[...
 
     Returns o, the final state, and the state that each segment starts from, which only the backward wants.
 
-    arguments is a schema whose tensors, in order and without `state`, are the plan's inputs.
+    arguments is a schema whose tensors, in order and without `state` and `cu_seqlens`, are the plan's inputs.
     """
     parts = arguments.split(", ")
     state = parts.index("Tensor state")
-    tensors = [n for n, part in enumerate(parts) if part.startswith("Tensor") and n != state]
+    others = state, parts.index("Tensor? cu_seqlens") if "Tensor? cu_seqlens" in parts else state
+    tensors = [n for n, part in enumerate(parts) if part.startswith("Tensor") and n not in others]
     _LIBRARY.define(f"{name}({arguments}) -> (Tensor, Tensor, Tensor)")
     _LIBRARY.define(f"{name}_backward(Tensor do, Tensor dstate, Tensor starts, bool[] needs, {arguments}) -> Tensor[]")
     op, backward_op = getattr(torch.ops.liger_ops, name), getattr(torch.ops.liger_ops, f"{name}_backward")
@@ -97,7 +135,8 @@ def define(name: str, arguments: str, plan: Callable[..., Plan]) -> Callable[...
     def fake(*args):
         p = plan(*args)
         q, state = p.inputs[0], torch.empty_like(p.state, memory_format=torch.contiguous_format)
-        return q.new_empty(*q.shape[:3], p.width), state, state.new_empty(-(-q.shape[1] // p.step), *state.shape)
+        start = state if p.cu_seqlens is None else state[:1]
+        return q.new_empty(*q.shape[:3], p.width), state, state.new_empty(p.most, *start.shape)
 
     def backward(do, dstate, starts, needs, *args):
         *grads, dstate = _backward(plan(*args), starts, do, dstate, [needs[n] for n in tensors])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import liger_ops
-from liger_ops import _gated_linear_attention, _gated_slot_attention, _mlstm, _packed, _rwkv6
+from liger_ops import _checks, _gated_linear_attention, _packed
 from tests.kernels.interpreter import mend_rounding, sanitized
 
 mend_rounding()
@@ -35,7 +35,7 @@ def use_kernels(monkeypatch):
     def on_triton(q, g=None, gv=None):
         return g is None or gv is None
 
-    for module in (_packed, _gated_linear_attention, _gated_slot_attention, _mlstm, _rwkv6):
+    for module in (_packed, _gated_linear_attention):
         monkeypatch.setattr(module, "on_triton", on_triton)
 
 
@@ -235,3 +235,26 @@ def test_the_gate_may_be_the_query(monkeypatch):
     g = decay(1, 3, H, K)
     k, v = torch.randn(1, 3, H, K), torch.randn(1, 3, H, V)
     assert torch.equal(liger_ops.chunk_gla(g, k, v, g)[0], liger_ops.chunk_gla(g.clone(), k, v, g)[0])
+
+
+class Remote(torch.Tensor):
+    """What stands for a tensor on a GPU: its values cannot be read without waiting for it."""
+
+    is_cuda = True
+
+    def tolist(self):
+        raise AssertionError("read on the host")
+
+
+def test_bounds_on_a_gpu_are_not_read_when_the_caller_answers_for_them(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    bounds = torch.tensor([0, 20, 20, T])
+    remote = bounds.as_subclass(Remote)
+    with pytest.raises(AssertionError, match="read on the host"):
+        _checks.check_cu_seqlens(remote, 1, T)
+    _checks.check_cu_seqlens(remote, 1, T, bounds)
+    _checks.check_cu_seqlens(remote, 1, T, None, 20)
+    with pytest.raises(ValueError, match="max_seqlen: expected no less than the longest sequence"):
+        _checks.check_cu_seqlens(bounds, 1, T, None, 19)
+    with pytest.raises(ValueError, match="max_seqlen: expected an integer >= 0"):
+        _checks.check_cu_seqlens(bounds, 1, T, None, 2.0)
