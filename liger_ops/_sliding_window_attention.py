@@ -43,5 +43,5 @@ def sliding_window_attention(
     _checks.check_qkv(q, k, v, same_length=False)
     _checks.check_window(window, sinks, visible, k)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    o, lse = window_attention(q, k, v, window, sinks, scale, visible)
+    o, lse = window_attention(q, k, v, window, sinks, scale, visible, return_lse)
     return (o, lse) if return_lse else o

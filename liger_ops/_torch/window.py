@@ -6,12 +6,14 @@ A segment of rows at a time, all heads together; a head's key blocks overlap in 
 """
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from liger_ops._torch.layout import divide, full_precision, head_major, head_major_ones, pack, unpack
+from liger_ops._torch.segments import Plan, define
 
 BLOCK = 32
 # Floats of scores in a segment, 4 MB of float32: beyond, products wait for memory; below, for the interpreter.
@@ -139,6 +141,37 @@ def rows_at_once(batch: int, num_heads: int, reach: int, size: int) -> int:
     return max(_SCORES // (batch * num_heads * reach * size), 1) * size
 
 
+def _segment(first, scale, with_lse, rows, state, out, q, k, v, sink_k, sink_v, sink_column, rest, near):
+    """Rows of `window_attention`'s arguments; the state is nothing."""
+    window, (T, H), C = Window(rest, near, first, scale), (q.shape[1], k.shape[2]), len(near)
+    k, v = head_major(k, -T % C), head_major_ones(v, -T % C)
+    weights = weigh(pack(q, H, C), k, Sinks(sink_k, sink_v, sink_column), window, rows.start)
+    sums = attend(weights, v, sink_v)
+    if not with_lse:
+        return divide(sums, T, out), state
+    lse = unpack((sums[..., -1:].log2() + weights.top) / LOG2, T).flatten(2, 3)
+    if out is None:
+        return torch.cat([divide(sums, T), lse], -1), state
+    divide(sums, T, out[..., :-1])
+    out[..., -1:] = lse
+    return out, state
+
+
+def _plan(q, k, v, sink_k, sink_v, sink_column, rest, near, state, first, scale, with_lse):
+    C, L = near.shape
+    inputs, reach = [q, k, v, sink_k, sink_v, sink_column, rest, near], [0, L - C, L - C] + [None] * 5
+    step = rows_at_once(q.shape[0], q.shape[2], L, C)
+    return Plan(partial(_segment, first, scale, with_lse), step, v.shape[-1] + with_lse, state, inputs, reach)
+
+
+_window = define(
+    "window",
+    "Tensor q, Tensor k, Tensor v, Tensor sink_k, Tensor sink_v, Tensor sink_column, Tensor rest, Tensor near, "
+    "Tensor state, int first, float scale, bool with_lse",
+    _plan,
+)
+
+
 @full_precision
 def window_attention(
     q: torch.Tensor,
@@ -148,27 +181,20 @@ def window_attention(
     sinks: int,
     scale: float,
     visible: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """q [B,T,HQ,D], k [B,S,H,D], v [B,S,H,V], visible [B,S] bool -> o [B,T,HQ,V], lse [B,T,HQ] in float32."""
-    dtype, (B, T, HQ, _), (S, H) = q.dtype, q.shape, k.shape[1:3]
+    with_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """q [B,T,HQ,D], k [B,S,H,D], v [B,S,H,V], visible [B,S] bool -> o [B,T,HQ,V], lse [B,T,HQ] in float32 or None."""
+    dtype, (B, T), S = q.dtype, q.shape[:2], k.shape[1]
     work = torch.float64 if dtype == torch.float64 else torch.float32
     if T == 0 or B == 0:
-        return q.new_zeros(*q.shape[:3], v.shape[-1]), q.new_zeros(q.shape[:3], dtype=work)
+        return q.new_zeros(*q.shape[:3], v.shape[-1]), q.new_zeros(q.shape[:3], dtype=work) if with_lse else None
     q, k, v = q.to(work), k.to(work), v.to(work)
     window, block = min(window, S), min(BLOCK, T)
     held, rest = take_sinks(k, v, sinks, visible)
     first, lead = max(S - T - window, 0), max(T + window - S, 0)
     k, v = (F.pad(x[:, first:], (0, 0, 0, 0, lead, 0)) for x in (k, v))
     where = make_window(F.pad(rest[:, first:], (lead, 0)), T, S - T, scale, block, work)
-    step, outputs, lses = rows_at_once(B, HQ, window + block, block), [], []
-    o = None if torch.is_grad_enabled() else q.new_empty(B, T, HQ, v.shape[-1])
-    for s in range(0, T, step):
-        e = min(s + step, T)
-        keys, short = slice(s, e + window), -(e - s) % block
-        near_k, near_v = head_major(k[:, keys], short), head_major_ones(v[:, keys], short)
-        weights = weigh(pack(q[:, s:e], H, block), near_k, held, where, s)
-        sums = attend(weights, near_v, held.v)
-        outputs.append(divide(sums, e - s, None if o is None else o[:, s:e]))
-        lses.append(unpack(sums[..., -1:].log2() + weights.top, e - s).flatten(2))
-    o = torch.cat(outputs, 1) if o is None else o
-    return o.to(dtype), torch.cat(lses, 1) / LOG2
+    o, _, _ = _window(q, k, v, *held, where.rest, where.near, q.new_zeros(1), where.first, scale, with_lse)
+    if not with_lse:
+        return o.to(dtype), None
+    return o[..., :-1].to(dtype, copy=True, memory_format=torch.contiguous_format), o[..., -1].contiguous()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import liger_ops
-from liger_ops import chunk_gla, chunk_simple_gla, liger_attention, mlstm
+from liger_ops import chunk_gla, chunk_simple_gla, liger_attention, mlstm, sliding_window_attention
 
 B, T, HQ, H, D = 2, 70, 4, 2, 8
 
@@ -57,7 +57,11 @@ def packed():
     return run, (q, k, v, g, state)
 
 
-CASES = {"gla": gla, "simple_gla": simple_gla, "joint": joint, "mlstm": memory, "packed": packed}
+def window():
+    return lambda q, k, v: sliding_window_attention(q, k, v, 16, 2, return_lse=True), inputs()
+
+
+CASES = {"gla": gla, "simple_gla": simple_gla, "joint": joint, "mlstm": memory, "packed": packed, "window": window}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -76,6 +80,11 @@ def test_fullgraph(name):
 
 
 SAMPLES = {
+    "window": lambda: (
+        *(leaf(B, T, HQ, D), leaf(B, T + 16, H, D), leaf(B, T + 16, H, D)),
+        *(leaf(B, H, 2, D), leaf(B, H, 2, D), torch.arange(2).expand(B, 2).contiguous()),
+        *(torch.ones(B, T + 16, dtype=torch.bool), torch.zeros(32, 48), torch.zeros(1), 0, 0.3, True),
+    ),
     "additive": lambda: (*inputs(), (-torch.rand(B, T, H)).requires_grad_(), None, leaf(B, H, D, D), None, 0.3, 32),
     "additive, packed": lambda: (
         *(x[:1].detach().requires_grad_() for x in inputs()),
@@ -105,4 +114,4 @@ def test_a_second_derivative_names_itself():
 
 def test_every_op_is_in_one_library():
     assert liger_ops.__name__ == "liger_ops"
-    assert {"additive", "joint"} <= set(dir(torch.ops.liger_ops))
+    assert {"additive", "joint", "window"} <= set(dir(torch.ops.liger_ops))
