@@ -1,5 +1,6 @@
 """Kernels for gated linear recurrences and windowed attention; tensors are [batch, time, heads, width]."""
 
+from liger_ops._decode import gated_step, gsa_step, mlstm_step
 from liger_ops._gated_linear_attention import (
     chunk_gla,
     chunk_lightning_attn,
@@ -9,7 +10,6 @@ from liger_ops._gated_linear_attention import (
     fused_recurrent_lightning_attn,
     fused_recurrent_retention,
     fused_recurrent_simple_gla,
-    gated_step,
 )
 from liger_ops._gated_slot_attention import chunk_gsa, fused_recurrent_gsa
 from liger_ops._liger_attention import liger_attention
@@ -49,8 +49,10 @@ __all__ = [
     "fused_recurrent_rwkv6",
     "fused_recurrent_simple_gla",
     "gated_step",
+    "gsa_step",
     "liger_attention",
     "mlstm",
+    "mlstm_step",
     "naive_gsa",
     "naive_liger_attention",
     "naive_mlstm",

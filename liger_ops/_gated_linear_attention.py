@@ -8,9 +8,8 @@ from functools import partial
 import torch
 
 from liger_ops import _checks
-from liger_ops._packed import WIDEST, on_triton, pooled_step, recurrence
+from liger_ops._packed import recurrence
 from liger_ops._sequences import in_order
-from liger_ops._torch.additive import step
 
 
 def _run(
@@ -188,59 +187,6 @@ def fused_recurrent_simple_gla(
     """`chunk_simple_gla` for few tokens; reverse runs time backwards."""
     options = dict(ranks=(3,), g_gamma=g_gamma, reverse=reverse, normalize=normalize, max_seqlen=max_seqlen)
     return _run(q, k, v, g, scale, initial_state, output_final_state, state_v_first, cu_seqlens, **options)
-
-
-def gated_step(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    g: torch.Tensor | None,
-    pool: torch.Tensor,
-    slots: torch.Tensor,
-    scale: float | None = None,
-    *,
-    normalize: bool = False,
-) -> torch.Tensor:
-    """One decoded token per request, its state updated in place in a pool shared by all requests.
-
-    Args:
-        q: [B,HQ,K] queries. k, v: [B,H,K] and [B,H,V].
-        g: [B,H,K] or [B,H] log decay <= 0, or None.
-        pool: [S,H,K,V] states in float32 (V + 1 with normalize); changed in place, so it takes no gradient.
-        slots: [B] integers, the row of the pool that belongs to each request; no row twice. Negative: a request
-            without a state (padding of the batch), which yields zeros and changes nothing.
-        scale, normalize: as in `chunk_gla`.
-
-    Returns:
-        o [B,HQ,V] in the dtype of q.
-
-    Raises:
-        ValueError: names the argument, what was expected and what was given.
-    """
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 3:
-            _checks.fail(name, "[batch, heads, width]", f"shape {tuple(x.shape)}")
-    _checks.check_qkv(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1))
-    if g is not None and g.ndim not in (2, 3):
-        _checks.fail("g", "[batch, heads] or [batch, heads, width]", f"shape {tuple(g.shape)}")
-    _checks.check_decay(None if g is None else g.unsqueeze(1), k.unsqueeze(1), (3, 4))
-    _checks.check_pool(pool, slots, k, v.shape[-1] + normalize)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    live, dtype = slots >= 0, q.dtype
-    if normalize:
-        # In float32, so that nothing is rounded before the division.
-        v = torch.cat([v, torch.ones_like(v[..., :1])], -1).float()
-    with torch.no_grad():
-        if on_triton(q) and pool.is_contiguous() and k.shape[-1] <= WIDEST:
-            o = pooled_step(q, k, v, g, pool, slots, scale)
-        else:
-            rows = slots.long().clamp(min=0)
-            q, k, v, g = (x if x is None else x.float() for x in (q * scale, k, v, g))
-            o, state = step(q, k, v, g, None, pool[rows])
-            pool[rows[live]] = state[live]
-        if normalize:
-            o = o[..., :-1] / o[..., -1:]
-        return o.masked_fill(~live.view(-1, 1, 1), 0.0).to(dtype)
 
 
 def _retention_decay(heads: int, device: torch.device) -> torch.Tensor:

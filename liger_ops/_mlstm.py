@@ -13,19 +13,19 @@ from liger_ops._torch.layout import full_precision
 
 MLSTMState = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 # A unit below exp(-80) would overflow in the floor of the denominator, exp(-m), and buys nothing.
-_SMALLEST = -80.0
+SMALLEST = -80.0
 
 
 def _units(
     i: torch.Tensor, f: torch.Tensor, unit: torch.Tensor, cu_seqlens: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logarithms of the unit before and after each token, m_t = max(m_{t-1} + f_t, i_t, _SMALLEST), both [B,T,H].
+    """Logarithms of the unit before and after each token, m_t = max(m_{t-1} + f_t, i_t, SMALLEST), both [B,T,H].
 
     i, f [B,T,H] and unit [N,H], the one that each sequence starts from, are float64: what rounds away here would
     be missing from a product of many decays. Tokens combine in log2(T) rounds.
     """
     first = after_one(torch.full_like(f, -torch.inf), unit, cu_seqlens)
-    top = torch.maximum(i.clamp(min=_SMALLEST), first + f)
+    top = torch.maximum(i.clamp(min=SMALLEST), first + f)
     # Nothing older than a sequence reaches over its first token.
     drop = f.masked_fill(first > -torch.inf, -torch.inf)
     reach = 1
@@ -43,7 +43,7 @@ def _core(q, k, v, i, f, scale, state, chunk, cu_seqlens):
     if not f.numel():
         return v.new_zeros(*q.shape[:3], v.shape[-1]), state
     with torch.no_grad():
-        smallest = unit.clamp(min=_SMALLEST)
+        smallest = unit.clamp(min=SMALLEST)
         before, after = _units(i.double(), f.double(), smallest, cu_seqlens)
     held = held * (unit - smallest).exp().to(held.dtype)[..., None, None]
     entering = (i - after).exp().to(k.dtype)

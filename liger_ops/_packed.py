@@ -53,7 +53,7 @@ def _packed(
         from liger_ops._triton.recurrent import forward
 
         last = torch.empty_like(state, memory_format=torch.contiguous_format)
-        return forward(q, k, v, g, state.contiguous(), last, None, scale), last
+        return forward(q, k, v, g, None, state.contiguous(), last, None, scale), last
     from liger_ops._triton.additive import forward
 
     return forward(q, k, v, g, state, cu_seqlens, scale, chunk)
@@ -117,19 +117,21 @@ def pooled_step(
     k: torch.Tensor,
     v: torch.Tensor,
     g: torch.Tensor | None,
+    gv: torch.Tensor | None,
     pool: torch.Tensor,
     slots: torch.Tensor,
     scale: float,
+    before: bool,
 ) -> torch.Tensor:
     """One token on a pool [S,H,K,V] in float32 and contiguous, changed in place: q [B,HQ,K] -> o [B,HQ,V]."""
     from liger_ops._triton.recurrent import forward
 
-    one = (x if x is None else x.unsqueeze(1) for x in (q, k, v, g))
-    return forward(*one, pool, pool, slots, scale).squeeze(1)
+    one = (x if x is None else x.unsqueeze(1) for x in (q, k, v, g, gv))
+    return forward(*one, pool, pool, slots, scale, before).squeeze(1)
 
 
 @pooled_step.register_fake
-def _(q, k, v, g, pool, slots, scale):
+def _(q, k, v, g, gv, pool, slots, scale, before):
     return v.new_empty(*q.shape[:2], v.shape[-1])
 
 

@@ -18,7 +18,7 @@ PUBLIC = {
     liger_ops: "chunk_gla chunk_gsa chunk_hgrn2 chunk_lightning_attn chunk_linear_attn chunk_retention chunk_rwkv6 "
     "chunk_simple_gla fused_recurrent_gla fused_recurrent_gsa fused_recurrent_hgrn2 "
     "fused_recurrent_lightning_attn fused_recurrent_linear_attn fused_recurrent_retention "
-    "fused_recurrent_rwkv6 fused_recurrent_simple_gla gated_step liger_attention mlstm naive_gsa "
+    "fused_recurrent_rwkv6 fused_recurrent_simple_gla gated_step gsa_step liger_attention mlstm mlstm_step naive_gsa "
     "naive_liger_attention naive_mlstm naive_recurrence naive_rwkv6 naive_sliding_window_attention "
     "sliding_window_attention",
     liger_layers: "FEATURE_MAPS GATES Gate GatedRecurrence LigerAttention LigerState SlidingWindowAttention Softmax "

@@ -184,11 +184,12 @@ def recurrence(
     return o.to(dtype), state
 
 
-def step(q, k, v, g, gv, state):
-    """One token: q [B,HQ,K], k [B,H,K], v [B,H,V], g and gv likewise or None, state [B,H,K,V]."""
+def step(q, k, v, g, gv, state, before=False):
+    """One token: q [B,HQ,K], k [B,H,K], v [B,H,V], g and gv likewise or None, state [B,H,K,V], read before or after."""
+    old = state
     if g is not None:
         state = state * (g.unsqueeze(-1) if g.ndim == 3 else g[..., None, None]).exp()
     if gv is not None:
         state = state * gv.unsqueeze(-2).exp()
     state = state + k.unsqueeze(-1) * v.unsqueeze(-2)
-    return (q.unflatten(1, (k.shape[1], -1)) @ state).flatten(1, 2), state
+    return (q.unflatten(1, (k.shape[1], -1)) @ (old if before else state)).flatten(1, 2), state

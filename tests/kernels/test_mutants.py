@@ -1,6 +1,7 @@
 """Faults seeded into the kernels, one at a time: what the tests above must notice."""
 
 import importlib
+import itertools
 import shutil
 import sys
 from pathlib import Path
@@ -116,13 +117,17 @@ MUTANTS = [
     ("recurrent", "g + i_row * KG", "g + i_row * K", 0),
     ("recurrent", "p_v + H * V", "p_v + H * K", 0),
     ("recurrent", "p_q + i_g * K", "p_q", 0),
+    ("recurrent", "b_old if BEFORE", "b_h if BEFORE", 0),
+    ("recurrent", "gv + i_row * V", "gv + i_row * K", 0),
+    ("recurrent", "tl.load(p_gv, mask=m_v, other=0.0)", "tl.load(p_gv)", 0),
+    ("recurrent", "p_gv + H * V", "p_gv + H", 0),
     (
         "recurrent",
-        "tl.where(i_s >= 0, tl.sum(b_h * b_q[:, None], 0) * scale, 0.0)",
-        "tl.sum(b_h * b_q[:, None], 0) * scale",
+        "tl.where(i_s >= 0, tl.sum(b_read * b_q[:, None], 0) * scale, 0.0)",
+        "tl.sum(b_read * b_q[:, None], 0) * scale",
         0,
     ),
-    ("recurrent", "tl.sum(b_h * b_q[:, None], 0) * scale", "tl.sum(b_h * b_q[:, None], 0)", 0),
+    ("recurrent", "tl.sum(b_read * b_q[:, None], 0) * scale", "tl.sum(b_read * b_q[:, None], 0)", 0),
 ]
 
 
@@ -161,22 +166,34 @@ def steps_are_right(op) -> bool:
     N, T, H, HQ, K, V = 3, 3, 2, 4, 20, 24
     q, k, v = torch.randn(N, T, HQ, K), torch.randn(N, T, H, K), torch.randn(N, T, H, V)
     slots, start = torch.tensor([4, -1, 0]), torch.randn(6, H, K, V)
-    for g in (None, -torch.rand(N, T, H), -torch.rand(N, T, H, K)):
+    by_channel, by_value = -torch.rand(N, T, H, K), -torch.rand(N, T, H, V)
+    cases = (None, None), (-torch.rand(N, T, H), None), (by_channel, None), (by_channel, by_value)
+    for (g, gv), before in itertools.product(cases, (False, True)):
         pool = start.clone()
         try:
             with sanitized():
-                o = op.forward(q, k, v, g, pool, pool, slots, 0.3)
+                o = op.forward(q, k, v, g, gv, pool, pool, slots, 0.3, before)
         except Exception:
             return False
         n = slots >= 0
-        parts = (x if x is None else x[n].double() for x in (q, k, v, g))
-        wanted, last = naive_recurrence(*parts, 0.3, start[slots[n]].double())
+        *parts, of_values = (x if x is None else x[n].double() for x in (q, k, v, g, gv))
+        state = start[slots[n]].double()
+        wanted, last = naive_recurrence(*parts, 0.3, state, gv=of_values)
+        if before:
+            # Token t reads what token t - 1 left behind.
+            reads = [naive_recurrence(*_first(t, *parts), 1.0, state, gv=_first(t, of_values)[0])[1] for t in range(T)]
+            grouped = parts[0].unflatten(2, (H, -1))
+            wanted = torch.stack([0.3 * (grouped[:, t] @ h).flatten(1, 2) for t, h in enumerate(reads)], 1)
         twin = start.double()
         twin[slots[n]] = last
         near = distances({"o": o[n], "pool": pool}, {"o": wanted, "pool": twin})
         if max(near.values()) > 1e-6 or o[~n].any():
             return False
     return True
+
+
+def _first(t: int, *tensors):
+    return [x if x is None else x[:, :t] for x in tensors]
 
 
 def test_mutants_are_killed(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import liger_ops
-from liger_ops import _checks, _gated_linear_attention, _packed
+from liger_ops import _checks, _decode, _packed
 from tests.kernels.interpreter import mend_rounding, sanitized
 
 mend_rounding()
@@ -35,7 +35,7 @@ def use_kernels(monkeypatch):
     def on_triton(q, g=None, gv=None):
         return g is None or gv is None
 
-    for module in (_packed, _gated_linear_attention):
+    for module in (_packed, _decode):
         monkeypatch.setattr(module, "on_triton", on_triton)
 
 
@@ -197,10 +197,36 @@ def test_a_pool_of_states(gate, normalize, monkeypatch):
     assert not found[1].any()
 
 
+@pytest.mark.parametrize("name", ["two gates", "values", "rwkv6", "gsa", "mlstm"])
+def test_other_steps_on_a_pool(name, monkeypatch):
+    M, slots = 12, torch.tensor([4, -1, 0, 2])
+    q, k, v = torch.rand(4, HQ, K), torch.rand(4, H, K), torch.randn(4, H, V)
+    pool, s, f = torch.rand(6, H, K, V), torch.randn(4, H, M), decay(4, H)
+
+    def call():
+        held, n, m = pool.clone(), torch.ones(6, H, K), torch.zeros(6, H)
+        slotted = torch.ones(6, H, K, M), torch.ones(6, H, M, V)
+        o = {
+            "two gates": lambda: liger_ops.gated_step(q, k, v, -k, held, slots, gv=-v.abs()),
+            "values": lambda: liger_ops.gated_step(q, k, v, None, held, slots, gv=-v.abs()),
+            "rwkv6": lambda: liger_ops.gated_step(q, k, v, -k, held, slots, u=q[0]),
+            "gsa": lambda: liger_ops.gsa_step(q, k, v, s, -s.abs(), slotted, slots),
+            "mlstm": lambda: liger_ops.mlstm_step(q, k, v, 5 * f, f, (held, n, m), slots),
+        }[name]()
+        return o, held, *slotted, n, m
+
+    wanted = call()
+    use_kernels(monkeypatch)
+    with sanitized():
+        found = call()
+    for x, y in zip(found, wanted, strict=True):
+        assert (x - y).norm() <= 1e-6 * y.norm()
+
+
 def test_the_compiler_knows_that_the_pool_changes(monkeypatch):
     use_kernels(monkeypatch)
     q, k, v, pool = torch.randn(2, HQ, K), torch.randn(2, H, K), torch.randn(2, H, V), torch.randn(3, H, K, V)
-    args = q, k, v, None, pool, torch.tensor([2, 0]), 0.1
+    args = q, k, v, None, None, pool, torch.tensor([2, 0]), 0.1, False
     torch.library.opcheck(torch.ops.liger_ops.pooled_step.default, args)
 
 
