@@ -64,7 +64,9 @@ def launches(gate: str, dtype: str, K: int = 128, V: int = 128) -> list[tuple]:
         shared = q, k, v, g, state, None, 0.1, None
         additive.forward(*shared)
         additive.backward(torch.empty(*q.shape[:3], V, dtype=kind), state, *shared, g is not None)
-        recurrent.forward(q, k, v, g, None, state, state, torch.empty(B, dtype=torch.int64), 0.1)
+        slots = torch.empty(B, dtype=torch.int64)
+        recurrent.forward(q, k, v, g, None, state, state, slots, 0.1)
+        recurrent.forward(q, k, v, g, torch.empty(B, T, H, V), state, state, slots, 0.1, before=True)
     finally:
         for module in modules:
             module.launch = run

@@ -12,39 +12,57 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 import liger_ops
 
-HQ, H, D = 32, 8, 128
-# What each op takes after q, k, v, and where fla keeps its own.
-OPS: dict[str, tuple[Callable[..., dict], str]] = {
-    "chunk_gla": (lambda B, T, n, **x: dict(g=decay(B, T, n, D, **x)), "fla.ops.gla"),
-    "chunk_simple_gla": (lambda B, T, n, **x: dict(g=decay(B, T, n, **x)), "fla.ops.simple_gla"),
-    "chunk_retention": (lambda *_, **x: {}, "fla.ops.retention"),
-    "chunk_rwkv6": (
-        lambda B, T, n, **x: dict(w=decay(B, T, n, D, **x), u=torch.ones(HQ, D, **x)),
-        "fla.ops.rwkv6",
-    ),
-}
+HQ, H, D, SLOTS = 32, 8, 128, 64
+
+
+class Op(NamedTuple):
+    """What an op takes besides q, k and v (B, T, heads, tensor options -> arguments), and where fla keeps its own."""
+
+    more: Callable[..., dict]
+    fla: str | None
+    first: str = "qkv"
 
 
 def decay(*shape: int, **options: Any) -> torch.Tensor:
     return -torch.rand(*shape, **options) / 16
 
 
+OPS = {
+    "chunk_gla": Op(lambda B, T, n, **x: dict(g=decay(B, T, n, D, **x)), "fla.ops.gla"),
+    "fused_recurrent_gla": Op(lambda B, T, n, **x: dict(gk=decay(B, T, n, D, **x)), "fla.ops.gla"),
+    "chunk_simple_gla": Op(lambda B, T, n, **x: dict(g=decay(B, T, n, **x)), "fla.ops.simple_gla"),
+    "fused_recurrent_simple_gla": Op(lambda B, T, n, **x: dict(g=decay(B, T, n, **x)), "fla.ops.simple_gla"),
+    "chunk_retention": Op(lambda *_, **x: {}, "fla.ops.retention"),
+    "chunk_lightning_attn": Op(lambda *_, **x: dict(layer_idx=1, num_layers=4), "fla.ops.lightning_attn"),
+    "chunk_linear_attn": Op(lambda *_, **x: dict(normalize=False), "fla.ops.linear_attn"),
+    "chunk_hgrn2": Op(lambda B, T, n, **x: dict(g=decay(B, T, n, D, **x)), None, "qv"),
+    "chunk_rwkv6": Op(lambda B, T, n, **x: dict(w=decay(B, T, n, D, **x), u=torch.ones(HQ, D, **x)), "fla.ops.rwkv6"),
+    "chunk_gsa": Op(
+        lambda B, T, n, **x: dict(s=torch.randn(B, T, n, SLOTS, **x), g=decay(B, T, n, SLOTS, **x)), "fla.ops.gsa"
+    ),
+    "mlstm": Op(lambda B, T, n, **x: dict(i=torch.randn(B, T, n, **x), f=decay(B, T, n, **x)), None),
+}
+
+
 def inputs(B: int, T: int, name: str, repeated: bool, **options: Any) -> tuple[list, dict]:
-    """q, k, v and the op's own arguments; repeated as an op without grouped heads wants them."""
+    """q, k, v (or q, v) and the op's own arguments; repeated as an op without grouped heads wants them."""
     torch.manual_seed(0)
-    q, k, v = (torch.randn(B, T, n, D, **options) for n in (HQ, H, H))
-    more = OPS[name][0](B, T, H, **options)
+    tensors = {x: torch.randn(B, T, n, D, **options) for x, n in (("q", HQ), ("k", H), ("v", H))}
+    more = OPS[name].more(B, T, H, **options)
+
+    def repeat(n: str, x: Any) -> Any:
+        return x if n in "qu" or not isinstance(x, torch.Tensor) else x.repeat_interleave(HQ // H, 2)
+
     if repeated:
-        k, v = (x.repeat_interleave(HQ // H, 2) for x in (k, v))
-        more = {n: x if n == "u" else x.repeat_interleave(HQ // H, 2) for n, x in more.items()}
-    return [q, k, v], more
+        tensors, more = ({n: repeat(n, x) for n, x in given.items()} for given in (tensors, more))
+    return [tensors[x] for x in OPS[name].first], more
 
 
 def milliseconds(run: Callable[[], Any], device: torch.device, rounds: int) -> float:
@@ -66,17 +84,23 @@ def milliseconds(run: Callable[[], Any], device: torch.device, rounds: int) -> f
     return statistics.median(times)
 
 
+def _tensors(named: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {n: x for n, x in named.items() if isinstance(x, torch.Tensor)}
+
+
+def _leaves(named: dict[str, Any], dtype: torch.dtype | None = None) -> dict[str, Any]:
+    return named | {n: x.detach().to(dtype or x.dtype).requires_grad_() for n, x in _tensors(named).items()}
+
+
 def timed(op: Callable, args: list, more: dict, device: torch.device, rounds: int) -> dict[str, float]:
     """Forward, and forward with backward of every argument."""
     with torch.no_grad():
         forward = milliseconds(lambda: op(*args, **more), device, rounds)
-    leaves = [x.detach().requires_grad_() for x in args]
-    named = {n: x.detach().requires_grad_() for n, x in more.items()}
-    o = op(*leaves, **named)[0]
-    weight = torch.randn_like(o)
+    leaves, named = [x.detach().requires_grad_() for x in args], _leaves(more)
+    weight = torch.randn_like(op(*leaves, **named)[0])
 
     def both() -> None:
-        torch.autograd.grad(op(*leaves, **named)[0], [*leaves, *named.values()], weight)
+        torch.autograd.grad(op(*leaves, **named)[0], [*leaves, *_tensors(named).values()], weight)
 
     return dict(forward_ms=forward, both_ms=milliseconds(both, device, rounds))
 
@@ -87,12 +111,15 @@ def errors(name: str, T: int, dtype: torch.dtype, device: torch.device) -> dict[
     found, op = {}, getattr(liger_ops, name)
     for kind in (dtype, torch.float64):
         leaves = [x.to(dtype).to(kind).requires_grad_() for x in args]
-        # Gates stay as fine as they are given.
-        named = {n: x.to(kind if kind == torch.float64 else torch.float32).requires_grad_() for n, x in more.items()}
+        # Gates stay as fine as they are given, what the state is made of does not.
+        named = more | {n: x.to(dtype) for n, x in more.items() if n == "s"}
+        named = _leaves(named, torch.float64) if kind == torch.float64 else _leaves(named)
         o, last = op(*leaves, **named, output_final_state=True)
+        last = last[0] if isinstance(last, tuple) else last
         weights = torch.linspace(-1, 1, o.numel(), device=device).view(o.shape).to(o.dtype)
-        grads = torch.autograd.grad((o, last), [*leaves, *named.values()], (weights, torch.ones_like(last)))
-        found[kind] = dict(zip(["o", "last", "q", "k", "v", *named], [o, last, *grads], strict=True))
+        tensors = _tensors(named)
+        grads = torch.autograd.grad((o, last), [*leaves, *tensors.values()], (weights, torch.ones_like(last)))
+        found[kind] = dict(zip(["o", "last", *OPS[name].first, *tensors], [o, last, *grads], strict=True))
     far = {n: (x.double() - found[torch.float64][n]).norm() for n, x in found[dtype].items()}
     return {n: (x / found[torch.float64][n].norm()).item() for n, x in far.items()}
 
@@ -100,7 +127,7 @@ def errors(name: str, T: int, dtype: torch.dtype, device: torch.device) -> dict[
 def theirs(name: str) -> Callable | None:
     """fla's op of the same name, if it is installed."""
     try:
-        return getattr(importlib.import_module(OPS[name][1]), name)
+        return OPS[name].fla and getattr(importlib.import_module(OPS[name].fla), name)
     except ImportError:
         return None
 
@@ -131,6 +158,21 @@ def measure(T: int, tokens: int, dtype: torch.dtype, device: torch.device, round
     return row
 
 
+def describe(device: torch.device) -> dict[str, Any]:
+    """A result without numbers yet."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return dict(device=name, torch=torch.__version__, shape=dict(HQ=HQ, H=H, D=D), errors={}, ms={})
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """Milliseconds of forward / forward with backward, a row an op, a column a length."""
+    lengths = list(result["ms"])
+    print("| op | " + " | ".join(lengths) + " |\n" + "|---" * (1 + len(lengths)) + "|")
+    for name in result["ms"][lengths[0]]:
+        cells = [" / ".join(f"{x:.3f}" for x in result["ms"][T][name].values()) for T in lengths]
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+
+
 def plot(result: dict[str, Any], path: Path) -> None:
     import matplotlib
 
@@ -157,8 +199,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     args = parser.parse_args()
     device = torch.device(args.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    result: dict[str, Any] = dict(device=name, torch=torch.__version__, shape=dict(HQ=HQ, H=H, D=D), errors={}, ms={})
+    result = describe(device)
     for dtype in (torch.float32, torch.bfloat16):
         for op in OPS:
             key = f"{op} {dtype}".replace("torch.", "")
@@ -166,8 +207,7 @@ def main() -> None:
             print(key, {n: f"{x:.1e}" for n, x in result["errors"][key].items()}, flush=True)
     for T in args.lengths:
         result["ms"][str(T)] = measure(T, args.tokens, torch.bfloat16, device, args.rounds)
-        for op, row in result["ms"][str(T)].items():
-            print(T, op, {n: round(x, 3) for n, x in row.items()}, flush=True)
+    print_table(result)
     if args.out:
         args.out.write_text(json.dumps(result, indent=2) + "\n")
         plot(result, args.out.with_suffix(".png"))
