@@ -39,12 +39,12 @@ def _scores(q: torch.Tensor, k: torch.Tensor, decay: Decay | None) -> torch.Tens
     """q [B,H,N,C,G,K], k [B,H,N,C,K] -> decayed causal scores [B,H,N,C,G,C]."""
     causal = _causal(q)
     if decay is None or decay.sums.shape[-1] == 1:
-        weights = causal if decay is None else between(decay.sums.squeeze(-1), q.dtype).exp().tril()
+        weights = causal if decay is None else between(decay.sums.squeeze(-1), q.dtype).tril()
         return _times((q.flatten(3, 4) @ k.transpose(-1, -2)).view(*q.shape[:5], -1), weights.unsqueeze(-2))
     if decay.apart(q, k):
         a = (q * (decay.start * decay.half).unsqueeze(4)).flatten(3, 4) @ (k * decay.rise).transpose(-1, -2)
         return _factored((q * k.unsqueeze(4)).sum(-1), a)
-    decayed = between(decay.sums, q.dtype).exp() * k.unsqueeze(3)
+    decayed = between(decay.sums, q.dtype) * k.unsqueeze(3)
     return torch.einsum("bhncgk,bhncjk->bhncgj", q, decayed) * causal.unsqueeze(1)
 
 
@@ -79,7 +79,7 @@ def _read(a: torch.Tensor, v: torch.Tensor, q: torch.Tensor, before: torch.Tenso
     start = decay.start.unsqueeze(4)
     o = (q.flatten(3, 4) @ before).view(*q.shape[:5], -1) * start
     if not decay.apart(v):
-        return o + torch.einsum("bhncgj,bhncjv,bhnjv->bhncgv", a, between(decay.sums, v.dtype).exp(), v)
+        return o + torch.einsum("bhncgj,bhncjv,bhnjv->bhncgv", a, between(decay.sums, v.dtype), v)
     own = a.diagonal(dim1=3, dim2=5).transpose(-1, -2)
     strict = a * torch.ones(a.shape[3], a.shape[3], dtype=a.dtype, device=a.device).tril(-1).unsqueeze(1)
     earlier = (strict.flatten(3, 4) @ (v * decay.rise)).view_as(o)
@@ -114,7 +114,7 @@ def enter(
         keep = keep if decay_v is None else keep * decay_v.total.unsqueeze(-2)
         return _one_by_one(added, keep, state)
     total = added.new_zeros(B, H, N) if decay is None else decay.sums[:, :, :, -1, 0]
-    weights = between(running(F.pad(total, (1, 0)).unsqueeze(2)), added.dtype).squeeze(2).exp().tril().flatten(0, 1)
+    weights = between(running(F.pad(total, (1, 0)).unsqueeze(2)), added.dtype).squeeze(2).tril().flatten(0, 1)
     state, added = state.reshape(B * H, 1, K * V), added.view(B * H, N, K * V)
     before, after = (
         (weights[:, rows, :1] * state).baddbmm_(weights[:, rows, 1:], added).view(B, H, -1, K, V)

@@ -18,6 +18,7 @@ HALF = 2.0**57
 LARGEST = 1e3
 # Its exponential is zero in float64, and so much less would leave no digit of the gates beside it.
 NOTHING = -750.0
+_DENORMAL_BESIDE_OTHERS = 2.0**26
 
 
 def running(g: torch.Tensor) -> torch.Tensor:
@@ -25,12 +26,18 @@ def running(g: torch.Tensor) -> torch.Tensor:
     return g.clamp(min=NOTHING).cumsum(3, dtype=torch.float64)
 
 
+def factor(log: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """exp(log) in dtype; zero where products with it would be denormal, and many times slower."""
+    return F.threshold(log.exp().to(dtype), _DENORMAL_BESIDE_OTHERS * torch.finfo(dtype).tiny, 0.0)
+
+
 def between(sums: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """sums [B,H,N,C,...] -> log decays of rows j < l <= i, [B,H,N,C(i),C(j),...]; zero where i <= j."""
+    """sums [B,H,N,C,...] -> decays over rows j < l <= i, [B,H,N,C(i),C(j),...]; 1 where i <= j."""
     C = sums.shape[3]
     later = torch.ones(C, C, dtype=torch.bool, device=sums.device).tril(-1)
     later = later.view(C, C, *[1] * (sums.ndim - 4))
-    return torch.where(later, sums.unsqueeze(4) - sums.unsqueeze(3), 0.0).to(dtype)
+    # The exponential in dtype: a logarithm rounded to it is as good as the gates were.
+    return factor(torch.where(later, sums.unsqueeze(4) - sums.unsqueeze(3), 0.0).to(dtype), dtype)
 
 
 class Decay(NamedTuple):
@@ -59,14 +66,15 @@ def make_decay(g: torch.Tensor | None) -> Decay | None:
     if g is None:
         return None
     sums = running(g if g.ndim == 5 else g.unsqueeze(-1))
-    start, last = sums.exp(), sums[:, :, :, -1:]
+    last = sums[:, :, :, -1:]
     lowest = last.detach().amin().item()
-    near = start.to(g.dtype)
     if g.ndim == 4 or lowest < FACTORABLE:
+        near = factor(sums, g.dtype)
         # The last row's is exactly 1: a difference of it and itself would leave its gradient in the gate's.
-        end = F.pad(last - sums[:, :, :, :-1], (0, 0, 0, 1)).exp().to(g.dtype)
+        end = factor(F.pad(last - sums[:, :, :, :-1], (0, 0, 0, 1)), g.dtype)
         return Decay(sums, near, end, near[:, :, :, -1])
-    rise = start.reciprocal()
+    start = sums.exp()
+    near, rise = start.to(g.dtype), start.reciprocal()
     end = (start[:, :, :, -1:] * rise).to(g.dtype)
     half = 1.0 if lowest >= FACTORABLE / 2 else HALF
     return Decay(sums, near, end, near[:, :, :, -1], (rise if half == 1.0 else rise / half).to(g.dtype), half)

@@ -9,7 +9,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from liger_ops._torch.decay import FACTORABLE, HALF, LARGEST, between, running
+from liger_ops._torch.decay import FACTORABLE, HALF, LARGEST, between, factor, running
 
 # A little beyond what FACTORABLE says: products round where its sums are exact.
 _LOWEST = math.exp(FACTORABLE - 1e-3)
@@ -63,11 +63,11 @@ def _per_head(q, k, g):
         return _cut(a, G), q, k, None
     sums = running(g)
     last = sums[..., -1:]
-    weights = _cut(between(sums, q.dtype).exp_(), 1)
+    weights = _cut(between(sums, q.dtype), 1)
     a.view(-1, *q.shape[3:5], a.shape[-1]).mul_(weights.flatten(0, 2).unsqueeze(2))
-    k *= (last - sums).exp().to(k.dtype).unsqueeze(-1)
-    q *= sums.exp().to(q.dtype)[..., None, None]
-    return a, q, k, last.exp().to(k.dtype).unsqueeze(-1)
+    k *= factor(last - sums, k.dtype).unsqueeze(-1)
+    q *= factor(sums, q.dtype)[..., None, None]
+    return a, q, k, factor(last, k.dtype).unsqueeze(-1)
 
 
 def _per_channel(q, k, g):
