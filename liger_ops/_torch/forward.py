@@ -9,7 +9,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from liger_ops._torch.decay import FACTORABLE, HALF, LARGEST, between, factor, running
+from liger_ops._torch.decay import FACTORABLE, HALF, LARGEST, factor, running
 
 # A little beyond what FACTORABLE says: products round where its sums are exact.
 _LOWEST = math.exp(FACTORABLE - 1e-3)
@@ -63,7 +63,10 @@ def _per_head(q, k, g):
         return _cut(a, G), q, k, None
     sums = running(g)
     last = sums[..., -1:]
-    weights = _cut(between(sums, q.dtype), 1)
+    log = a.new_empty(*sums.shape, sums.shape[-1])
+    # Above the diagonal, where the difference is no decay, nothing that could overflow.
+    torch.sub(sums.unsqueeze(4), sums.unsqueeze(3), out=log).clamp_(max=0.0)
+    weights = _cut(factor(log, q.dtype), 1)
     a.view(-1, *q.shape[3:5], a.shape[-1]).mul_(weights.flatten(0, 2).unsqueeze(2))
     k *= factor(last - sums, k.dtype).unsqueeze(-1)
     q *= factor(sums, q.dtype)[..., None, None]

@@ -11,7 +11,8 @@ import torch
 
 from liger_ops._torch.layout import full_precision
 
-_ROWS = 1024
+# Chunks of a segment: its states stay in a core's cache, and its dispatch costs little beside it.
+CHUNKS = 64
 _LIBRARY = torch.library.Library("liger_ops", "FRAGMENT")
 # body(rows, state, out, *inputs) -> (o, state): fills out [B,rows,HQ,U] if given, otherwise returns a new o.
 Body = Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -107,11 +108,6 @@ def _backward(
             if new is not None:
                 grad += new
     return [*grads, dfirst]
-
-
-def whole_chunks(chunk: int) -> int:
-    """Rows of a segment of about _ROWS, in whole chunks."""
-    return max(_ROWS // chunk, 1) * chunk
 
 
 def define(name: str, arguments: str, plan: Callable[..., Plan]) -> Callable[..., Any]:
