@@ -57,9 +57,11 @@ def launches(gate: str, dtype: str, K: int = 128, V: int = 128) -> list[tuple]:
         return launching.options(kernel.fn.__name__, args[0].dtype, K, V)[0]
 
     modules = additive, recurrent
-    run = additive.launch
+    run, piece = additive.launch, additive.PIECE
     for module in modules:
         module.launch = record
+    # Short enough for a sequence to have several.
+    additive.PIECE = 64
     try:
         shared = q, k, v, g, state, None, 0.1, None
         additive.forward(*shared)
@@ -68,6 +70,7 @@ def launches(gate: str, dtype: str, K: int = 128, V: int = 128) -> list[tuple]:
         recurrent.forward(q, k, v, g, None, state, state, slots, 0.1)
         recurrent.forward(q, k, v, g, torch.empty(B, T, H, V), state, state, slots, 0.1, before=True)
     finally:
+        additive.PIECE = piece
         for module in modules:
             module.launch = run
     # Forward and backward share some.

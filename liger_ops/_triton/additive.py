@@ -10,9 +10,11 @@ import torch
 from triton import cdiv, next_power_of_2
 
 from liger_ops._triton import gradients, outputs, pairs, states
-from liger_ops._triton.launch import Chunks, equal_chunks, launch, make_chunks, precision
+from liger_ops._triton.launch import Chunks, Pieces, equal_chunks, launch, make_chunks, make_pieces, precision
 
 _ROWS = 16
+# Chains of states that fill no GPU are cut into pieces of so many tokens, which run side by side.
+_CHAINS, PIECE = 64, 1024
 
 
 def chunk_size(dtype: torch.dtype, wanted: int | None) -> int:
@@ -31,6 +33,7 @@ class _Call(NamedTuple):
     v: torch.Tensor
     g: torch.Tensor | None
     chunks: Chunks
+    pieces: Pieces | None
     constants: dict
 
     @property
@@ -56,8 +59,10 @@ def _call(q, k, v, g, cu_seqlens, chunk) -> _Call:
         g = g.float().contiguous().view(B * T, k.shape[2], -1)
     q, k, v = (x.contiguous().flatten(0, 1) for x in (q, k, v))
     where = equal_chunks(B, T, chunk, q.device) if cu_seqlens is None else make_chunks(cu_seqlens, T, chunk)
+    few = len(where.sequences) * k.shape[1] <= _CHAINS and 2 * PIECE * len(where.sequences) <= B * T
+    pieces = make_pieces(where.sequences, B * T, PIECE, chunk) if few else None
     constants = dict(C=chunk, GATED=g is not None, PER_CHANNEL=per_channel, PRECISION=precision(q.dtype))
-    return _Call(q, k, v, g, where, constants)
+    return _Call(q, k, v, g, where, pieces, constants)
 
 
 def _states(x: _Call, k, v, first, scale=1.0, reverse=False):
@@ -66,17 +71,26 @@ def _states(x: _Call, k, v, first, scale=1.0, reverse=False):
     kept = torch.bfloat16 if x.q.dtype == torch.bfloat16 else torch.float32
     h = k.new_empty(len(x.chunks.chunks), H, K, V, dtype=kept)
     last = torch.empty_like(first)
-    args = k, v, x.gate(), first, h, last, x.chunks.sequences, scale, H, k.shape[1] // H, K, V, KG
-    grid = len(first) * H
-    launch(
-        states.states_kernel,
-        lambda c: (grid, cdiv(K, c.BK), cdiv(V, c.BV)),
-        K,
-        V,
-        *args,
-        **x.constants,
-        REVERSE=reverse,
-    )
+
+    def run(first, last, sequences, total=None):
+        args = k, v, x.gate(), first, h, last, x.q if total is None else total, sequences
+        sizes = scale, H, k.shape[1] // H, K, V, KG
+        constants = dict(x.constants, REVERSE=reverse, PART=total is not None)
+        launch(states.states_kernel, grid(len(sequences)), K, V, *args, *sizes, **constants)
+
+    def grid(count):
+        return lambda c: (count * H, cdiv(K, c.BK), cdiv(V, c.BV))
+
+    if x.pieces is None:
+        run(first, last, x.chunks.sequences)
+        return h, last
+    bounds, owned = x.pieces
+    part, start = (first.new_empty(len(bounds), H, K, V) for _ in range(2))
+    total = first.new_empty(len(bounds), H, KG)
+    run(part, part, bounds, total)
+    args = part, total, first, start, last, owned, H, K, V, KG
+    launch(states.joins_kernel, grid(len(first)), K, V, *args, **x.constants, REVERSE=reverse)
+    run(start, part, bounds)
     return h, last
 
 

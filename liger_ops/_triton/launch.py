@@ -26,6 +26,7 @@ class Config(NamedTuple):
 # The first of each is the choice where nothing can be timed: it spills no register at K = V = 128.
 CONFIGS: dict[str, list[Config]] = {
     "states_kernel": [Config(32, 64, 4, 1), Config(32, 32, 4, 2), Config(64, 64, 8, 2)],
+    "joins_kernel": [Config(32, 64, 4, 1), Config(16, 32, 2, 1)],
     "outputs_kernel": [Config(32, 64, 4, 2), Config(32, 128, 8, 2)],
     "values_kernel": [Config(32, 64, 8, 2), Config(32, 64, 4, 1)],
     "scores_kernel": [Config(16, 16, 4, 2), Config(32, 16, 8, 2)],
@@ -132,20 +133,49 @@ class Chunks(NamedTuple):
     sequences: torch.Tensor
 
 
+class Pieces(NamedTuple):
+    """bounds [M,3]: as sequences have them, empty past the last; owned [N,2]: a sequence's first piece and how many."""
+
+    bounds: torch.Tensor
+    owned: torch.Tensor
+
+
+class _Parts(NamedTuple):
+    """Of a part its sequence, first token and number of tokens; of a sequence its first part and how many."""
+
+    owner: torch.Tensor
+    start: torch.Tensor
+    size: torch.Tensor
+    first: torch.Tensor
+    each: torch.Tensor
+
+
+def _parts(begin: torch.Tensor, end: torch.Tensor, tokens: int, most: int) -> _Parts:
+    """Sequences [N] in parts of `most` tokens, found on their device; as many as `tokens` tokens could need."""
+    N, each = len(begin), (end - begin + most - 1) // most
+    after = each.cumsum(0)
+    i = torch.arange(tokens // most + min(N, tokens), device=begin.device)
+    n = torch.searchsorted(after, i, right=True)
+    owner = n.clamp(max=N - 1)
+    start = begin[owner] + (i - (after - each)[owner]) * most
+    size = torch.where(n < N, (end[owner] - start).clamp(max=most), 0)
+    return _Parts(owner, start, size, after - each, each)
+
+
 def make_chunks(cu_seqlens: torch.Tensor, tokens: int, C: int) -> Chunks:
     """The chunks of sequences bounded by cu_seqlens [N+1], whose values nothing here reads on the host."""
-    bounds = cu_seqlens.long()
-    begin, end = bounds[:-1], bounds[1:]
-    N = len(begin)
-    count = tokens // C + min(N, tokens)
-    after = ((end - begin + C - 1) // C).cumsum(0)
-    first = after - (end - begin + C - 1) // C
-    i = torch.arange(count, device=bounds.device)
-    n = torch.searchsorted(after, i, right=True)
-    m = n.clamp(max=N - 1)
-    start = begin[m] + (i - first[m]) * C
-    size = torch.where(n < N, (end[m] - start).clamp(max=C), 0)
-    return Chunks(torch.stack([start, size], 1), torch.stack([begin, end, first], 1))
+    begin, end = cu_seqlens.long()[:-1], cu_seqlens.long()[1:]
+    parts = _parts(begin, end, tokens, C)
+    return Chunks(torch.stack([parts.start, parts.size], 1), torch.stack([begin, end, parts.first], 1))
+
+
+def make_pieces(sequences: torch.Tensor, tokens: int, most: int, C: int) -> Pieces:
+    """Pieces of `most` tokens, a multiple of C, of sequences [N,3] as `Chunks` has them."""
+    begin, end, first = sequences.unbind(1)
+    parts = _parts(begin, end, tokens, most)
+    start, owner = parts.start, parts.owner
+    chunk = first[owner] + (start - begin[owner]) // C
+    return Pieces(torch.stack([start, start + parts.size, chunk], 1), torch.stack([parts.first, parts.each], 1))
 
 
 def equal_chunks(batch: int, length: int, C: int, device: torch.device) -> Chunks:

@@ -11,7 +11,7 @@ from liger_ops import naive_recurrence
 
 
 class Case(NamedTuple):
-    """One draw: sizes, gate, its size per step, chunk, dtype, and the lengths of packed sequences if any."""
+    """One draw: sizes, gate, its size per step, chunk, dtype, lengths of packed sequences if any, tokens of a piece."""
 
     B: int = 1
     T: int = 40
@@ -24,6 +24,7 @@ class Case(NamedTuple):
     chunk: int | None = 32
     dtype: torch.dtype = torch.float32
     lengths: tuple[int, ...] | None = None
+    piece: int = 1024
 
     def tensors(self) -> dict[str, torch.Tensor | None]:
         B, T = (self.B, self.T) if self.lengths is None else (1, sum(self.lengths))
@@ -42,6 +43,7 @@ class Case(NamedTuple):
 
 def run(op: Any, case: Case, x: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
     """What the module `op` (forward, backward) makes of it."""
+    op.PIECE = case.piece
     args = x["q"], x["k"], x["v"], x["g"], x["state"], case.cu_seqlens(), case.K**-0.5, case.chunk
     o, last = op.forward(*args)
     found = op.backward(x["do"], x["dstate"], *args, x["g"] is not None)

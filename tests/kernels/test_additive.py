@@ -22,7 +22,7 @@ def check(case: Case, bars=BARS):
 @st.composite
 def cases(draw):
     torch.manual_seed(draw(st.integers(0, 2**31)))
-    packed = draw(st.booleans())
+    packed, chunk = draw(st.booleans()), draw(st.sampled_from([16, 32, 64]))
     return Case(
         B=draw(st.integers(1, 2)),
         T=draw(st.integers(1, 70)),
@@ -32,7 +32,8 @@ def cases(draw):
         V=draw(st.sampled_from([1, 16, 40, 72])),
         gate=draw(st.sampled_from(["none", "head", "channel"])),
         size=draw(st.sampled_from([1e-4, 0.1, 1.4, 5.6, 30.0])),
-        chunk=draw(st.sampled_from([16, 32, 64])),
+        chunk=chunk,
+        piece=draw(st.sampled_from([chunk, 2 * chunk, 1024])),
         lengths=(*draw(st.lists(st.integers(0, 40), min_size=1, max_size=4)), 1) if packed else None,
     )
 
@@ -48,6 +49,8 @@ CLEAN = [
     Case(gate="channel", K=20, T=50, size=30.0),
     Case(gate="head", G=2, K=40, V=72, T=50, chunk=16),
     Case(gate="none", B=2, H=2, G=2, T=37, lengths=(5, 0, 32)),
+    Case(gate="channel", H=2, G=2, K=40, chunk=16, lengths=(0, 75, 3, 21), piece=16, size=0.1),
+    Case(gate="head", B=2, H=2, K=40, V=72, T=75, chunk=16, piece=32, size=0.1),
 ]
 
 
