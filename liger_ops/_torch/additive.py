@@ -9,7 +9,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from liger_ops._torch.decay import Decay, between, make_decay, running
+from liger_ops._torch.decay import Decay, between, make_decay, running, unit
 from liger_ops._torch.forward import forward
 from liger_ops._torch.layout import full_precision, head_major, pack, unpack
 from liger_ops._torch.segments import CHUNKS, Plan, define
@@ -41,9 +41,10 @@ def _scores(q: torch.Tensor, k: torch.Tensor, decay: Decay | None) -> torch.Tens
     if decay is None or decay.sums.shape[-1] == 1:
         weights = causal if decay is None else between(decay.sums.squeeze(-1), q.dtype).tril()
         return _times((q.flatten(3, 4) @ k.transpose(-1, -2)).view(*q.shape[:5], -1), weights.unsqueeze(-2))
-    if decay.apart(q, k):
-        a = (q * (decay.start * decay.half).unsqueeze(4)).flatten(3, 4) @ (k * decay.rise).transpose(-1, -2)
-        return _factored((q * k.unsqueeze(4)).sum(-1), a)
+    if decay.rise is not None:
+        of_q, of_k = unit(q, decay.half), unit(k, decay.half)
+        a = (q * (decay.fall / of_q).unsqueeze(4)).flatten(3, 4) @ (k * (decay.rise / of_k)).transpose(-1, -2)
+        return _factored((q * k.unsqueeze(4)).sum(-1), a * (of_q * of_k))
     decayed = between(decay.sums, q.dtype) * k.unsqueeze(3)
     return torch.einsum("bhncgk,bhncjk->bhncgj", q, decayed) * causal.unsqueeze(1)
 
@@ -55,13 +56,15 @@ def scores(
 
     Returns the decayed causal scores [B,H,N,C,G,C] and the queries as the state before the chunk sees them.
     """
-    if decay is None or torch.is_grad_enabled() or not decay.apart(q, k):
+    if decay is None or torch.is_grad_enabled() or decay.rise is None:
         a = _times(_scores(q, k, decay), gain)
         return a, _times(q, gain if decay is None else decay.start.unsqueeze(4) * gain)
     # The same to a rounding, with one pass over the queries.
-    q.mul_(decay.start.unsqueeze(4) * gain)
-    scaled = q if decay.half == 1.0 else q * decay.half
-    a = (scaled.flatten(3, 4) @ (k * decay.rise).transpose(-1, -2)).view(*q.shape[:5], -1)
+    of_q, of_k = unit(q, decay.half), unit(k, decay.half)
+    q.mul_((decay.fall / of_q).unsqueeze(4) * gain)
+    a = (q.flatten(3, 4) @ (k * (decay.rise / of_k)).transpose(-1, -2)).view(*q.shape[:5], -1)
+    if decay.half != 1.0:
+        a, q = a.mul_(of_q * of_k), q.div_(decay.half / of_q)
     # What lies above the diagonal may be infinite.
     return a.masked_fill_(_causal(q).unsqueeze(1) == 0, 0.0), q
 
@@ -78,12 +81,13 @@ def _read(a: torch.Tensor, v: torch.Tensor, q: torch.Tensor, before: torch.Tenso
         return o.view(*q.shape[:5], -1)
     start = decay.start.unsqueeze(4)
     o = (q.flatten(3, 4) @ before).view(*q.shape[:5], -1) * start
-    if not decay.apart(v):
+    if decay.rise is None:
         return o + torch.einsum("bhncgj,bhncjv,bhnjv->bhncgv", a, between(decay.sums, v.dtype), v)
     own = a.diagonal(dim1=3, dim2=5).transpose(-1, -2)
     strict = a * torch.ones(a.shape[3], a.shape[3], dtype=a.dtype, device=a.device).tril(-1).unsqueeze(1)
-    earlier = (strict.flatten(3, 4) @ (v * decay.rise)).view_as(o)
-    return o + earlier * (start * decay.half) + own.unsqueeze(-1) * v.unsqueeze(4)
+    of_v = unit(v, decay.half)
+    earlier = (strict.flatten(3, 4) @ (v * (decay.rise / of_v))).view_as(o)
+    return o + earlier * (decay.fall * of_v).unsqueeze(4) + own.unsqueeze(-1) * v.unsqueeze(4)
 
 
 def _one_by_one(added: torch.Tensor, keep: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,6 +5,7 @@ good as a sum of the gates between them; what leaves float64 is a factor <= 1, e
 than FACTORABLE: there decays and their inverses from the chunk's start multiply apart.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -13,22 +14,30 @@ import torch.nn.functional as F
 FACTORABLE = -80.0
 # About half of it in powers of two, which round nothing, moves from one factor to the other where decays come near it,
 # so that neither underflows beside an operand.
-HALF = 2.0**57
-# Larger operands beside such decays would leave no room for the gradients that multiply them.
-LARGEST = 1e3
+_HALF = 2.0**57
 # Its exponential is zero in float64, and so much less would leave no digit of the gates beside it.
 NOTHING = -750.0
-_DENORMAL_BESIDE_OTHERS = 2.0**26
+# Times the smallest normal number: what is below makes denormal products, which are many times slower.
+_FAINT = 2.0**4
 
 
 def running(g: torch.Tensor) -> torch.Tensor:
-    """Sums of log decays g [B,H,N,C,...] through each row of its chunk, in float64."""
-    return g.clamp(min=NOTHING).cumsum(3, dtype=torch.float64)
+    """Sums of log decays g [B,H,N,C,...] through each row of its chunk, in float64, as their gradients are."""
+    return g.clamp(min=NOTHING).double().cumsum(3)
+
+
+def remaining(g: torch.Tensor) -> torch.Tensor:
+    """Sums of log decays g [B,H,N,C,...] from behind each row to the end of its chunk, in float64.
+
+    Not a difference of running sums: its gradient would be one of ones, where rows after it are padding or few.
+    """
+    later = F.pad(g.clamp(min=NOTHING).double()[:, :, :, 1:], (0, 0) * (g.ndim - 4) + (0, 1))
+    return later.flip(3).cumsum(3).flip(3)
 
 
 def factor(log: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """exp(log) in dtype; zero where products with it would be denormal, and many times slower."""
-    return F.threshold(log.exp().to(dtype), _DENORMAL_BESIDE_OTHERS * torch.finfo(dtype).tiny, 0.0)
+    """exp(log) in dtype; zero where hardly anything of it is left."""
+    return F.threshold(log.exp().to(dtype), _FAINT * torch.finfo(dtype).tiny, 0.0)
 
 
 def between(sums: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -44,37 +53,47 @@ class Decay(NamedTuple):
     """Running sums [B,H,N,C,1 or K] and what they amount to: factors from the chunk's start to a row and from a row
     to its end, both like the sums, and over the whole chunk, [B,H,N,1 or K].
 
-    start * half and rise, its inverse, may multiply operands apart; None where they may not.
+    fall, which is start * half, and rise, its inverse, may multiply operands apart; None where they may not.
     """
 
     sums: torch.Tensor
     start: torch.Tensor
     end: torch.Tensor
     total: torch.Tensor
+    fall: torch.Tensor | None = None
     rise: torch.Tensor | None = None
     half: float = 1.0
 
-    def apart(self, *operands: torch.Tensor) -> bool:
-        """Whether start * half and rise may multiply these operands."""
-        if self.rise is None or self.half == 1.0:
-            return self.rise is not None
-        return max(x.detach().abs().amax().item() for x in operands) <= LARGEST
+
+def margin(lowest: float) -> float:
+    """How much of the smallest factor, exp(lowest), its inverse takes over: a power of two."""
+    return 1.0 if lowest >= FACTORABLE / 2 else _HALF
+
+
+def unit(x: torch.Tensor, half: float) -> float:
+    """What x is divided by beside factors that need a margin: a power of two near its largest.
+
+    Neither rounds anything, so that no bit depends on what decays or operands are elsewhere.
+    """
+    if half == 1.0:
+        return 1.0
+    largest = x.detach().abs().amax().item()
+    return math.ldexp(1.0, min(max(math.frexp(largest)[1], -40), 40)) if math.isfinite(largest) else 1.0
 
 
 def make_decay(g: torch.Tensor | None) -> Decay | None:
     """g [B,H,N,C] or [B,H,N,C,K]."""
     if g is None:
         return None
-    sums = running(g if g.ndim == 5 else g.unsqueeze(-1))
-    last = sums[:, :, :, -1:]
-    lowest = last.detach().amin().item()
-    if g.ndim == 4 or lowest < FACTORABLE:
+    per_head, g = g.ndim == 4, g if g.ndim == 5 else g.unsqueeze(-1)
+    sums = running(g)
+    end = factor(remaining(g), g.dtype)
+    lowest = sums.detach()[:, :, :, -1].amin().item()
+    if per_head or lowest < FACTORABLE:
         near = factor(sums, g.dtype)
-        # The last row's is exactly 1: a difference of it and itself would leave its gradient in the gate's.
-        end = factor(F.pad(last - sums[:, :, :, :-1], (0, 0, 0, 1)), g.dtype)
         return Decay(sums, near, end, near[:, :, :, -1])
     start = sums.exp()
-    near, rise = start.to(g.dtype), start.reciprocal()
-    end = (start[:, :, :, -1:] * rise).to(g.dtype)
-    half = 1.0 if lowest >= FACTORABLE / 2 else HALF
-    return Decay(sums, near, end, near[:, :, :, -1], (rise if half == 1.0 else rise / half).to(g.dtype), half)
+    near, half = start.to(g.dtype), margin(lowest)
+    # In float64, where no gradient times half overflows.
+    fall = near if half == 1.0 else (start * half).to(g.dtype)
+    return Decay(sums, near, end, near[:, :, :, -1], fall, (start * half).reciprocal().to(g.dtype), half)

@@ -4,15 +4,11 @@ Shapes: as in `additive`, except that chunks come first: [N,B,H,C,...].
 """
 
 import itertools
-import math
 
 import torch
 import torch.nn.functional as F
 
-from liger_ops._torch.decay import FACTORABLE, HALF, LARGEST, factor, running
-
-# A little beyond what FACTORABLE says: products round where its sums are exact.
-_LOWEST = math.exp(FACTORABLE - 1e-3)
+from liger_ops._torch.decay import FACTORABLE, factor, margin, running, unit
 
 
 def _by_chunk(x: torch.Tensor, size: int) -> torch.Tensor:
@@ -74,25 +70,23 @@ def _per_head(q, k, g):
 
 
 def _per_channel(q, k, g):
-    """As `_per_head`; None where decays and their inverses may not multiply apart.
-
-    Products of decays, unlike exponentials of sums, keep a weak gate's digits beside a strong one.
-    """
-    start = _packed(g).exp_().cumprod(3)
-    total = start[:, :, :, -1:].clone()
-    lowest = total.amin().item()
-    strong = lowest < math.exp(FACTORABLE / 2)
-    if lowest < _LOWEST or (strong and max(x.abs().amax().item() for x in (q, k)) > LARGEST):
+    """As `_per_head`; None where decays and their inverses may not multiply apart."""
+    sums = _packed(g).cumsum(3, dtype=torch.float64)
+    lowest = sums[:, :, :, -1].amin().item()
+    if lowest < FACTORABLE:
         return None
-    if strong:
-        start *= HALF
-    q = torch.mul(q, start.unsqueeze(4), out=q.new_empty(q.shape))
-    k = torch.div(k, start, out=k.new_empty(k.shape))
+    half = margin(lowest)
+    of_q, of_k = unit(q, half), unit(k, half)
+    start = sums.exp_()
+    keep = start[:, :, :, -1].to(q.dtype, copy=True).unsqueeze(-1)
+    fall = (start if half == 1.0 else start.mul_(half)).to(q.dtype)
+    q = torch.mul(q, (fall if of_q == 1.0 else fall / of_q).unsqueeze(4), out=q.new_empty(q.shape))
+    k = torch.div(k, fall if of_k == 1.0 else fall * of_k, out=k.new_empty(k.shape))
     a = _cut(torch.bmm(_matrices(q), _matrices(k).transpose(1, 2)), q.shape[4])
-    if strong:
-        q /= HALF
-    k *= start[:, :, :, -1:]
-    return a, q, k, total.transpose(-1, -2)
+    if half != 1.0:
+        a, q, fall = a.mul_(of_q * of_k), q.div_(half / of_q), fall.mul_(of_k)
+    k *= fall[:, :, :, -1:]
+    return a, q, k, keep
 
 
 def forward(chunk, scale, state, out, q, k, v, g) -> torch.Tensor | None:

@@ -258,3 +258,63 @@ def test_a_million_steps_do_not_drift(kept, gate):
     wanted = (k[0, :, 0].double() * weight).T @ v[0, :, 0].double()
     assert distance(state[0, 0], wanted) <= 2e-4
     assert distance(o[0, -1, 0], K**-0.5 * k[0, -1, 0].double() @ wanted) <= 2e-4
+
+
+@pytest.mark.parametrize("depth", [0.1, 5.0, 10.0, 30.0])
+@pytest.mark.parametrize("gate", ["channel", "head", "value"])
+def test_the_final_state_tells_the_gates_of_a_last_chunk_that_is_not_full(gate, depth):
+    """Rows of padding, and the last one, keep everything: nothing of that may stay in the gates' gradient."""
+    T, H, D = 60, 2, 16
+    q, k, v = (torch.randn(1, T, H, D) for _ in range(3))
+    leaves = [x.requires_grad_() for x in (q, k, v, torch.full((1, T, H, *([] if gate == "head" else [D])), -depth))]
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    if gate == "value":
+        got = fused_recurrent_gla(*leaves[:3], gv=leaves[3], output_final_state=True)
+        wanted = naive_recurrence(*exact[:3], gv=exact[3])
+    else:
+        got = (chunk_gla if gate == "channel" else chunk_simple_gla)(*leaves, output_final_state=True)
+        wanted = naive_recurrence(*exact)
+    weights = [torch.randn(x.shape) for x in wanted]
+    for name, a, b in zip("qkvg", gradients(got, leaves, weights), gradients(wanted, exact, weights), strict=True):
+        assert distance(a, b) <= 2e-6, name
+
+
+@pytest.mark.parametrize("gate", ["channel", "head"])
+def test_the_rounding_of_a_constant_gate_does_not_add_up(gate):
+    q, k, v = (torch.rand(1, 1000, 2, 8) for _ in range(3))
+    g = torch.full((1, 1000, 2, 8) if gate == "channel" else (1, 1000, 2), -3e-4)
+    got = (chunk_gla if gate == "channel" else chunk_simple_gla)(q, k, v, g, output_final_state=True)
+    for a, b in zip(got, naive_recurrence(*(x.double() for x in (q, k, v, g))), strict=True):
+        assert distance(a, b) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_large_keys_to_come_change_no_bit(dtype):
+    """Nor do they choose the arithmetic of what came before them, in either direction."""
+    q, k, v = (torch.randn(1, 64, 2, 8, dtype=dtype) for _ in range(3))
+    g = -(3 + torch.rand(1, 64, 2, 8, dtype=dtype))
+    later = k.clone()
+    later[:, 40:] *= 2000
+
+    def run(k):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v, g)]
+        o, _ = chunk_gla(*leaves)
+        return o, *torch.autograd.grad(o[:, :40].square().sum(), leaves)
+
+    for a, b in zip(run(k), run(later), strict=True):
+        assert torch.equal(a[:, :40], b[:, :40])
+
+
+def test_a_loss_scale_overflows_no_gate_gradient():
+    q, k, v = (torch.randn(1, 32, 1, 128) for _ in range(3))
+    g = torch.full((1, 32, 1, 128), -5.0).requires_grad_()
+    o, _ = chunk_gla(q, k, v, g)
+    assert torch.isfinite(torch.autograd.grad((o * torch.randn_like(o)).sum() * 2.0**24, g)[0]).all()
+
+
+def test_what_a_large_state_keeps_is_kept_by_every_split():
+    q, k, v = torch.randn(1, 32, 2, 8), torch.zeros(1, 32, 2, 8), torch.randn(1, 32, 2, 8)
+    g, state = torch.full((1, 32, 2), -2.3), 1e10 * torch.randn(1, 2, 8, 8)
+    for size in (16, 32):
+        _, last = chunk_simple_gla(q, k, v, g, initial_state=state, output_final_state=True, chunk_size=size)
+        assert distance(last, state.double() * math.exp(-2.3 * 32), 0.0) <= 1e-5
