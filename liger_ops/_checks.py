@@ -4,19 +4,46 @@ Shapes: B batch, T time, HQ query heads, H key/value heads, K key width, V value
 """
 
 import itertools
+from typing import NoReturn
 
 import torch
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def fail(name: str, expected: str, given: object) -> None:
+def fail(name: str, expected: str, given: object) -> NoReturn:
     raise ValueError(f"{name}: expected {expected}, got {given}")
 
 
-def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, same_length: bool = True, query: str = "q") -> None:
+def check_tensor(name: str, x: object) -> None:
+    if not isinstance(x, torch.Tensor):
+        fail(name, "a tensor", type(x).__name__)
+
+
+def as_scale(scale: float | None, width: int) -> float:
+    """The factor on the queries, width ** -0.5 unless given: a number, which takes no gradient."""
+    if scale is None:
+        return width**-0.5
+    if isinstance(scale, torch.Tensor) and scale.ndim == 0 and not scale.requires_grad:
+        return scale.item()
+    if not isinstance(scale, (int, float)):
+        given = f"a tensor {tuple(scale.shape)}" if isinstance(scale, torch.Tensor) else type(scale).__name__
+        fail("scale", "a number (multiply q by anything that learns)", given)
+    return scale
+
+
+def check_qkv(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    same_length: bool = True,
+    query: str = "q",
+    key: str = "k",
+) -> None:
     """q [B,T,HQ,K], k [B,S,H,K], v [B,S,H,V] of one dtype and device, with HQ a multiple of H."""
-    for name, x in ((query, q), ("k", k), ("v", v)):
+    for name, x in ((query, q), (key, k), ("v", v)):
+        check_tensor(name, x)
         if x.ndim != 4:
             fail(name, "[batch, time, heads, width]", f"shape {tuple(x.shape)}")
         if x.dtype not in _FLOATS or x.dtype != q.dtype:
@@ -26,20 +53,23 @@ def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, same_length:
     B, T, HQ, K = q.shape
     S, H = k.shape[1:3]
     if k.shape != (B, T if same_length else S, H, K):
-        fail("k", f"[{B}, {T if same_length else 'S'}, H, {K}] to match {query} {tuple(q.shape)}", tuple(k.shape))
+        fail(key, f"[{B}, {T if same_length else 'S'}, H, {K}] to match {query} {tuple(q.shape)}", tuple(k.shape))
     if v.shape[:3] != k.shape[:3]:
-        fail("v", f"[{B}, {S}, {H}, V] to match k", tuple(v.shape))
-    if H == 0 or HQ % H:
+        fail("v", f"[{B}, {S}, {H}, V] to match {key}", tuple(v.shape))
+    if HQ == 0 or H == 0 or HQ % H:
         hint = f"; {T} heads at length {HQ} look head-first, expected [batch, time, heads, width]" if HQ > T else ""
-        fail(query, f"a number of heads divisible by the {H} key/value heads", f"{HQ} heads{hint}")
-    if K == 0:
-        fail(query, "a width of at least 1", f"shape {tuple(q.shape)}")
+        fail(query, f"a positive multiple of the {H} key/value heads", f"{HQ} heads{hint}")
+    if K == 0 or v.shape[-1] == 0:
+        fail("v" if K else query, "a width of at least 1", f"shape {tuple(v.shape if K else q.shape)}")
     if S < T:
-        fail("k", f"at least as many tokens as {query} ({T})", S)
+        fail(key, f"at least as many tokens as {query} ({T})", S)
 
 
 def check_like(name: str, x: torch.Tensor, k: torch.Tensor, tail: str) -> None:
     """x shares batch, time, heads, dtype and device with k; its width is its own."""
+    check_tensor(name, x)
+    if x.ndim == 4 and x.shape[-1] == 0:
+        fail(name, "a width of at least 1", f"shape {tuple(x.shape)}")
     if x.ndim != 4 or x.shape[:3] != k.shape[:3]:
         fail(name, f"[{k.shape[0]}, {k.shape[1]}, {tail}] to match k", tuple(x.shape))
     if x.dtype != k.dtype or x.device != k.device:
@@ -50,9 +80,11 @@ def check_decay(g: torch.Tensor | None, k: torch.Tensor, ranks: tuple[int, ...],
     """g is a log decay <= 0 of one of the given ranks: 1 [H], 3 [B,T,H], 4 [B,T,H,K]."""
     if g is None:
         return
+    check_tensor(name, g)
     shapes = {1: (k.shape[2],), 3: tuple(k.shape[:3]), 4: tuple(k.shape)}
-    wanted = " or ".join(str(list(shapes[rank])) for rank in ranks) or "None"
+    # The text only where it is needed: a compiler that does not know the sizes cannot write them.
     if g.ndim not in ranks or tuple(g.shape) != shapes[g.ndim]:
+        wanted = " or ".join(str(list(shapes[rank])) for rank in ranks) or "None"
         fail(name, f"shape {wanted}", tuple(g.shape))
     if g.device != k.device or not g.is_floating_point():
         fail(name, f"a floating tensor on {k.device}", f"{g.dtype} on {g.device}")
@@ -66,24 +98,58 @@ def check_state(
     """initial_state is [N,H,K,V] on the device of k."""
     if state is None:
         return
+    check_tensor(name, state)
     shape = (sequences, k.shape[2], k.shape[3], width)
     if tuple(state.shape) != shape:
         fail(name, f"shape {list(shape)}", tuple(state.shape))
-    if state.device != k.device:
-        fail(name, f"device {k.device}", state.device)
+    if state.device != k.device or not state.is_floating_point():
+        fail(name, f"a floating tensor on {k.device}", f"{state.dtype} on {state.device}")
 
 
-def check_pool(pool: torch.Tensor, slots: torch.Tensor, k: torch.Tensor, width: int) -> None:
-    """pool [S,H,K,V] in float32, slots [B] distinct integers below S; negative ones are nobody's."""
-    shape = (*k.shape[1:], width)
-    if pool.ndim != 4 or tuple(pool.shape[1:]) != shape or pool.dtype != torch.float32:
-        fail("pool", f"float32 [S, {', '.join(map(str, shape))}]", f"{pool.dtype} {tuple(pool.shape)}")
+def check_parts(state: object, shapes: dict[str, tuple[int, ...]], k: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """initial_state is a tuple or list of floating tensors of these names and shapes, on the device of k."""
+    if not isinstance(state, (tuple, list)) or len(state) != len(shapes):
+        fail("initial_state", f"({', '.join(shapes)})", f"{type(state).__name__} of {len(state)}")
+    for (name, shape), x in zip(shapes.items(), state, strict=True):
+        check_tensor(f"initial_state, {name}", x)
+        if tuple(x.shape) != shape or x.device != k.device or not x.is_floating_point():
+            given = f"{x.dtype} {tuple(x.shape)} on {x.device}"
+            fail(f"initial_state, {name}", f"floating {list(shape)} on {k.device}", given)
+    return tuple(state)
+
+
+def check_bonus(u: torch.Tensor, q: torch.Tensor) -> None:
+    """u [HQ,K] for q [B,T,HQ,K]."""
+    check_tensor("u", u)
+    if u.shape != q.shape[2:] or u.device != q.device or not u.is_floating_point():
+        fail("u", f"floating {list(q.shape[2:])} on {q.device}", f"{u.dtype} {tuple(u.shape)} on {u.device}")
+
+
+def check_input_gate(i: torch.Tensor, k: torch.Tensor) -> None:
+    """i [B,T,H], any real numbers."""
+    check_tensor("i", i)
+    if i.shape != k.shape[:3] or i.device != k.device or not i.is_floating_point():
+        fail("i", f"a floating tensor {list(k.shape[:3])} on {k.device}", f"{i.dtype} {tuple(i.shape)} on {i.device}")
+
+
+def check_slots(slots: torch.Tensor, k: torch.Tensor) -> None:
+    """slots [B], integers on the device of k."""
+    check_tensor("slots", slots)
     if slots.shape != k.shape[:1] or slots.is_floating_point() or slots.dtype == torch.bool:
         fail("slots", f"integers [{len(k)}]", f"{slots.dtype} {tuple(slots.shape)}")
-    for name, x in (("pool", pool), ("slots", slots)):
-        if x.device != k.device:
-            fail(name, f"device {k.device}", x.device)
-    if slots.device.type == "cpu":
+    if slots.device != k.device:
+        fail("slots", f"device {k.device}", slots.device)
+
+
+def check_pool(pool: torch.Tensor, slots: torch.Tensor, k: torch.Tensor, width: int, name: str = "pool") -> None:
+    """pool [S,H,K,V] in float32, slots [B] distinct integers below S; negative ones are nobody's."""
+    check_tensor(name, pool)
+    shape = (*k.shape[1:], width)
+    if pool.ndim != 4 or tuple(pool.shape[1:]) != shape or pool.dtype != torch.float32:
+        fail(name, f"float32 [S, {', '.join(map(str, shape))}]", f"{pool.dtype} {tuple(pool.shape)}")
+    if pool.device != k.device:
+        fail(name, f"device {k.device}", pool.device)
+    if slots.device.type == "cpu" and not torch.compiler.is_compiling():
         live = slots[slots >= 0]
         if len(live) and live.max() >= len(pool):
             fail("slots", f"numbers below the {len(pool)} rows of the pool", int(live.max()))
@@ -116,8 +182,10 @@ def check_cu_seqlens(
         if on_host is not None:
             fail("cu_seqlens", "the bounds of cu_seqlens_cpu on the device", None)
         return
-    if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1 or cu_seqlens.is_floating_point():
-        fail("cu_seqlens", "a 1-d integer tensor of sequence bounds", f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
+    for name, x in (("cu_seqlens", cu_seqlens), ("cu_seqlens_cpu", cu_seqlens if on_host is None else on_host)):
+        check_tensor(name, x)
+        if x.ndim != 1 or x.numel() < 1 or x.dtype not in (torch.int32, torch.int64):
+            fail(name, "a 1-d int32 or int64 tensor of sequence bounds", f"{x.dtype} {tuple(x.shape)}")
     if batch != 1:
         fail("cu_seqlens", "batch 1 (sequences packed along time)", f"batch {batch}")
     if on_host is not None and on_host.shape != cu_seqlens.shape:
@@ -128,6 +196,8 @@ def check_cu_seqlens(
     bounds = readable.tolist()
     if bounds[0] != 0 or bounds[-1] != length or any(a > b for a, b in itertools.pairwise(bounds)):
         fail("cu_seqlens", f"bounds that rise from 0 to {length}", bounds)
+    if on_host is not None and not cu_seqlens.is_cuda and cu_seqlens.tolist() != bounds:
+        fail("cu_seqlens_cpu", f"the bounds of cu_seqlens ({cu_seqlens.tolist()})", bounds)
     if longest is not None and any(b - a > longest for a, b in itertools.pairwise(bounds)):
         fail("max_seqlen", "no less than the longest sequence of cu_seqlens", longest)
 
@@ -150,5 +220,9 @@ def check_chunk_size(size: int | None) -> None:
 def check_window(window: int, sinks: int, visible: torch.Tensor | None, k: torch.Tensor) -> None:
     check_positive("window", window)
     check_positive("sinks", sinks, 0)
-    if visible is not None and (visible.shape != k.shape[:2] or visible.dtype != torch.bool):
-        fail("visible", f"a bool mask {list(k.shape[:2])}", f"{visible.dtype} {tuple(visible.shape)}")
+    if visible is None:
+        return
+    check_tensor("visible", visible)
+    if visible.shape != k.shape[:2] or visible.dtype != torch.bool or visible.device != k.device:
+        given = f"{visible.dtype} {tuple(visible.shape)} on {visible.device}"
+        fail("visible", f"a bool mask {list(k.shape[:2])} on {k.device}", given)

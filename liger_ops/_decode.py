@@ -7,9 +7,8 @@ M slots of gated slot attention.
 import torch
 
 from liger_ops import _checks
-from liger_ops._mlstm import SMALLEST
-from liger_ops._packed import WIDEST, on_triton, pooled_step
-from liger_ops._torch.additive import step
+from liger_ops._mlstm import SMALLEST, stable_denominator
+from liger_ops._packed import normalized, pooled_step
 
 
 def gated_step(
@@ -42,35 +41,25 @@ def gated_step(
     Raises:
         ValueError: names the argument, what was expected and what was given.
     """
-    _check(q, k, v)
+    live = _check(q, k, v, slots)
     if g is not None and g.ndim not in (2, 3):
         _checks.fail("g", "[batch, heads] or [batch, heads, width]", f"shape {tuple(g.shape)}")
-    _checks.check_decay(None if g is None else g.unsqueeze(1), k.unsqueeze(1), (3, 4))
-    _checks.check_decay(None if gv is None else gv.unsqueeze(1), v.unsqueeze(1), (4,), "gv")
+    _check_decay("g", g, k, live, (3, 4))
+    _check_decay("gv", gv, v, live, (4,))
     _checks.check_pool(pool, slots, k, v.shape[-1] + normalize)
-    if u is not None and u.shape != q.shape[1:]:
-        _checks.fail("u", f"shape {list(q.shape[1:])}", tuple(u.shape))
+    if u is not None:
+        _checks.check_bonus(u, q.unsqueeze(1))
     if normalize and not (u is None and gv is None):
         _checks.fail("normalize", "False with gv or u", True)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    live, dtype = slots >= 0, q.dtype
+    scale = _checks.as_scale(scale, q.shape[-1])
     if normalize:
-        # In float32, so that nothing is rounded before the division.
-        v = torch.cat([v, torch.ones_like(v[..., :1])], -1).float()
-    with torch.no_grad():
-        if on_triton(q) and pool.is_contiguous() and k.shape[-1] <= WIDEST:
-            o = pooled_step(q, k, v, g, gv, pool, slots, scale, u is not None)
-        else:
-            rows = slots.long().clamp(min=0)
-            one = (x if x is None else x.float() for x in (q * scale, k, v, g, gv))
-            o, state = step(*one, pool[rows], u is not None)
-            pool[rows[live]] = state[live]
-        if u is not None:
-            own = ((q * u).float().unflatten(1, (k.shape[1], -1)) * k.float().unsqueeze(2)).sum(-1, keepdim=True)
-            o = o.float() + scale * (own * v.float().unsqueeze(2)).flatten(1, 2)
-        if normalize:
-            o = o[..., :-1] / o[..., -1:]
-        return o.masked_fill(~live.view(-1, 1, 1), 0.0).to(dtype)
+        v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
+    o = pooled_step(q, k, v.float(), g, gv, pool, slots, scale, u is not None)
+    if u is not None:
+        own = ((q.float() * u.float()).unflatten(1, (k.shape[1], -1)) * k.float().unsqueeze(2)).sum(-1, keepdim=True)
+        o = o + scale * (own * v.float().unsqueeze(2)).flatten(1, 2)
+    o = normalized(o) if normalize else o
+    return o.masked_fill(~live.view(-1, 1, 1), 0.0).to(q.dtype)
 
 
 def gsa_step(
@@ -88,10 +77,18 @@ def gsa_step(
     Everything else, errors included, as in `gated_step`.
     """
     keys, values = pool
-    _check(q, k, v)
-    _checks.check_pool(values, slots, s, v.shape[-1])
-    read = gated_step(q.float(), k.float(), s.float(), None, keys, slots, scale, gv=g)
-    return gated_step(read.softmax(-1), s.float(), v.float(), g, values, slots, 1.0).to(q.dtype)
+    live = _check(q, k, v, slots)
+    _checks.check_like("s", s.unsqueeze(1), k.unsqueeze(1), "H, M")
+    if g is None:
+        _checks.fail("g", f"shape {list(s.shape)}", None)
+    _check_decay("g", g, s, live, (4,))
+    _checks.check_pool(keys, slots, k, s.shape[-1], "pool[0]")
+    _checks.check_pool(values, slots, s, v.shape[-1], "pool[1]")
+    scale, dtype = _checks.as_scale(scale, q.shape[-1]), q.dtype
+    q, k, v, s, g = (x.float() for x in (q, k, v, s, g))
+    read = pooled_step(q, k, s, None, g, keys, slots, scale, False)
+    o = pooled_step(read.softmax(-1), s, v, g, None, values, slots, 1.0, False)
+    return o.masked_fill(~live.view(-1, 1, 1), 0.0).to(dtype)
 
 
 def mlstm_step(
@@ -109,33 +106,47 @@ def mlstm_step(
     Everything else, errors included, as in `gated_step`.
     """
     C, n, m = pool
-    _check(q, k, v)
-    _checks.check_decay(f.unsqueeze(1), k.unsqueeze(1), (3,), "f")
-    if i.shape != k.shape[:2] or not i.is_floating_point():
-        _checks.fail("i", f"a floating tensor {list(k.shape[:2])}", f"{i.dtype} {tuple(i.shape)}")
-    _checks.check_pool(C, slots, k, v.shape[-1])
-    for name, x in (("n", n), ("m", m)):
-        if x.shape != C.shape[: x.ndim] or x.ndim != (3 if name == "n" else 2) or x.dtype != torch.float32:
-            _checks.fail(f"pool, {name}", "float32 [S,H,K] for n and [S,H] for m", f"{x.dtype} {tuple(x.shape)}")
+    live = _check(q, k, v, slots)
+    _check_decay("f", f, k, live, (3,))
+    _checks.check_input_gate(i.unsqueeze(1), k.unsqueeze(1))
+    _checks.check_pool(C, slots, k, v.shape[-1], "pool, C")
+    for name, x, rank in (("n", n, 3), ("m", m, 2)):
+        if x.shape != C.shape[:rank] or x.dtype != torch.float32 or x.device != C.device:
+            expected = f"float32 {list(C.shape[:rank])} on {C.device}"
+            _checks.fail(f"pool, {name}", expected, f"{x.dtype} {tuple(x.shape)} on {x.device}")
+    scale = _checks.as_scale(scale, q.shape[-1])
     with torch.no_grad():
-        rows, live = slots.long().clamp(min=0), (slots >= 0).unsqueeze(-1)
-        before = m[rows]
-        top = torch.maximum(before + f.float(), i.float()).clamp(min=SMALLEST)
+        rows, dtype = slots.long().clamp(min=0), q.dtype
+        q, k, v, i, f = (x.float() for x in (q, k, v, i, f))
+        before = m[rows].masked_fill(~live.unsqueeze(-1), 0.0)
+        top = torch.maximum(before + f, i).clamp(min=SMALLEST)
         # By addition, because rows without a request all stand for row 0; and read back as what it rounds to.
-        grown = torch.where(live, top - before, 0.0)
+        grown = (top - before).masked_fill(~live.unsqueeze(-1), 0.0)
         m.index_add_(0, rows, grown)
         after = before + grown
-        k = k.float() * (i.float() - after).exp().unsqueeze(-1)
-        kept = (f.float() + (before - after)).clamp(max=0.0)
-        shared = dict(slots=slots, scale=scale)
-        o = gated_step(q.float(), k, v.float(), kept, C, **shared)
-        total = gated_step(q.float(), k, torch.ones_like(k[..., :1]), kept, n.unsqueeze(-1), **shared)
-        floor = (-after).exp().repeat_interleave(q.shape[1] // k.shape[1], 1).unsqueeze(-1)
-        return (o / torch.maximum(total.abs(), floor)).to(q.dtype)
+        k = k * (i - after).exp().unsqueeze(-1)
+        # A rounding above 0 now and then, which undoes those below.
+        kept = f + (before - after)
+        o = pooled_step(q, k, v, kept, None, C, slots, scale, False)
+        total = pooled_step(q, k, torch.ones_like(k[..., :1]), kept, None, n.unsqueeze(-1), slots, scale, False)
+        o = o / stable_denominator(total, after, q.shape[1])
+        return o.masked_fill(~live.view(-1, 1, 1), 0.0).to(dtype)
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """Which requests have a state."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 3:
             _checks.fail(name, "[batch, heads, width]", f"shape {tuple(x.shape)}")
     _checks.check_qkv(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1))
+    _checks.check_slots(slots, k)
+    return slots >= 0
+
+
+def _check_decay(
+    name: str, g: torch.Tensor | None, k: torch.Tensor, live: torch.Tensor, ranks: tuple[int, ...]
+) -> None:
+    """Of requests without a state only the shape."""
+    if g is not None and len(g) == len(live) and g.is_floating_point() and g.device == live.device:
+        g = g.masked_fill(~live.view(-1, *[1] * (g.ndim - 1)), 0.0)
+    _checks.check_decay(g if g is None else g.unsqueeze(1), k.unsqueeze(1), ranks, name)

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from liger_ops import _checks
-from liger_ops._packed import recurrence
+from liger_ops._packed import normalized, recurrence
 from liger_ops._sequences import in_order
 
 
@@ -41,8 +41,11 @@ def _run(
     if g_gamma is not None:
         fixed = g_gamma.expand(k.shape[:3])
         g = fixed if g is None else g + fixed
+    dtype = q.dtype
     if normalize:
+        # Sums of halves overflow, and round before the division.
         v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
+        v = v.float() if v.dtype != torch.float64 else v
         if gv is not None:
             _checks.fail("normalize", "False with gv, which has no decay for the normaliser", True)
     state = initial_state
@@ -52,14 +55,14 @@ def _run(
         state = state.transpose(-1, -2)
     _checks.check_state(state, q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1, k, v.shape[-1])
     _checks.check_chunk_size(chunk_size)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = _checks.as_scale(scale, q.shape[-1])
 
     def core(q, k, v, g, gv, state, cu_seqlens):
         return recurrence(q, k, v, g, scale, state, chunk_size, gv, cu_seqlens)
 
     o, state = in_order(core, (q, k, v, g, gv), state, cu_seqlens, reverse)
     if normalize:
-        o = o[..., :-1] / o[..., -1:]
+        o = normalized(o).to(dtype)
     if not output_final_state:
         return o, None
     return o, state.transpose(-1, -2).contiguous() if state_v_first else state
@@ -90,13 +93,14 @@ def chunk_gla(
         q: [B,T,HQ,K] queries, HQ a multiple of H; the state is kept per key/value head.
         k, v: [B,T,H,K] keys and [B,T,H,V] values, in the dtype of q.
         g: [B,T,H,K] log decay per step, <= 0; -inf forgets everything. gk is another name for it.
-        scale: factor on q; None means K ** -0.5.
+        scale: factor on q, a number; None means K ** -0.5.
         initial_state: [N,H,K,V] (V + 1 with normalize), or None for zeros.
         output_final_state: also return the state after the last token.
         state_v_first: states are [N,H,V,K].
         cu_seqlens: [N+1] bounds of sequences packed along time, batch 1.
         cu_seqlens_cpu: the same on the host, which spares a synchronisation.
-        normalize: divide o_t by the same recurrence over values of 1; its column rides last in the state.
+        normalize: divide o_t by the same recurrence over values of 1, except where that is 0; its column rides last in
+            the state.
         chunk_size: tokens handled by one matrix product; changes speed only.
         max_seqlen: length of the longest sequence; with it a GPU's cu_seqlens are neither checked nor waited for.
 
@@ -189,9 +193,10 @@ def fused_recurrent_simple_gla(
     return _run(q, k, v, g, scale, initial_state, output_final_state, state_v_first, cu_seqlens, **options)
 
 
-def _retention_decay(heads: int, device: torch.device) -> torch.Tensor:
+def _retention_decay(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """log(1 - 2^(-5 - h)) (RetNet, arXiv 2307.08621, eq. 8)."""
-    return torch.log1p(-torch.exp2(-5.0 - torch.arange(heads, device=device, dtype=torch.float32)))
+    _checks.check_qkv(q, k, v)
+    return torch.log1p(-torch.exp2(-5.0 - torch.arange(k.shape[2], device=k.device, dtype=torch.float32)))
 
 
 def chunk_retention(
@@ -205,7 +210,7 @@ def chunk_retention(
     **options,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Retention: head h decays by 1 - 2^(-5 - h) per step (RetNet, arXiv 2307.08621). Options of `chunk_simple_gla`."""
-    decay = _retention_decay(k.shape[2], k.device)
+    decay = _retention_decay(q, k, v)
     return chunk_simple_gla(
         q, k, v, None, decay, scale, initial_state, output_final_state, cu_seqlens=cu_seqlens, **options
     )
@@ -224,18 +229,22 @@ def fused_recurrent_retention(
     **options,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`chunk_retention` for few tokens; options of `fused_recurrent_simple_gla`."""
-    decay = _retention_decay(k.shape[2], k.device)
+    decay = _retention_decay(q, k, v)
     flags = (output_final_state, reverse, state_v_first, cu_seqlens)
     return fused_recurrent_simple_gla(q, k, v, None, decay, scale, initial_state, *flags, **options)
 
 
-def _lightning_decay(heads: int, layer_idx: int, num_layers: int, device: torch.device) -> torch.Tensor:
+def _lightning_decay(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer_idx: int, num_layers: int
+) -> torch.Tensor:
     """-(8 / H) (1 - layer / layers) h (Lightning Attention-2, arXiv 2401.04658)."""
+    _checks.check_qkv(q, k, v)
     _checks.check_positive("num_layers", num_layers)
     _checks.check_positive("layer_idx", layer_idx, 0)
     if layer_idx > num_layers:
         _checks.fail("layer_idx", f"at most num_layers = {num_layers}", layer_idx)
-    return -(8 / heads) * (1 - layer_idx / num_layers) * torch.arange(heads, device=device, dtype=torch.float32)
+    heads = torch.arange(k.shape[2], device=k.device, dtype=torch.float32)
+    return -(8 / len(heads)) * (1 - layer_idx / num_layers) * heads
 
 
 def chunk_lightning_attn(
@@ -251,7 +260,7 @@ def chunk_lightning_attn(
     **options,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Fixed decays that depend on head and layer (arXiv 2401.04658). Options of `chunk_simple_gla`."""
-    decay = _lightning_decay(k.shape[2], layer_idx, num_layers, k.device)
+    decay = _lightning_decay(q, k, v, layer_idx, num_layers)
     return chunk_simple_gla(
         q, k, v, None, decay, scale, initial_state, output_final_state, cu_seqlens=cu_seqlens, **options
     )
@@ -271,6 +280,6 @@ def fused_recurrent_lightning_attn(
     **options,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`chunk_lightning_attn` for few tokens; options of `fused_recurrent_simple_gla`."""
-    decay = _lightning_decay(k.shape[2], layer_idx, num_layers, k.device)
+    decay = _lightning_decay(q, k, v, layer_idx, num_layers)
     call = partial(fused_recurrent_simple_gla, reverse=reverse, cu_seqlens=cu_seqlens)
     return call(q, k, v, None, decay, scale, initial_state, output_final_state, **options)

@@ -30,7 +30,7 @@ def chunk_gsa(
     reverse: bool = False,
     chunk_size: int | None = None,
     max_seqlen: int | None = None,
-) -> tuple[torch.Tensor, SlotState | None]:
+) -> tuple[torch.Tensor, SlotState | tuple[None, None]]:
     """Gated slot attention (arXiv 2409.07146, eq. 10): two passes of gated linear attention around a softmax.
 
     hk_t = hk_{t-1} diag(exp(g_t)) + k_t s_t^T, p_t = softmax(scale q_t hk_t),
@@ -49,7 +49,7 @@ def chunk_gsa(
         reverse: run time backwards.
 
     Returns:
-        o [B,T,HQ,V] in the dtype of q, and the pair of final states or None.
+        o [B,T,HQ,V] in the dtype of q, and the pair of final states or of None.
 
     Raises:
         ValueError: names the argument, what was expected and what was given.
@@ -58,12 +58,12 @@ def chunk_gsa(
     _checks.check_like("s", s, k, "H, M")
     _checks.check_decay(g, s, (4,))
     _checks.check_cu_seqlens(cu_seqlens, *q.shape[:2], cu_seqlens_cpu, max_seqlen)
-    count, M = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1, s.shape[-1]
+    N, (H, K), M = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1, k.shape[2:], s.shape[-1]
     if initial_state is not None:
-        _checks.check_state(initial_state[0], count, k, M, "initial_state[0]")
-        _checks.check_state(initial_state[1], count, s, v.shape[-1], "initial_state[1]")
+        shapes = dict(hk=(N, H, K, M), hv=(N, H, M, v.shape[-1]))
+        initial_state = _checks.check_parts(initial_state, shapes, k)
     _checks.check_chunk_size(chunk_size)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = _checks.as_scale(scale, q.shape[-1])
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
 
     def core(q, k, v, s, g, state, cu_seqlens):
@@ -75,7 +75,7 @@ def chunk_gsa(
         return o, (hk, hv)
 
     o, state = in_order(core, (q, k, v, s, g), initial_state, cu_seqlens, reverse)
-    return o.to(q.dtype), state if output_final_state else None
+    return o.to(q.dtype), state if output_final_state else (None, None)
 
 
 def _running_softmax(s: torch.Tensor, cu_seqlens: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,7 +104,7 @@ def fused_recurrent_gsa(
     cu_seqlens: torch.Tensor | None = None,
     *,
     max_seqlen: int | None = None,
-) -> tuple[torch.Tensor, SlotState | None]:
+) -> tuple[torch.Tensor, SlotState | tuple[None, None]]:
     """`chunk_gsa` for few tokens; reverse runs time backwards."""
     options = dict(cu_seqlens=cu_seqlens, reverse=reverse, max_seqlen=max_seqlen)
     return chunk_gsa(q, k, v, s, g, scale, initial_state, output_final_state, **options)

@@ -61,10 +61,14 @@ def liger_attention(
     if T + window > S:
         _checks.fail("k", f"at least T + window = {T + window} tokens", S)
     far = slice(S - T - window, S - window)
-    _checks.check_qkv(q_log, k_log, v[:, far].to(q_log.dtype))
+    _checks.check_qkv(q_log, k_log, v[:, far].to(q_log.dtype), query="q_log", key="k_log")
+    if q_log.shape[:3] != q.shape[:3]:
+        _checks.fail("q_log", f"{list(q.shape[:3])} and a width, to match q", tuple(q_log.shape))
+    if isinstance(mix, torch.Tensor) and (mix.shape not in (q.shape[2:3], (1,), ()) or mix.device != q.device):
+        _checks.fail("mix", f"a number or [{q.shape[2]}] on {q.device}", f"{tuple(mix.shape)} on {mix.device}")
     _checks.check_decay(g, k_log, (3, 4))
     _checks.check_state(initial_state, B, k_log, v.shape[-1] + 1)
-    dtype, scale = q.dtype, q.shape[-1] ** -0.5 if scale is None else scale
+    dtype, scale = q.dtype, _checks.as_scale(scale, q.shape[-1])
 
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     M, U = k_log.shape[-1], v.shape[-1] + 1

@@ -46,14 +46,11 @@ def fused_recurrent_linear_attn(
     max_seqlen: int | None = None,
 ) -> tuple[torch.Tensor, LinearState]:
     """`chunk_linear_attn` for few tokens; reverse runs time backwards."""
-    if isinstance(initial_state, tuple) != (normalize and initial_state is not None):
-        expected = "a pair (h, z) with normalize" if normalize else "one tensor without normalize"
-        _checks.fail("initial_state", expected, type(initial_state).__name__)
     state = initial_state
-    if isinstance(state, tuple):
-        h, z = state
-        if h.ndim != 4 or z.shape != (len(h), 1, *h.shape[1:3]):
-            _checks.fail("initial_state", "h [N,H,K,V] and z [N,1,H,K]", f"{tuple(h.shape)} and {tuple(z.shape)}")
+    if normalize and state is not None:
+        _checks.check_qkv(q, k, v)
+        N, (H, K) = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1, k.shape[2:]
+        h, z = _checks.check_parts(state, dict(h=(N, H, K, v.shape[-1]), z=(N, 1, H, K)), k)
         state = torch.cat([h, z.squeeze(1).unsqueeze(-1)], -1)
     options = dict(reverse=reverse, cu_seqlens=cu_seqlens, normalize=normalize, max_seqlen=max_seqlen)
     o, state = fused_recurrent_simple_gla(q, k, v, None, None, scale, state, output_final_state, **options)
@@ -78,7 +75,7 @@ def chunk_hgrn2(
     q [B,T,HQ,K], v [B,T,H,V] and log forget gate g [B,T,H,K] <= 0. Options, returns and errors as in `chunk_gla`.
     """
     flags = (output_final_state, state_v_first, cu_seqlens)
-    return chunk_gla(q, _key(g, v), v, g, scale, initial_state, *flags, **options)
+    return chunk_gla(q, _key(q, g, v), v, g, scale, initial_state, *flags, **options)
 
 
 def fused_recurrent_hgrn2(
@@ -95,9 +92,11 @@ def fused_recurrent_hgrn2(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`chunk_hgrn2` for few tokens; reverse runs time backwards."""
     flags = (output_final_state, reverse, state_v_first, cu_seqlens)
-    return fused_recurrent_gla(q, _key(g, v), v, g, None, scale, initial_state, *flags, **options)
+    return fused_recurrent_gla(q, _key(q, g, v), v, g, None, scale, initial_state, *flags, **options)
 
 
-def _key(g: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def _key(q: torch.Tensor, g: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    _checks.check_tensor("g", g)
+    _checks.check_qkv(q, g.to(q.dtype), v, key="g")
     # Exact near g = 0, where 1 - exp(g) is not.
     return (-torch.expm1(g)).to(v.dtype)

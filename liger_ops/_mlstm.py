@@ -36,12 +36,18 @@ def _units(
     return after_one(top, unit, cu_seqlens), top
 
 
+def stable_denominator(total: torch.Tensor, unit: torch.Tensor, heads: int) -> torch.Tensor:
+    """max(|total|, exp(-unit)) for total [...,HQ,1] and unit [...,H]; never so small that gradients overflow."""
+    floor = (-unit).exp().clamp(min=2.0**-80).to(total.dtype)
+    return torch.maximum(total.abs(), floor.repeat_interleave(heads // unit.shape[-1], -1).unsqueeze(-1))
+
+
 @full_precision
 def _core(q, k, v, i, f, scale, state, chunk, cu_seqlens):
     """Arguments as in `mlstm`, of one dtype, state ([N,H,K,V+1], [N,H] in float64) -> o, state."""
     held, unit = state
     if not f.numel():
-        return v.new_zeros(*q.shape[:3], v.shape[-1]), state
+        return v.new_zeros(*q.shape[:3], v.shape[-1]), (held.clone(), unit.clone())
     with torch.no_grad():
         smallest = unit.clamp(min=SMALLEST)
         before, after = _units(i.double(), f.double(), smallest, cu_seqlens)
@@ -50,8 +56,7 @@ def _core(q, k, v, i, f, scale, state, chunk, cu_seqlens):
     kept = (f + (before - after)).to(f.dtype)
     v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
     o, held = recurrence(q, k * entering.unsqueeze(-1), v, kept, scale, held, chunk, None, cu_seqlens)
-    floor = (-after).exp().to(o.dtype).repeat_interleave(q.shape[2] // k.shape[2], 2)
-    o = o[..., :-1] / torch.maximum(o[..., -1].abs(), floor).unsqueeze(-1)
+    o = o[..., :-1] / stable_denominator(o[..., -1:], after, q.shape[2])
     if cu_seqlens is None:
         return o, (held, after[:, -1])
     empty = (cu_seqlens[1:] == cu_seqlens[:-1]).unsqueeze(-1)
@@ -93,20 +98,16 @@ def mlstm(
     """
     _checks.check_qkv(q, k, v)
     _checks.check_decay(f, k, (3,), "f")
-    if i.shape != k.shape[:3] or not i.is_floating_point():
-        _checks.fail("i", f"a floating tensor {list(k.shape[:3])}", f"{i.dtype} {tuple(i.shape)}")
+    _checks.check_input_gate(i, k)
     _checks.check_cu_seqlens(cu_seqlens, *q.shape[:2], None, max_seqlen)
     _checks.check_chunk_size(chunk_size)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = _checks.as_scale(scale, q.shape[-1])
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     N, (H, K), V = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1, k.shape[2:], v.shape[-1]
     if initial_state is None:
         state = k.new_zeros(N, H, K, V + 1, dtype=work), k.new_zeros(N, H, dtype=torch.float64)
     else:
-        C, n, m = initial_state
-        for name, x, shape in (("C", C, (N, H, K, V)), ("n", n, (N, H, K)), ("m", m, (N, H))):
-            if tuple(x.shape) != shape:
-                _checks.fail(f"initial_state, {name}", f"shape {list(shape)}", tuple(x.shape))
+        C, n, m = _checks.check_parts(initial_state, dict(C=(N, H, K, V), n=(N, H, K), m=(N, H)), k)
         state = torch.cat([C, n.unsqueeze(-1)], -1).to(work), m.detach().double()
 
     def core(q, k, v, i, f, state, cu_seqlens):

@@ -28,6 +28,12 @@ def on_triton(q: torch.Tensor, g: torch.Tensor | None = None, gv: torch.Tensor |
     return q.is_cuda and q.dtype != torch.float64 and (g is None or gv is None) and _has_triton()
 
 
+def normalized(o: torch.Tensor) -> torch.Tensor:
+    """o [...,V+1] -> [...,V], divided by the last column except where that is zero: nothing was seen there."""
+    total = o[..., -1:]
+    return o[..., :-1] / total.masked_fill(total == 0, 1.0)
+
+
 def default_chunk(g: torch.Tensor | None, chunk: int | None = None) -> int:
     per_channel = CHUNK_PER_CHANNEL if g is not None and g.ndim == 4 else CHUNK
     return per_channel if chunk is None else chunk
@@ -123,11 +129,21 @@ def pooled_step(
     scale: float,
     before: bool,
 ) -> torch.Tensor:
-    """One token on a pool [S,H,K,V] in float32 and contiguous, changed in place: q [B,HQ,K] -> o [B,HQ,V]."""
-    from liger_ops._triton.recurrent import forward
+    """One token on a pool [S,H,K,V] in float32, changed in place: q [B,HQ,K], slots [B] -> o [B,HQ,V] like v."""
+    if on_triton(q) and pool.is_contiguous() and k.shape[-1] <= WIDEST:
+        from liger_ops._triton.recurrent import forward
 
-    one = (x if x is None else x.unsqueeze(1) for x in (q, k, v, g, gv))
-    return forward(*one, pool, pool, slots, scale, before).squeeze(1)
+        one = (x if x is None else x.unsqueeze(1) for x in (q, k, v, g, gv))
+        return forward(*one, pool, pool, slots, scale, before).squeeze(1)
+    live = slots >= 0
+    rows = slots.long().clamp(min=0)
+    one = (x if x is None else x.float() for x in (q, k, v, g, gv))
+    o, state = _step(*one, pool[rows] if len(pool) else pool.new_zeros(len(slots), *pool.shape[1:]), before)
+    pool[rows[live]] = state[live]
+    return (o * scale).to(v.dtype)
+
+
+_step = full_precision(additive.step)
 
 
 @pooled_step.register_fake
@@ -147,7 +163,7 @@ def recurrence(
     gv: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q [B,T,HQ,K], k [B,T,H,K], v [B,T,H,V] -> o [B,T,HQ,V] in the dtype of q, and the last state [N,H,K,V].
+    """q [B,T,HQ,K], k [B,T,H,K], v [B,T,H,V] -> o [B,T,HQ,V] in the dtype of v, and the last state [N,H,K,V].
 
     Log decays g [B,T,H] or [B,T,H,K] and gv [B,T,H,V], or None; cu_seqlens [N+1] packs sequences into batch 1.
     """

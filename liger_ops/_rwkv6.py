@@ -47,14 +47,11 @@ def chunk_rwkv6(
     """
     _checks.check_qkv(r, k, v, query="r")
     _checks.check_decay(w, k, (4,), "w")
-    if tuple(u.shape) != (r.shape[2], r.shape[3]):
-        _checks.fail("u", f"shape {[r.shape[2], r.shape[3]]}", tuple(u.shape))
-    if u.device != r.device:
-        _checks.fail("u", f"device {r.device}", u.device)
+    _checks.check_bonus(u, r)
     _checks.check_cu_seqlens(cu_seqlens, *r.shape[:2], cu_seqlens_cpu, max_seqlen)
     _checks.check_state(initial_state, r.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1, k, v.shape[-1])
     _checks.check_chunk_size(chunk_size)
-    scale = r.shape[-1] ** -0.5 if scale is None else scale
+    scale = _checks.as_scale(scale, r.shape[-1])
 
     def core(r, k, v, w, state, cu_seqlens):
         """Token t - 1 asks token t's question of the inclusive recurrence; the first one asks the initial state."""
@@ -69,7 +66,7 @@ def chunk_rwkv6(
     o, state = in_order(core, (r, k, v, w), initial_state, cu_seqlens, reverse)
     H = k.shape[2]
     work = torch.float64 if r.dtype == torch.float64 else torch.float32
-    bonus = ((r * u).to(work).unflatten(2, (H, -1)) * k.to(work).unsqueeze(3)).sum(-1, keepdim=True)
+    bonus = ((r.to(work) * u.to(work)).unflatten(2, (H, -1)) * k.to(work).unsqueeze(3)).sum(-1, keepdim=True)
     own = (scale * bonus * v.to(work).unsqueeze(3)).flatten(2, 3)
     return (o.to(work) + own).to(r.dtype), state if output_final_state else None
 

@@ -42,6 +42,6 @@ def sliding_window_attention(
     """
     _checks.check_qkv(q, k, v, same_length=False)
     _checks.check_window(window, sinks, visible, k)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = _checks.as_scale(scale, q.shape[-1])
     o, lse = window_attention(q, k, v, window, sinks, scale, visible, return_lse)
     return (o, lse) if return_lse else o

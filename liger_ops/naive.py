@@ -23,9 +23,9 @@ def naive_recurrence(
 
     q [B,T,HQ,K], k [B,T,H,K], v [B,T,H,V], any floating dtype, computed in that dtype. g is a log decay <= 0:
     [B,T,H,K] per channel, [B,T,H] per head, [H] fixed, None for no decay; gv [B,T,H,V] likewise. With normalize,
-    o_t is divided by q_t z_t, where z_t is the same recurrence with every value equal to 1, and the state carries z
-    as a last column. Returns o [B,T,HQ,V] and the final state [N,H,K,V] (V + 1 with normalize); N is B, or
-    the number of sequences that cu_seqlens [N+1] packs into batch 1.
+    o_t is divided by q_t z_t unless that is 0, where z_t is the same recurrence with every value equal to 1, and the
+    state carries z as a last column. Returns o [B,T,HQ,V] and the final state [N,H,K,V] (V + 1 with normalize); N is
+    B, or the number of sequences that cu_seqlens [N+1] packs into batch 1.
     """
     if normalize:
         v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
@@ -51,7 +51,7 @@ def naive_recurrence(
         states.append(h)
     o = torch.stack(outputs, 1) if outputs else q.new_zeros(B, 0, HQ, V)
     if normalize:
-        o = o[..., :-1] / o[..., -1:]
+        o = o[..., :-1] / torch.where(o[..., -1:] == 0, 1, o[..., -1:])
     return o, torch.cat(states) if states else q.new_zeros(0, H, K, V)
 
 

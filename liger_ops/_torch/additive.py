@@ -171,15 +171,15 @@ def recurrence(
     """q [B,T,HQ,K], k [B,T,H,K], v [B,T,H,V] -> o [B,T,HQ,V], state [N,H,K,V], N the batch or packed sequences.
 
     Log decays g [B,T,H] or [B,T,H,K] and gv [B,T,H,V], or None. Computes in float32 (float64 for float64 inputs)
-    and returns o in the dtype of q.
+    and returns o in the dtype of v.
     """
-    dtype, (B, T, H, K), V = q.dtype, k.shape, v.shape[-1]
-    work = torch.float64 if dtype == torch.float64 else torch.float32
+    dtype, (B, T, H, K), V = v.dtype, k.shape, v.shape[-1]
+    work = torch.float64 if q.dtype == torch.float64 else torch.float32
     q, k, v, g, gv = (None if x is None else x.to(work) for x in (q, k, v, g, gv))
     N = B if cu_seqlens is None else len(cu_seqlens) - 1
     state = q.new_zeros(N, H, K, V) if state is None else state.to(work)
     if T == 0 or B == 0:
-        return q.new_zeros(B, T, q.shape[2], V).to(dtype), state
+        return q.new_zeros(B, T, q.shape[2], V).to(dtype), state.clone()
     if T == 1 and cu_seqlens is None and not torch.is_grad_enabled():
         o, state = step(q[:, 0] * scale, k[:, 0], v[:, 0], *(None if x is None else x[:, 0] for x in (g, gv)), state)
         o = o.unsqueeze(1)

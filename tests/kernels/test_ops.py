@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import liger_ops
-from liger_ops import _checks, _decode, _packed
+from liger_ops import _checks, _packed
 from tests.kernels.interpreter import mend_rounding, sanitized
 
 mend_rounding()
@@ -35,8 +35,7 @@ def use_kernels(monkeypatch):
     def on_triton(q, g=None, gv=None):
         return g is None or gv is None
 
-    for module in (_packed, _decode):
-        monkeypatch.setattr(module, "on_triton", on_triton)
+    monkeypatch.setattr(_packed, "on_triton", on_triton)
 
 
 def run(name, q, k, v, more, state, lengths):
@@ -93,6 +92,26 @@ def test_normalised_and_value_first(monkeypatch):
     use_kernels(monkeypatch)
     for x, y in zip(liger_ops.chunk_gla(*args, normalize=True), wanted, strict=True):
         assert (x - y).norm() <= 2e-6 * y.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_normaliser_is_no_half(dtype, monkeypatch):
+    """Values in float32 beside queries and keys in halves: sums neither overflow nor round before the division."""
+    q, k, v = (torch.rand(1, T, n, d).to(dtype) for n, d in ((HQ, K), (H, K), (H, V)))
+    leaves = [x.requires_grad_() for x in (q, k, v, decay(1, T, H, K))]
+
+    def run():
+        o, _ = liger_ops.chunk_gla(*leaves, normalize=True)
+        return o, *torch.autograd.grad((o.float() * torch.linspace(-1, 1, o.numel()).view(o.shape)).sum(), leaves)
+
+    wanted = run()
+    use_kernels(monkeypatch)
+    # States between chunks are kept in bfloat16 for it, and gradients of a quotient are differences.
+    bars = [1e-3] * 5 if dtype == torch.float16 else [4e-3, *[2e-2] * 4]
+    for x, y, bar in zip(run(), wanted, bars, strict=True):
+        assert (x.float() - y.float()).norm() <= bar * y.float().norm()
+    big = torch.full((1, 300, 1, 16), 30.0, dtype=dtype)
+    assert torch.equal(liger_ops.chunk_linear_attn(big, big, big)[0], big)
 
 
 @pytest.mark.parametrize("lengths", [(), (0,), (0, 0)])

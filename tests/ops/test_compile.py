@@ -79,6 +79,13 @@ def test_fullgraph(name):
         assert torch.allclose(a, b, atol=1e-5)
 
 
+def test_another_length_compiles_again():
+    compiled = torch.compile(chunk_gla, fullgraph=True, backend="aot_eager")
+    for length in (33, 70, 71):
+        q, k, v = (torch.randn(1, length, 2, D) for _ in range(3))
+        assert torch.equal(compiled(q, k, v, -v.abs())[0], chunk_gla(q, k, v, -v.abs())[0])
+
+
 SAMPLES = {
     "window": lambda: (
         *(leaf(B, T, HQ, D), leaf(B, T + 16, H, D), leaf(B, T + 16, H, D)),

@@ -85,18 +85,81 @@ def test_mlstm():
     close((found, *held), (o, *states))
 
 
+def test_a_long_text_of_mlstm():
+    """Rounding of the unit, up as often as down, does not add up."""
+    q, k, v, i, f = torch.rand(2, 300, 2, 8), torch.rand(2, 300, 2, 8), *(torch.randn(2, 300, 2, n) for n in (6, 1, 1))
+    i, f = 10 * i.squeeze(-1), torch.nn.functional.logsigmoid(f.squeeze(-1) + 4)
+    pool = torch.zeros(2, 2, 8, 6), torch.zeros(2, 2, 8), torch.zeros(2, 2)
+    wanted, _ = mlstm(*(x.double() for x in (q, k, v, i, f)))
+    o = [mlstm_step(*(x[:, t] for x in (q, k, v, i, f)), pool, torch.arange(2)) for t in range(300)]
+    assert (torch.stack(o, 1) - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+def test_a_request_without_a_state_harms_nobody():
+    """Whatever it holds, and whatever the row holds that stands in for its own."""
+    q, k, v, s = (torch.randn(3, H, K) for _ in range(4))
+    gate = -torch.rand(3, H)
+    slots, ok = torch.tensor([1, -1, 2]), [0, 2]
+    for bad in (float("nan"), float("inf")):
+        x = [y.clone() for y in (q, k, v, s, gate)]
+        for y in x:
+            y[1] = bad
+        q1, k1, v1, s1, g1 = x
+        pools = [torch.ones(3, H, K, K), torch.ones(3, H, K), torch.ones(3, H)]
+        for pool in pools:
+            pool[0] = bad
+        C, n, m = pools
+        for o in (
+            gated_step(q1, k1, v1, g1, C.clone(), slots),
+            gsa_step(q1, k1, v1, s1, -s1.abs(), (C.clone(), C.clone()), slots),
+            mlstm_step(q1, k1, v1, g1, g1, (C, n, m), slots),
+        ):
+            assert torch.isfinite(o[ok]).all() and not o[1].any()
+        assert torch.isfinite(C[1:]).all() and torch.isfinite(m[1:]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_halves_are_rounded_once(dtype):
+    q, k, v, u = (torch.randn(64, H, 24).to(dtype) for _ in range(4))
+    wide = [x.double() for x in (q, k, v)]
+    own = ((wide[0] * u[0].double()) * wide[1]).sum(-1, keepdim=True) * wide[2] * 24**-0.5
+    seen = (wide[0] * wide[1]).sum(-1, keepdim=True) * wide[2] * 24**-0.5
+    for wanted, bonus in ((seen, None), (own, u[0])):
+        o = gated_step(q, k, v, None, torch.zeros(64, H, 24, 24), torch.arange(64), u=bonus)
+        assert (o - wanted).norm() <= 1.05 * (wanted.to(dtype) - wanted).norm()
+
+
+def test_steps_know_no_autocast():
+    q, k, v = torch.randn(4, HQ, K), torch.randn(4, H, K), torch.randn(4, H, V)
+    wanted = gated_step(q, k, v, None, torch.ones(S, H, K, V), SLOTS)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(gated_step(q, k, v, None, torch.ones(S, H, K, V), SLOTS), wanted)
+
+
+def test_steps_compile_into_one_graph():
+    q, k, v, pool = torch.randn(4, HQ, K), torch.randn(4, H, K), torch.randn(4, H, V), torch.randn(S, H, K, V)
+    twin = pool.clone()
+    compiled = torch.compile(lambda *x: gated_step(*x[:3], None, *x[3:]), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q, k, v, twin, SLOTS), gated_step(q, k, v, None, pool, SLOTS))
+    assert torch.equal(twin, pool)
+
+
 X, POOL = torch.randn(B, H, K), torch.zeros(S, H, K, K)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: gated_step(X, X, X, None, POOL, SLOTS, u=X), r"u: expected shape \[2, 8\]"),
+        (lambda: gated_step(X, X, X, None, POOL, SLOTS, u=X), r"u: expected floating \[2, 8\]"),
         (lambda: gated_step(X, X, X, None, POOL, SLOTS, gv=-X), "gv: expected log decays <= 0"),
         (lambda: gated_step(X, X, X, None, torch.zeros(S, H, K, K + 1), SLOTS, u=X[0], normalize=True), "normalize: "),
         (lambda: mlstm_step(X, X, X, X[..., 0], -X[..., 0].abs(), (POOL, POOL[..., 0], POOL), SLOTS), "pool, m: "),
         (lambda: mlstm_step(X, X, X, X, -X[..., 0].abs(), (POOL, POOL[..., 0], POOL[..., 0, 0]), SLOTS), "i: "),
-        (lambda: gsa_step(X, X, X, X, -X.abs(), (POOL, POOL[..., :3]), SLOTS), "pool: expected float32"),
+        (lambda: gsa_step(X, X, X, X, -X.abs(), (POOL, POOL[..., :3]), SLOTS), r"pool\[1\]: expected float32"),
+        (lambda: gsa_step(X, X, X, X, None, (POOL, POOL), SLOTS), r"g: expected shape \[4, 2, 8\], got None"),
+        (lambda: gsa_step(X, X, X, X, X.abs(), (POOL, POOL), SLOTS), "g: expected log decays <= 0"),
+        (lambda: gsa_step(X, X, X, X[:, :, 0], -X.abs(), (POOL, POOL), SLOTS), "s: expected"),
+        (lambda: gated_step(X, X, X, None, POOL, [0, 1, 2, 3]), "slots: expected a tensor, got list"),
     ],
 )
 def test_bad_arguments_are_named(call, message):

@@ -173,7 +173,7 @@ def bad(**changes):
     ("changes", "message"),
     [
         (dict(q=torch.randn(2, 9, 8)), r"q: expected \[batch, time, heads, width\]"),
-        (dict(q=torch.randn(2, 9, 3, 8)), "q: expected a number of heads divisible"),
+        (dict(q=torch.randn(2, 9, 3, 8)), "q: expected a positive multiple of"),
         (dict(k=torch.randn(2, 8, 2, 8)), "k: expected"),
         (dict(v=torch.randn(2, 9, 3, 8)), "v: expected"),
         (dict(v=torch.randn(2, 9, 2, 8, dtype=torch.float64)), "v: expected a floating dtype"),

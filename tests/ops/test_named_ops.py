@@ -163,6 +163,34 @@ def test_mlstm(case, held, height):
     )
 
 
+def test_mlstm_reads_nothing_where_nothing_was_written():
+    """0 / max(0, 1) is 0, also where the floor underflows beside the unit."""
+    q, k, v = (torch.randn(1, 70, 2, 8) for _ in range(3))
+    q[:, 7], k[:, :3] = 0.0, 0.0
+    leaves = [x.requires_grad_() for x in (q, k, v, torch.full((1, 70, 2), 200.0), -torch.ones(1, 70, 2))]
+    o, _ = mlstm(*leaves)
+    assert not o[:, [0, 1, 2, 7]].any() and torch.isfinite(o).all()
+    assert all(torch.isfinite(x).all() for x in torch.autograd.grad(o.sum(), leaves))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_normaliser_of_zero_and_a_large_one(dtype):
+    """Neither divides by zero nor overflows in the dtype of the inputs, nor rounds twice."""
+    q, k, v = (torch.randn(1, 70, 2, 8).relu().to(dtype) for _ in range(3))
+    k[:, :3] = 0.0
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    o, _ = chunk_linear_attn(*leaves)
+    assert not o[:, :3].any() and torch.isfinite(o).all()
+    assert all(torch.isfinite(x).all() for x in torch.autograd.grad(o.sum(), leaves))
+    ones = torch.full((1, 300, 1, 64), 8.0, dtype=dtype)
+    o, _ = chunk_linear_attn(ones, ones, v[:, 20:21].expand(1, 300, 2, 8)[:, :, :1])
+    assert distance(o, v[:, 20:21, :1].expand_as(o)) <= 1e-6
+    q, k, v = (torch.rand(1, 200, 2, 24).to(dtype) for _ in range(3))
+    wanted, _ = naive_recurrence(q.double(), k.double(), v.double(), normalize=True)
+    floor = distance(wanted.to(dtype), wanted)
+    assert distance(chunk_linear_attn(q, k, v)[0], wanted) <= max(1.05 * floor, 1e-6)
+
+
 def test_mlstm_survives_input_gates_that_overflow():
     x = dict(q=torch.randn(1, 90, 2, 8), k=torch.randn(1, 90, 2, 8), v=torch.randn(1, 90, 2, 8))
     i, f = torch.linspace(-500, 500, 90).view(1, 90, 1).repeat(1, 1, 2), -torch.rand(1, 90, 2)
@@ -218,7 +246,7 @@ def test_linear_attention_returns_the_pair_it_takes():
     assert distance(torch.cat([first, second], 1), wanted) <= 1e-6
     plain, state = chunk_linear_attn(q, k, v, normalize=False, output_final_state=True)
     assert torch.is_tensor(state) and distance(plain, naive_recurrence(q.double(), k.double(), v.double())[0]) <= 1e-6
-    with pytest.raises(ValueError, match=r"initial_state: expected a pair \(h, z\)"):
+    with pytest.raises(ValueError, match=r"initial_state: expected \(h, z\)"):
         chunk_linear_attn(q, k, v, initial_state=state)
 
 
@@ -335,7 +363,7 @@ GATE = -torch.rand(1, 6, 2, 4)
         (lambda: fused_recurrent_gla(X, X, X, None, GATE[..., :3]), r"gv: expected shape \[1, 6, 2, 4\]"),
         (lambda: fused_recurrent_gla(X, X, X, None, -GATE), "gv: expected log decays <= 0"),
         (lambda: chunk_simple_gla(X, X, X, g_gamma=torch.rand(2)), "g_gamma: expected log decays <= 0"),
-        (lambda: chunk_rwkv6(X, X, X, GATE, torch.randn(3, 4)), r"u: expected shape \[2, 4\]"),
+        (lambda: chunk_rwkv6(X, X, X, GATE, torch.randn(3, 4)), r"u: expected floating \[2, 4\]"),
         (lambda: chunk_rwkv6(X, X, X, -GATE, torch.randn(2, 4)), "w: expected log decays <= 0"),
         (lambda: chunk_gsa(X, X, X, X[:, :5]), r"s: expected \[1, 6, H, M\]"),
         (lambda: chunk_gsa(X, X, X, X, GATE[..., :2]), r"g: expected shape \[1, 6, 2, 4\]"),
@@ -362,7 +390,46 @@ GATE = -torch.rand(1, 6, 2, 4)
             lambda: gated_step(X[0], X[0], X[0], torch.tensor(-1.0), torch.zeros(9, 2, 4, 4), torch.arange(6)),
             r"g: expected \[batch, heads\] or",
         ),
-        (lambda: chunk_rwkv6(X, X, X, GATE, torch.randn(2, 4, device="meta")), "u: expected device cpu"),
+        (lambda: chunk_rwkv6(X, X, X, GATE, torch.randn(2, 4, device="meta")), "u: expected .* on cpu, got .* on meta"),
+        (lambda: chunk_gla(X, X, X, GATE, torch.tensor(0.3, requires_grad=True)), "scale: expected a number"),
+        (lambda: mlstm(X, X, X, GATE[..., 0], GATE[..., 0], torch.ones(2)), "scale: expected a number"),
+        (lambda: chunk_gla(X, X, X, cu_seqlens=[0, 6]), "cu_seqlens: expected a tensor, got list"),
+        (lambda: chunk_gla(X, X, X, initial_state=(X,)), "initial_state: expected a tensor, got tuple"),
+        (
+            lambda: chunk_gla(X, X, X, cu_seqlens=torch.tensor([2, 3, 4]), cu_seqlens_cpu=torch.tensor([0, 3, 6])),
+            r"cu_seqlens_cpu: expected the bounds of cu_seqlens \(\[2, 3, 4\]\)",
+        ),
+        (
+            lambda: chunk_gla(X, X, X, cu_seqlens=torch.tensor([0, 6]), cu_seqlens_cpu=torch.tensor([0.0, 6.0])),
+            "cu_seqlens_cpu: expected a 1-d int32 or int64",
+        ),
+        (lambda: chunk_linear_attn(X, X, X, initial_state=(X, X, X)), r"initial_state: expected \(h, z\)"),
+        (
+            lambda: mlstm(X, X, X, GATE[..., 0], GATE[..., 0], initial_state=(X, X)),
+            r"initial_state: expected \(C, n, m\)",
+        ),
+        (lambda: chunk_gsa(X, X, X, X, GATE, initial_state=[X]), r"initial_state: expected \(hk, hv\)"),
+        (lambda: chunk_hgrn2(X, X, GATE[..., 0]), r"g: expected \[batch, time, heads, width\]"),
+        (lambda: chunk_hgrn2(X, X[:, :5], GATE), r"v: expected \[1, 6, 2, V\] to match g"),
+        (lambda: chunk_retention(X[0, 0], X[0, 0], X[0, 0]), r"q: expected \[batch, time, heads, width\]"),
+        (lambda: chunk_gla(X[:, :, :0], X, X), "q: expected a positive multiple of the 2"),
+        (lambda: mlstm(X, X, X[..., :0], GATE[..., 0], GATE[..., 0]), "v: expected a width of at least 1"),
+        (
+            lambda: liger_ops.sliding_window_attention(X, X, X, 3, visible=torch.ones(1, 6, dtype=bool, device="meta")),
+            "visible: expected .* on cpu",
+        ),
+        (
+            lambda: liger_ops.liger_attention(X[:, :3], X, X, X[:, :3].repeat(1, 1, 2, 1), X[:, :3], None, window=3),
+            r"q_log: expected \[1, 3, 2\]",
+        ),
+        (
+            lambda: liger_ops.liger_attention(X[:, :3], X, X, X[:, :3], X[:, :2], None, window=3),
+            "k_log: expected",
+        ),
+        (
+            lambda: liger_ops.liger_attention(X[:, :3], X, X, X[:, :3], X[:, :3], None, torch.ones(3), window=3),
+            r"mix: expected a number or \[2\]",
+        ),
     ],
 )
 def test_bad_arguments_are_named(call, message):
