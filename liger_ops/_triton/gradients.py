@@ -82,7 +82,7 @@ def gradients_kernel(
     if BG > 1:
         b_own = load_rows(dk_own, i_t, i_h, H, K, o_r, o_k, m_r)
         b_dk += b_own
-        b_pairs = -b_k * b_own
+        b_pairs = -(b_k * b_own)
     else:
         b_pairs = tl.zeros([C, BK], tl.float32)
     for i_g in range(G):

@@ -1,7 +1,7 @@
 """Triton's interpreter with the arithmetic of the hardware, and with eyes on every address.
 
-As it comes, the interpreter multiplies the bits of bfloat16 as integers, truncates float32 to bfloat16 and knows no
-tf32; it reads and writes outside of tensors silently, and runs programs one by one, which hides their races.
+As it comes, the interpreter multiplies and negates the bits of bfloat16 as integers, truncates float32 to bfloat16 and
+knows no tf32; it reads and writes outside of tensors silently, and runs programs one by one, which hides their races.
 """
 
 import contextlib
@@ -64,13 +64,23 @@ def _binary(original):
     return binary
 
 
+def _unary(original):
+    def unary(self, arg, op):
+        if arg.dtype.scalar != tl.bfloat16:
+            return original(self, arg, op)
+        return TensorHandle(_narrow(op(_widen(arg))), arg.dtype.scalar)
+
+    return unary
+
+
 def mend_rounding() -> None:
     """Once per process: bfloat16 and tf32 as the hardware rounds them."""
     B = InterpreterBuilder
     if getattr(B, "mended", False):
         return
     B.mended = True
-    B.cast_impl, B.create_dot, B.binary_op = _cast(B.cast_impl), _dot, _binary(B.binary_op)
+    B.cast_impl, B.create_dot = _cast(B.cast_impl), _dot
+    B.binary_op, B.unary_op = _binary(B.binary_op), _unary(B.unary_op)
     B.create_fp_to_fp = lambda self, src, dst_type, rounding_mode: self.cast_impl(src, dst_type)
 
 

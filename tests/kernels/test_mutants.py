@@ -94,7 +94,7 @@ MUTANTS = [
     ("gradients", "b_dq *= scale", "b_dq *= 1.0", 0),
     ("gradients", "            b_dq *= b_to\n", "            b_dq *= 1.0\n", 0),
     ("gradients", "b_same[:, None] * b_q", "b_q", 0),
-    ("gradients", "b_pairs = -b_k * b_own", "b_pairs = b_k * b_own", 0),
+    ("gradients", "b_pairs = -(b_k * b_own)", "b_pairs = b_k * b_own", 0),
     ("gradients", "- b_k * b_own_k", "+ b_k * b_own_k", 0),
     ("gradients", "tl.cumsum(b_pairs, 0, reverse=True)", "tl.cumsum(b_pairs, 0)", 0),
     ("gradients", "b_a = tl.where(o_r[:, None] > o_r[None, :], b_a, 0.0)", "b_a = b_a * 1.0", 0),
