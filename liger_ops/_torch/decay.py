@@ -87,8 +87,10 @@ def make_decay(g: torch.Tensor | None) -> Decay | None:
         return None
     per_head, g = g.ndim == 4, g if g.ndim == 5 else g.unsqueeze(-1)
     sums = running(g)
-    end = factor(remaining(g), g.dtype)
-    lowest = sums.detach()[:, :, :, -1].amin().item()
+    last = sums[:, :, :, -1:]
+    # Only a gradient minds the difference.
+    end = factor(remaining(g) if torch.is_grad_enabled() else last - sums, g.dtype)
+    lowest = last.detach().amin().item()
     if per_head or lowest < FACTORABLE:
         near = factor(sums, g.dtype)
         return Decay(sums, near, end, near[:, :, :, -1])
