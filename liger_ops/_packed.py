@@ -23,9 +23,9 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def on_triton(q: torch.Tensor, g: torch.Tensor | None = None, gv: torch.Tensor | None = None) -> bool:
-    """Whether kernels serve these tensors: on a GPU, float64 and decays of both keys and values aside."""
-    return q.is_cuda and q.dtype != torch.float64 and (g is None or gv is None) and _has_triton()
+def on_triton(q: torch.Tensor) -> bool:
+    """Whether kernels serve these tensors: on a GPU, float64 aside."""
+    return q.is_cuda and q.dtype != torch.float64 and _has_triton()
 
 
 def normalized(o: torch.Tensor) -> torch.Tensor:
@@ -51,15 +51,16 @@ def _packed(
     scale: float,
     chunk: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    both = g is not None and gv is not None
+    if both or (gv is None and cu_seqlens is None and q.shape[1] <= _FEW and k.shape[-1] <= WIDEST):
+        from liger_ops._triton.recurrent import forward
+
+        last = torch.empty_like(state, memory_format=torch.contiguous_format)
+        return forward(q, k, v, g, gv, state.contiguous(), last, None, scale), last
     if gv is not None:
         from liger_ops._triton.additive import values_forward
 
         return values_forward(q, k, v, gv, state, cu_seqlens, scale, chunk)
-    if cu_seqlens is None and q.shape[1] <= _FEW and k.shape[-1] <= WIDEST:
-        from liger_ops._triton.recurrent import forward
-
-        last = torch.empty_like(state, memory_format=torch.contiguous_format)
-        return forward(q, k, v, g, None, state.contiguous(), last, None, scale), last
     from liger_ops._triton.additive import forward
 
     return forward(q, k, v, g, state, cu_seqlens, scale, chunk)
@@ -168,7 +169,10 @@ def recurrence(
     Log decays g [B,T,H] or [B,T,H,K] and gv [B,T,H,V], or None; cu_seqlens [N+1] packs sequences into batch 1.
     """
     (B, T, H, K), V = k.shape, v.shape[-1]
-    kernels, N = on_triton(q, g, gv), B if cu_seqlens is None else len(cu_seqlens) - 1
+    N = B if cu_seqlens is None else len(cu_seqlens) - 1
+    # Decays of keys and values at once have no chunked form there: token by token, or in PyTorch.
+    by_token = cu_seqlens is None and K <= WIDEST and not torch.is_grad_enabled()
+    kernels = on_triton(q) and (g is None or gv is None or by_token)
     if kernels and state is None:
         state = q.new_zeros(N, H, K, V, dtype=torch.float32)
     if not (kernels and T and B):

@@ -32,10 +32,7 @@ OPS = {
 
 
 def use_kernels(monkeypatch):
-    def on_triton(q, g=None, gv=None):
-        return g is None or gv is None
-
-    monkeypatch.setattr(_packed, "on_triton", on_triton)
+    monkeypatch.setattr(_packed, "on_triton", lambda q: True)
 
 
 def run(name, q, k, v, more, state, lengths):
@@ -214,6 +211,23 @@ def test_a_pool_of_states(gate, normalize, monkeypatch):
     assert (pool - twin).norm() <= 1e-6 * twin.norm()
     assert torch.equal(pool[[1, 3, 5]], before[[1, 3, 5]])
     assert not found[1].any()
+
+
+@pytest.mark.parametrize("per_head", [True, False])
+def test_both_gates_token_by_token(per_head, monkeypatch):
+    """Where nothing is differentiated; PyTorch does the rest."""
+    q, k, v = torch.randn(2, T, HQ, K), torch.randn(2, T, H, K), torch.randn(2, T, H, V)
+    g, gv = decay(2, T, H) if per_head else decay(2, T, H, K), decay(2, T, H, V)
+    state = torch.randn(2, H, K, V)
+    wanted = liger_ops.naive_recurrence(*(x.double() for x in (q, k, v, g)), None, state.double(), gv=gv.double())
+    use_kernels(monkeypatch)
+    with torch.no_grad(), sanitized():
+        found = _packed.recurrence(q, k, v, g, K**-0.5, state, gv=gv)
+    for x, y in zip(found, wanted, strict=True):
+        assert (x - y).norm() <= 1e-6 * y.norm()
+    leaves = [x.requires_grad_() for x in (q, k, v, g, gv)]
+    o, _ = _packed.recurrence(*leaves[:4], K**-0.5, state, gv=leaves[4])
+    assert all(x.isfinite().all() for x in torch.autograd.grad(o.sum(), leaves))
 
 
 @pytest.mark.parametrize("name", ["two gates", "values", "rwkv6", "gsa", "mlstm"])
