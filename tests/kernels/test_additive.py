@@ -49,8 +49,8 @@ CLEAN = [
     Case(gate="channel", K=20, T=50, size=30.0),
     Case(gate="head", G=2, K=40, V=72, T=50, chunk=16),
     Case(gate="none", B=2, H=2, G=2, T=37, lengths=(5, 0, 32)),
-    Case(gate="channel", H=2, G=2, K=40, chunk=16, lengths=(0, 75, 3, 21), piece=16, size=0.1),
-    Case(gate="head", B=2, H=2, K=40, V=72, T=75, chunk=16, piece=32, size=0.1),
+    Case(gate="head", H=2, K=40, V=16, chunk=16, lengths=(0, 66), piece=16, size=0.1),
+    Case(gate="channel", K=20, V=72, T=68, chunk=16, piece=32, size=0.1),
 ]
 
 
