@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from triton import cdiv
 from triton.runtime.interpreter import GridExecutor
 
-from liger_ops._triton import additive
-from liger_ops._triton.launch import Chunks, make_chunks
+from liger_ops._triton import additive, recurrent
+from liger_ops._triton.launch import Chunks, launch, make_chunks
+from liger_ops._triton.states import joins_kernel
 from tests.kernels.cases import Case, run
 
 TOKENS, LENGTHS = 2**27 + 100, (20, 40)
@@ -14,7 +16,7 @@ TOKENS, LENGTHS = 2**27 + 100, (20, 40)
 @pytest.mark.parametrize("gate", ["none", "head", "channel"])
 def test_offsets_beyond_32_bits(gate, monkeypatch):
     """Two sequences at the two ends of 2^31 elements give the bits of the same two side by side."""
-    case = Case(K=16, V=16, gate=gate, chunk=16, lengths=LENGTHS, size=3.0)
+    case = Case(K=16, V=16, gate=gate, chunk=16, lengths=LENGTHS, size=3.0, piece=TOKENS)
     x, early = case.tensors(), LENGTHS[0]
     wanted = run(additive, case, x)
     gap = TOKENS - sum(LENGTHS)
@@ -41,3 +43,44 @@ def test_offsets_beyond_32_bits(gate, monkeypatch):
             assert y is None or torch.equal(y, wanted[n]), n
         else:
             assert torch.equal(torch.cat([y[:, :early], y[:, early + gap :]], 1), wanted[n]), n
+
+
+ROWS, K, V = 2**31 // (128 * 128) + 40, 128, 128
+
+
+def far(rows: dict[int, torch.Tensor]) -> torch.Tensor:
+    """States [ROWS,1,K,V] of which only these rows are ever touched."""
+    x = torch.empty(ROWS, 1, K, V)
+    assert x.numel() > 2**31
+    for n, row in rows.items():
+        x[n] = row
+    return x
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_pieces_beyond_32_bits(reverse, monkeypatch):
+    monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda *_: None)
+    part, total, first = torch.randn(4, 1, K, V), torch.rand(4, 1, K), torch.randn(2, 1, K, V)
+    places = [0, 1, ROWS - 2, ROWS - 1]
+
+    def run(part, total, owned):
+        start, last = torch.empty_like(part), torch.empty_like(first)
+        args = part, total, first, start, last, torch.tensor(owned), 1, K, V, K
+        constants = dict(GATED=True, PER_CHANNEL=True, REVERSE=reverse)
+        launch(joins_kernel, lambda c: (2, cdiv(K, c.BK), cdiv(V, c.BV)), K, V, *args, **constants)
+        return start, last
+
+    wanted, last = run(part, total, [[0, 2], [2, 2]])
+    spread = torch.empty(ROWS, 1, K)
+    spread[places] = total
+    found, other = run(far(dict(zip(places, part, strict=True))), spread, [[0, 2], [ROWS - 2, 2]])
+    assert torch.equal(found[places], wanted) and torch.equal(other, last)
+
+
+def test_pools_beyond_32_bits(monkeypatch):
+    monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda *_: None)
+    q, k, v, state = torch.randn(1, 1, 1, K), torch.randn(1, 1, 1, K), torch.randn(1, 1, 1, V), torch.randn(1, 1, K, V)
+    pool = far({ROWS - 1: state[0]})
+    o = recurrent.forward(q, k, v, None, None, pool, pool, torch.tensor([ROWS - 1]), 0.1)
+    wanted = recurrent.forward(q, k, v, None, None, state, state, torch.tensor([0]), 0.1)
+    assert torch.equal(o, wanted) and torch.equal(pool[ROWS - 1], state[0])
