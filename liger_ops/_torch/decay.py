@@ -46,7 +46,8 @@ def between(sums: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     later = torch.ones(C, C, dtype=torch.bool, device=sums.device).tril(-1)
     later = later.view(C, C, *[1] * (sums.ndim - 4))
     # The exponential in dtype: a logarithm rounded to it is as good as the gates were.
-    return factor(torch.where(later, sums.unsqueeze(4) - sums.unsqueeze(3), 0.0).to(dtype), dtype)
+    log = (sums.unsqueeze(4) - sums.unsqueeze(3)).to(dtype)
+    return factor(torch.where(later, log, 0.0), dtype)
 
 
 class Decay(NamedTuple):
