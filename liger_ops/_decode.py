@@ -11,6 +11,7 @@ from liger_ops._mlstm import SMALLEST, stable_denominator
 from liger_ops._packed import normalized, pooled_step
 
 
+@torch.no_grad()
 def gated_step(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -62,6 +63,7 @@ def gated_step(
     return o.masked_fill(~live.view(-1, 1, 1), 0.0).to(q.dtype)
 
 
+@torch.no_grad()
 def gsa_step(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -91,6 +93,7 @@ def gsa_step(
     return o.masked_fill(~live.view(-1, 1, 1), 0.0).to(dtype)
 
 
+@torch.no_grad()
 def mlstm_step(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -115,22 +118,21 @@ def mlstm_step(
             expected = f"float32 {list(C.shape[:rank])} on {C.device}"
             _checks.fail(f"pool, {name}", expected, f"{x.dtype} {tuple(x.shape)} on {x.device}")
     scale = _checks.as_scale(scale, q.shape[-1])
-    with torch.no_grad():
-        rows, dtype = slots.long().clamp(min=0), q.dtype
-        q, k, v, i, f = (x.float() for x in (q, k, v, i, f))
-        before = m[rows].masked_fill(~live.unsqueeze(-1), 0.0)
-        top = torch.maximum(before + f, i).clamp(min=SMALLEST)
-        # By addition, because rows without a request all stand for row 0; and read back as what it rounds to.
-        grown = (top - before).masked_fill(~live.unsqueeze(-1), 0.0)
-        m.index_add_(0, rows, grown)
-        after = before + grown
-        k = k * (i - after).exp().unsqueeze(-1)
-        # A rounding above 0 now and then, which undoes those below.
-        kept = f + (before - after)
-        o = pooled_step(q, k, v, kept, None, C, slots, scale, False)
-        total = pooled_step(q, k, torch.ones_like(k[..., :1]), kept, None, n.unsqueeze(-1), slots, scale, False)
-        o = o / stable_denominator(total, after, q.shape[1])
-        return o.masked_fill(~live.view(-1, 1, 1), 0.0).to(dtype)
+    rows, dtype = slots.long().clamp(min=0), q.dtype
+    q, k, v, i, f = (x.float() for x in (q, k, v, i, f))
+    before = m[rows].masked_fill(~live.unsqueeze(-1), 0.0)
+    top = torch.maximum(before + f, i).clamp(min=SMALLEST)
+    # By addition, because rows without a request all stand for row 0; and read back as what it rounds to.
+    grown = (top - before).masked_fill(~live.unsqueeze(-1), 0.0)
+    m.index_add_(0, rows, grown)
+    after = before + grown
+    k = k * (i - after).exp().unsqueeze(-1)
+    # A rounding above 0 now and then, which undoes those below.
+    kept = f + (before - after)
+    o = pooled_step(q, k, v, kept, None, C, slots, scale, False)
+    total = pooled_step(q, k, torch.ones_like(k[..., :1]), kept, None, n.unsqueeze(-1), slots, scale, False)
+    o = o / stable_denominator(total, after, q.shape[1])
+    return o.masked_fill(~live.view(-1, 1, 1), 0.0).to(dtype)
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:

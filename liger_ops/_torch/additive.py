@@ -12,7 +12,10 @@ import torch.nn.functional as F
 from liger_ops._torch.decay import Decay, between, make_decay, running, unit
 from liger_ops._torch.forward import forward
 from liger_ops._torch.layout import full_precision, head_major, pack, unpack
-from liger_ops._torch.segments import CHUNKS, Plan, define
+from liger_ops._torch.segments import Plan, define
+
+# Chunks of a segment: its states stay in a core's cache, and its dispatch costs little beside it.
+_CHUNKS = 64
 
 
 def _times(x: torch.Tensor, y: torch.Tensor | float) -> torch.Tensor:
@@ -146,7 +149,7 @@ def _segment(chunk, scale, rows, state, out, q, k, v, g, gv):
 
 def _plan(q, k, v, g, gv, state, cu_seqlens, scale, chunk):
     body, inputs = partial(_segment, chunk, scale), [q, k, v, g, gv]
-    return Plan(body, CHUNKS * chunk, v.shape[-1], state, inputs, [0] * len(inputs), cu_seqlens)
+    return Plan(body, _CHUNKS * chunk, v.shape[-1], state, inputs, [0] * len(inputs), cu_seqlens)
 
 
 _additive = define(

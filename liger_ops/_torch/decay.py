@@ -16,14 +16,14 @@ FACTORABLE = -80.0
 # so that neither underflows beside an operand.
 _HALF = 2.0**57
 # Its exponential is zero in float64, and so much less would leave no digit of the gates beside it.
-NOTHING = -750.0
+_NOTHING = -750.0
 # Times the smallest normal number: what is below makes denormal products, which are many times slower.
 _FAINT = 2.0**4
 
 
 def running(g: torch.Tensor) -> torch.Tensor:
     """Sums of log decays g [B,H,N,C,...] through each row of its chunk, in float64, as their gradients are."""
-    return g.clamp(min=NOTHING).double().cumsum(3)
+    return g.clamp(min=_NOTHING).double().cumsum(3)
 
 
 def remaining(g: torch.Tensor) -> torch.Tensor:
@@ -31,7 +31,7 @@ def remaining(g: torch.Tensor) -> torch.Tensor:
 
     Not a difference of running sums: its gradient would be one of ones, where rows after it are padding or few.
     """
-    later = F.pad(g.clamp(min=NOTHING).double()[:, :, :, 1:], (0, 0) * (g.ndim - 4) + (0, 1))
+    later = F.pad(g.clamp(min=_NOTHING).double()[:, :, :, 1:], (0, 0) * (g.ndim - 4) + (0, 1))
     return later.flip(3).cumsum(3).flip(3)
 
 

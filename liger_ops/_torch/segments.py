@@ -11,8 +11,6 @@ import torch
 
 from liger_ops._torch.layout import full_precision
 
-# Chunks of a segment: its states stay in a core's cache, and its dispatch costs little beside it.
-CHUNKS = 64
 _LIBRARY = torch.library.Library("liger_ops", "FRAGMENT")
 # body(rows, state, out, *inputs) -> (o, state): fills out [B,rows,HQ,U] if given, otherwise returns a new o.
 Body = Callable[..., tuple[torch.Tensor, torch.Tensor]]

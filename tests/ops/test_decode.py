@@ -129,6 +129,16 @@ def test_halves_are_rounded_once(dtype):
         assert (o - wanted).norm() <= 1.05 * (wanted.to(dtype) - wanted).norm()
 
 
+def test_steps_record_nothing():
+    """A pool changes in place: no graph may hold on to what it was."""
+    q, k, v = (torch.randn(4, H, K).requires_grad_() for _ in range(3))
+    pools = torch.zeros(S, H, K, K), torch.zeros(S, H, K), torch.zeros(S, H)
+    assert not gated_step(q, k, v, None, pools[0], SLOTS, u=torch.randn(H, K)).requires_grad
+    assert not gsa_step(q, k, v, k, -k.abs(), (pools[0], pools[0].clone()), SLOTS).requires_grad
+    assert not mlstm_step(q, k, v, k[..., 0], -k[..., 0].abs(), pools, SLOTS).requires_grad
+    assert not any(x.requires_grad for x in pools)
+
+
 def test_steps_know_no_autocast():
     q, k, v = torch.randn(4, HQ, K), torch.randn(4, H, K), torch.randn(4, H, V)
     wanted = gated_step(q, k, v, None, torch.ones(S, H, K, V), SLOTS)
