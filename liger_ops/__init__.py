@@ -1,6 +1,14 @@
 """Kernels for gated linear recurrences and windowed attention; tensors are [batch, time, heads, width]."""
 
 from liger_ops._decode import gated_step, gsa_step, mlstm_step
+from liger_ops._delta_rule import (
+    chunk_delta_rule,
+    chunk_gated_delta_rule,
+    chunk_kda,
+    fused_recurrent_delta_rule,
+    fused_recurrent_gated_delta_rule,
+    fused_recurrent_kda,
+)
 from liger_ops._gated_linear_attention import (
     chunk_gla,
     chunk_lightning_attn,
@@ -23,6 +31,7 @@ from liger_ops._mlstm import mlstm
 from liger_ops._rwkv6 import chunk_rwkv6, fused_recurrent_rwkv6
 from liger_ops._sliding_window_attention import sliding_window_attention
 from liger_ops.naive import (
+    naive_delta_rule,
     naive_gsa,
     naive_liger_attention,
     naive_mlstm,
@@ -32,17 +41,23 @@ from liger_ops.naive import (
 )
 
 __all__ = [
+    "chunk_delta_rule",
+    "chunk_gated_delta_rule",
     "chunk_gla",
     "chunk_gsa",
     "chunk_hgrn2",
+    "chunk_kda",
     "chunk_lightning_attn",
     "chunk_linear_attn",
     "chunk_retention",
     "chunk_rwkv6",
     "chunk_simple_gla",
+    "fused_recurrent_delta_rule",
+    "fused_recurrent_gated_delta_rule",
     "fused_recurrent_gla",
     "fused_recurrent_gsa",
     "fused_recurrent_hgrn2",
+    "fused_recurrent_kda",
     "fused_recurrent_lightning_attn",
     "fused_recurrent_linear_attn",
     "fused_recurrent_retention",
@@ -53,6 +68,7 @@ __all__ = [
     "liger_attention",
     "mlstm",
     "mlstm_step",
+    "naive_delta_rule",
     "naive_gsa",
     "naive_liger_attention",
     "naive_mlstm",

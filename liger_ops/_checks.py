@@ -40,8 +40,12 @@ def check_qkv(
     same_length: bool = True,
     query: str = "q",
     key: str = "k",
+    more_values: bool = False,
 ) -> None:
-    """q [B,T,HQ,K], k [B,S,H,K], v [B,S,H,V] of one dtype and device, with HQ a multiple of H."""
+    """q [B,T,HQ,K], k [B,S,H,K], v [B,S,H,V] of one dtype and device, with HQ a multiple of H.
+
+    more_values: v may have a multiple HV of the heads of k, and then HQ is a multiple of HV, or HV one of HQ.
+    """
     for name, x in ((query, q), (key, k), ("v", v)):
         check_tensor(name, x)
         if x.ndim != 4:
@@ -54,8 +58,12 @@ def check_qkv(
     S, H = k.shape[1:3]
     if k.shape != (B, T if same_length else S, H, K):
         fail(key, f"[{B}, {T if same_length else 'S'}, H, {K}] to match {query} {tuple(q.shape)}", tuple(k.shape))
-    if v.shape[:3] != k.shape[:3]:
-        fail("v", f"[{B}, {S}, {H}, V] to match {key}", tuple(v.shape))
+    if more_values and H and v.shape[:2] == k.shape[:2] and v.shape[2] % H == 0:
+        # Heads of the state; queries of fewer heads are shared among them.
+        H = v.shape[2] if not HQ or v.shape[2] % HQ else HQ
+    elif v.shape[:3] != k.shape[:3]:
+        heads = f"a multiple of {H}" if more_values else H
+        fail("v", f"[{B}, {S}, {heads}, V] to match {key}", tuple(v.shape))
     if HQ == 0 or H == 0 or HQ % H:
         hint = f"; {T} heads at length {HQ} look head-first, expected [batch, time, heads, width]" if HQ > T else ""
         fail(query, f"a positive multiple of the {H} key/value heads", f"{HQ} heads{hint}")
@@ -90,6 +98,28 @@ def check_decay(g: torch.Tensor | None, k: torch.Tensor, ranks: tuple[int, ...],
         fail(name, f"a floating tensor on {k.device}", f"{g.dtype} on {g.device}")
     if g.device.type == "cpu" and not torch.compiler.is_compiling() and g.numel() and not g.detach().amax() <= 0:
         fail(name, "log decays <= 0", f"a maximum of {g.detach().amax().item():.4g}")
+
+
+def check_strength(beta: torch.Tensor, v: torch.Tensor) -> None:
+    """beta [B,T,H] from 0 to 2, beyond which a step would make what it erases larger."""
+    check_tensor("beta", beta)
+    if beta.shape != v.shape[:3] or beta.device != v.device or not beta.is_floating_point():
+        given = f"{beta.dtype} {tuple(beta.shape)} on {beta.device}"
+        fail("beta", f"a floating tensor {list(v.shape[:3])} on {v.device}", given)
+    if beta.device.type == "cpu" and not torch.compiler.is_compiling() and beta.numel():
+        low, high = (x.item() for x in beta.detach().aminmax())
+        if not (low >= 0 and high <= 2):
+            fail("beta", "write strengths from 0 to 2", f"{low:.4g} to {high:.4g}")
+
+
+def keys_first(state: torch.Tensor | None, values_first: bool) -> torch.Tensor | None:
+    """initial_state as [N,H,K,V], which came as [N,H,V,K] if values_first."""
+    if state is None or not values_first:
+        return state
+    check_tensor("initial_state", state)
+    if state.ndim != 4:
+        fail("initial_state", "[N, H, V, K]", f"shape {tuple(state.shape)}")
+    return state.transpose(-1, -2)
 
 
 def check_state(

@@ -48,11 +48,7 @@ def _run(
         v = v.float() if v.dtype != torch.float64 else v
         if gv is not None:
             _checks.fail("normalize", "False with gv, which has no decay for the normaliser", True)
-    state = initial_state
-    if state is not None and state_v_first:
-        if state.ndim != 4:
-            _checks.fail("initial_state", "[N, H, V, K]", f"shape {tuple(state.shape)}")
-        state = state.transpose(-1, -2)
+    state = _checks.keys_first(initial_state, state_v_first)
     _checks.check_state(state, q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1, k, v.shape[-1])
     _checks.check_chunk_size(chunk_size)
     scale = _checks.as_scale(scale, q.shape[-1])

@@ -55,6 +55,45 @@ def naive_recurrence(
     return o, torch.cat(states) if states else q.new_zeros(0, H, K, V)
 
 
+def naive_delta_rule(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    beta: torch.Tensor,
+    g: torch.Tensor | None = None,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """h_t = (I - beta_t k_t k_t^T) diag(exp(g_t)) h_{t-1} + beta_t k_t v_t^T, o_t = scale q_t h_t.
+
+    DeltaNet (arXiv 2406.06484, eq. 3) without g, the gated delta rule (arXiv 2412.06464, eq. 10) with g [B,T,H], Kimi
+    Delta Attention (arXiv 2510.26692, eq. 1) with g [B,T,H,K]. q [B,T,HQ,K] and k [B,T,HK,K]; v [B,T,H,V], beta
+    [B,T,H] and the state [N,H,K,V] have H heads, a multiple of HK. HQ is a multiple of H, or H one of HQ. Returns o
+    [B,T,max(HQ,H),V] and the final state.
+    """
+    (B, T, HQ, K), (H, V) = q.shape, v.shape[-2:]
+    scale = K**-0.5 if scale is None else scale
+    k = k.repeat_interleave(H // k.shape[2], 2)
+    q = q.repeat_interleave(max(1, H // HQ), 2).unflatten(2, (H, -1))
+    g = q.new_zeros(B, T, H, 1) if g is None else g
+    decay = g.exp() if g.ndim == 4 else g.exp()[..., None]
+    bounds = [0, T] if cu_seqlens is None else cu_seqlens.tolist()
+
+    outputs, states = [], []
+    for n, (start, end) in enumerate(itertools.pairwise(bounds)):
+        rows = slice(None) if cu_seqlens is None else slice(n, n + 1)
+        h = q.new_zeros(B, H, K, V) if initial_state is None else initial_state[rows].to(q.dtype)
+        for t in range(start, end):
+            h = decay[:, t, :, :, None] * h
+            error = v[:, t] - torch.einsum("bhk,bhkv->bhv", k[:, t], h)
+            h = h + k[:, t, :, :, None] * (beta[:, t, :, None] * error)[:, :, None, :]
+            outputs.append(scale * torch.einsum("bhgk,bhkv->bhgv", q[:, t], h).flatten(1, 2))
+        states.append(h)
+    o = torch.stack(outputs, 1) if outputs else q.new_zeros(B, 0, max(HQ, H), V)
+    return o, torch.cat(states) if states else q.new_zeros(0, H, K, V)
+
+
 def naive_rwkv6(
     r: torch.Tensor,
     k: torch.Tensor,

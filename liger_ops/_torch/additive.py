@@ -38,7 +38,7 @@ def _causal(q: torch.Tensor) -> torch.Tensor:
     return torch.ones(q.shape[3], q.shape[3], dtype=q.dtype, device=q.device).tril()
 
 
-def _scores(q: torch.Tensor, k: torch.Tensor, decay: Decay | None) -> torch.Tensor:
+def score_pairs(q: torch.Tensor, k: torch.Tensor, decay: Decay | None) -> torch.Tensor:
     """q [B,H,N,C,G,K], k [B,H,N,C,K] -> decayed causal scores [B,H,N,C,G,C]."""
     causal = _causal(q)
     if decay is None or decay.sums.shape[-1] == 1:
@@ -60,7 +60,7 @@ def scores(
     Returns the decayed causal scores [B,H,N,C,G,C] and the queries as the state before the chunk sees them.
     """
     if decay is None or torch.is_grad_enabled() or decay.rise is None:
-        a = _times(_scores(q, k, decay), gain)
+        a = _times(score_pairs(q, k, decay), gain)
         return a, _times(q, gain if decay is None else decay.start.unsqueeze(4) * gain)
     # The same to a rounding, with one pass over the queries.
     of_q, of_k = unit(q, decay.half), unit(k, decay.half)
@@ -77,7 +77,7 @@ def products(x: torch.Tensor) -> torch.Tensor:
     return (x.flatten(3, 4) if x.ndim == 6 else x).flatten(0, 2)
 
 
-def _read(a: torch.Tensor, v: torch.Tensor, q: torch.Tensor, before: torch.Tensor, decay: Decay | None) -> torch.Tensor:
+def read(a: torch.Tensor, v: torch.Tensor, q: torch.Tensor, before: torch.Tensor, decay: Decay | None) -> torch.Tensor:
     """Scores a [B,H,N,C,G,C] over v [B,H,N,C,V], which decays by value channel, plus q over the state before."""
     if decay is None:
         o = torch.bmm(products(a), products(v)).baddbmm_(products(q), products(before))
@@ -143,7 +143,7 @@ def _segment(chunk, scale, rows, state, out, q, k, v, g, gv):
     decay, decay_v = make_decay(g), make_decay(gv)
     before, state = enter(k, v, decay, state, decay_v)
     a, q = scores(pack(q, H, C), k, decay, scale)
-    o = unpack(_read(a, v, q, before, decay_v), T)
+    o = unpack(read(a, v, q, before, decay_v), T)
     return o.flatten(2, 3) if out is None else out.unflatten(2, (H, -1)).copy_(o), state
 
 

@@ -37,6 +37,17 @@ SIGNATURES = {
     "fused_recurrent_linear_attn": "q k v scale initial_state output_final_state reverse normalize cu_seqlens",
     "chunk_rwkv6": "r k v w u scale initial_state output_final_state cu_seqlens cu_seqlens_cpu",
     "fused_recurrent_rwkv6": "r k v w u scale initial_state output_final_state reverse cu_seqlens",
+    "chunk_delta_rule": "q k v beta scale initial_state output_final_state use_qk_l2norm_in_kernel cu_seqlens "
+    "cu_seqlens_cpu",
+    "fused_recurrent_delta_rule": "q k v beta scale initial_state output_final_state use_qk_l2norm_in_kernel "
+    "cu_seqlens",
+    "chunk_gated_delta_rule": "q k v g beta scale initial_state output_final_state use_qk_l2norm_in_kernel "
+    "use_beta_sigmoid_in_kernel allow_neg_eigval state_v_first cu_seqlens cu_seqlens_cpu",
+    "fused_recurrent_gated_delta_rule": "q k v g gk gv beta scale initial_state output_final_state "
+    "use_qk_l2norm_in_kernel",
+    "chunk_kda": "q k v g beta scale initial_state output_final_state use_qk_l2norm_in_kernel use_gate_in_kernel "
+    "use_beta_sigmoid_in_kernel allow_neg_eigval safe_gate lower_bound",
+    "fused_recurrent_kda": "q k v g beta A_log dt_bias scale initial_state output_final_state use_qk_l2norm_in_kernel",
     "chunk_gsa": "q k v s g scale initial_state output_final_state checkpoint_level cu_seqlens cu_seqlens_cpu",
     "fused_recurrent_gsa": "q k v s g scale initial_state output_final_state reverse cu_seqlens",
 }
