@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from liger_ops._triton import additive, recurrent
+from liger_ops._triton import additive, delta, recurrent
 from liger_ops._triton import launch as launching
 
 # Shared memory that one program may have, in bytes.
@@ -31,7 +31,13 @@ TARGETS = {
 }
 CASES = [(gate, dtype) for gate in ("channel", "head", "none") for dtype in ("bfloat16", "float32")]
 _MATRIX = r"wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma|v_smfmac"
-_POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64"}
+_POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int64: "*i64",
+}
 
 
 class Job(NamedTuple):
@@ -56,7 +62,7 @@ def launches(gate: str, dtype: str, K: int = 128, V: int = 128) -> list[tuple]:
         calls.append((kernel, K, V, args, constants))
         return launching.options(kernel.fn.__name__, args[0].dtype, K, V)[0]
 
-    modules = additive, recurrent
+    modules = additive, delta, recurrent
     run, piece = additive.launch, additive.PIECE
     for module in modules:
         module.launch = record
@@ -66,15 +72,24 @@ def launches(gate: str, dtype: str, K: int = 128, V: int = 128) -> list[tuple]:
         shared = q, k, v, g, state, None, 0.1, None
         additive.forward(*shared)
         additive.backward(torch.empty(*q.shape[:3], V, dtype=kind), state, *shared, g is not None)
+        beta = torch.empty(B, T, H)
+        shared = q, k, v, beta, g, state, None, 0.1, None
+        delta.forward(*shared)
+        delta.backward(torch.empty(*q.shape[:3], V, dtype=kind), state, *shared, g is not None)
         slots = torch.empty(B, dtype=torch.int64)
         recurrent.forward(q, k, v, g, None, state, state, slots, 0.1)
         recurrent.forward(q, k, v, g, torch.empty(B, T, H, V), state, state, slots, 0.1, before=True)
+        recurrent.forward(q, k, v, g, None, state, state, slots, 0.1, beta=beta)
     finally:
         additive.PIECE = piece
         for module in modules:
             module.launch = run
     # Forward and backward share some.
-    return list({(call[0].fn.__name__, *call[4].items()): call for call in calls}.values())
+    return list({(x[0].fn.__name__, *_kinds(x[3]), *x[4].items()): x for x in calls}.values())
+
+
+def _kinds(args: tuple) -> list[torch.dtype]:
+    return [x.dtype for x in args if isinstance(x, torch.Tensor)]
 
 
 def jobs(every_option: bool = True) -> Iterator[Job]:
@@ -112,6 +127,9 @@ def compile_one(job: Job) -> dict[str, Any]:
     config = launching.options(kernel.fn.__name__, args[0].dtype, K, V)[job.option]
     target, room = TARGETS[job.target]
     constants = launching.fill(kernel, config, constants)
+    if target.backend == "hip" and constants.get("PRECISION") == "tf32x3":
+        # What `launch.precision` says there.
+        constants["PRECISION"] = "ieee"
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants:

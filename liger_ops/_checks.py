@@ -100,12 +100,13 @@ def check_decay(g: torch.Tensor | None, k: torch.Tensor, ranks: tuple[int, ...],
         fail(name, "log decays <= 0", f"a maximum of {g.detach().amax().item():.4g}")
 
 
-def check_strength(beta: torch.Tensor, v: torch.Tensor) -> None:
-    """beta [B,T,H] from 0 to 2, beyond which a step would make what it erases larger."""
+def check_strength(beta: torch.Tensor, v: torch.Tensor, live: torch.Tensor | None = None) -> None:
+    """beta [B,T,H] from 0 to 2, beyond which a step would make what it erases larger; of live rows [B] if given."""
     check_tensor("beta", beta)
     if beta.shape != v.shape[:3] or beta.device != v.device or not beta.is_floating_point():
         given = f"{beta.dtype} {tuple(beta.shape)} on {beta.device}"
         fail("beta", f"a floating tensor {list(v.shape[:3])} on {v.device}", given)
+    beta = beta if live is None or beta.device.type != "cpu" else beta[live]
     if beta.device.type == "cpu" and not torch.compiler.is_compiling() and beta.numel():
         low, high = (x.item() for x in beta.detach().aminmax())
         if not (low >= 0 and high <= 2):

@@ -23,9 +23,10 @@ def gated_step(
     *,
     gv: torch.Tensor | None = None,
     u: torch.Tensor | None = None,
+    beta: torch.Tensor | None = None,
     normalize: bool = False,
 ) -> torch.Tensor:
-    """A token of `fused_recurrent_gla` and its relatives, or with u of `fused_recurrent_rwkv6`.
+    """A token of `fused_recurrent_gla` and its relatives, with u of RWKV-6, with beta of the delta rule.
 
     Args:
         q: [B,HQ,K] queries. k, v: [B,H,K] and [B,H,V].
@@ -34,6 +35,7 @@ def gated_step(
         slots: [B] integers, the row of the pool that belongs to each request; no row twice. Negative: a request
             without a state (padding of the batch), which yields zeros and changes nothing.
         u: [HQ,K] bonus: the token reads the state before it, and itself through u.
+        beta: [B,H] write strength from 0 to 2; alone of gv, u and normalize.
         scale, normalize: as in `chunk_gla`.
 
     Returns:
@@ -52,10 +54,15 @@ def gated_step(
         _checks.check_bonus(u, q.unsqueeze(1))
     if normalize and not (u is None and gv is None):
         _checks.fail("normalize", "False with gv or u", True)
+    if beta is not None:
+        _checks.check_tensor("beta", beta)
+        if normalize or u is not None or gv is not None:
+            _checks.fail("beta", "None with gv, u or normalize", tuple(beta.shape))
+        _checks.check_strength(beta.unsqueeze(1), v.unsqueeze(1), live)
     scale = _checks.as_scale(scale, q.shape[-1])
     if normalize:
         v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
-    o = pooled_step(q, k, v.float(), g, gv, pool, slots, scale, u is not None)
+    o = pooled_step(q, k, v.float(), g, gv, beta, pool, slots, scale, u is not None)
     if u is not None:
         own = ((q.float() * u.float()).unflatten(1, (k.shape[1], -1)) * k.float().unsqueeze(2)).sum(-1, keepdim=True)
         o = o + scale * (own * v.float().unsqueeze(2)).flatten(1, 2)
@@ -88,8 +95,8 @@ def gsa_step(
     _checks.check_pool(values, slots, s, v.shape[-1], "pool[1]")
     scale, dtype = _checks.as_scale(scale, q.shape[-1]), q.dtype
     q, k, v, s, g = (x.float() for x in (q, k, v, s, g))
-    read = pooled_step(q, k, s, None, g, keys, slots, scale, False)
-    o = pooled_step(read.softmax(-1), s, v, g, None, values, slots, 1.0, False)
+    read = pooled_step(q, k, s, None, g, None, keys, slots, scale, False)
+    o = pooled_step(read.softmax(-1), s, v, g, None, None, values, slots, 1.0, False)
     return o.masked_fill(~live.view(-1, 1, 1), 0.0).to(dtype)
 
 
@@ -129,8 +136,8 @@ def mlstm_step(
     k = k * (i - after).exp().unsqueeze(-1)
     # A rounding above 0 now and then, which undoes those below.
     kept = f + (before - after)
-    o = pooled_step(q, k, v, kept, None, C, slots, scale, False)
-    total = pooled_step(q, k, torch.ones_like(k[..., :1]), kept, None, n.unsqueeze(-1), slots, scale, False)
+    o = pooled_step(q, k, v, kept, None, None, C, slots, scale, False)
+    total = pooled_step(q, k, torch.ones_like(k[..., :1]), kept, None, None, n.unsqueeze(-1), slots, scale, False)
     o = o / stable_denominator(total, after, q.shape[1])
     return o.masked_fill(~live.view(-1, 1, 1), 0.0).to(dtype)
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from liger_ops import _checks
-from liger_ops._corrected import recurrence, unit_length
+from liger_ops._packed import on_triton, recurrence
 from liger_ops._sequences import in_order
 
 
@@ -29,6 +29,13 @@ def _gate(g, A_log, dt_bias, lower_bound, k):
     if not -torch.inf < lower_bound < 0:
         _checks.fail("lower_bound", "a number < 0", lower_bound)
     return lower_bound * torch.sigmoid(rate * g)
+
+
+def _unit_length(x):
+    """x / sqrt(|x|^2 + 1e-6) over the last dimension; kernels want the dtype of x back, anything else float32."""
+    y = x if x.dtype == torch.float64 else x.float()
+    y = y * (y.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
+    return y.to(x.dtype) if on_triton(x) else y
 
 
 def _strength(beta, sigmoid, doubled, v):
@@ -71,7 +78,7 @@ def _run(
     _checks.check_qkv(q, k, v, more_values=True)
     scale = _checks.as_scale(scale, q.shape[-1])
     if use_qk_l2norm_in_kernel:
-        q, k = unit_length(q), unit_length(k)
+        q, k = _unit_length(q), _unit_length(k)
     H = v.shape[2]
     k = k if k.shape[2] == H else k.repeat_interleave(H // k.shape[2], 2)
     q = q if q.shape[2] >= H else q.repeat_interleave(H // q.shape[2], 2)
@@ -86,7 +93,7 @@ def _run(
     _checks.check_chunk_size(chunk_size)
 
     def core(q, k, v, beta, g, state, cu_seqlens):
-        return recurrence(q, k, v, beta, g, scale, state, chunk_size, cu_seqlens)
+        return recurrence(q, k, v, g, scale, state, chunk_size, None, cu_seqlens, beta)
 
     o, state = in_order(core, (q, k, v, beta, g), state, cu_seqlens, reverse)
     if not output_final_state:

@@ -1,4 +1,4 @@
-"""Which backend runs the additive recurrence; on a GPU it is one opaque op, its sequences packed or not.
+"""Which backend runs a recurrence, additive or with the delta rule; on a GPU it is one opaque op.
 
 Shapes: B batch, T time, HQ query heads, H key/value heads, K key width, V value width, N sequences.
 """
@@ -8,7 +8,7 @@ import importlib.util
 
 import torch
 
-from liger_ops._torch import additive
+from liger_ops._torch import additive, delta
 from liger_ops._torch.layout import full_precision
 
 # A per-channel gate costs an exponential per row, column and channel of a chunk, the others one per row and column.
@@ -46,6 +46,7 @@ def _packed(
     v: torch.Tensor,
     g: torch.Tensor | None,
     gv: torch.Tensor | None,
+    beta: torch.Tensor | None,
     state: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
     scale: float,
@@ -56,7 +57,11 @@ def _packed(
         from liger_ops._triton.recurrent import forward
 
         last = torch.empty_like(state, memory_format=torch.contiguous_format)
-        return forward(q, k, v, g, gv, state.contiguous(), last, None, scale), last
+        return forward(q, k, v, g, gv, state.contiguous(), last, None, scale, beta=beta), last
+    if beta is not None:
+        from liger_ops._triton.delta import forward
+
+        return forward(q, k, v, beta, g, state, cu_seqlens, scale, chunk)
     if gv is not None:
         from liger_ops._triton.additive import values_forward
 
@@ -67,7 +72,7 @@ def _packed(
 
 
 @_packed.register_fake
-def _(q, k, v, g, gv, state, cu_seqlens, scale, chunk):
+def _(q, k, v, g, gv, beta, state, cu_seqlens, scale, chunk):
     return v.new_empty(*q.shape[:3], v.shape[-1]), torch.empty_like(state, memory_format=torch.contiguous_format)
 
 
@@ -80,13 +85,19 @@ def _packed_backward(
     v: torch.Tensor,
     g: torch.Tensor | None,
     gv: torch.Tensor | None,
+    beta: torch.Tensor | None,
     state: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
     scale: float,
     chunk: int | None,
     gate: bool,
 ) -> list[torch.Tensor]:
-    """Gradients of q, k, v and state, and of the gate, g or gv, if wanted."""
+    """Gradients of q, k, v, beta if there is one, and state, and of the gate, g or gv, if wanted."""
+    if beta is not None:
+        from liger_ops._triton.delta import backward
+
+        *found, dgate, dfirst = backward(do, dstate, q, k, v, beta, g, state, cu_seqlens, scale, chunk, gate)
+        return [*found, dfirst] + ([dgate] if gate else [])
     from liger_ops._triton import additive as kernels
 
     run, given = (kernels.backward, g) if gv is None else (kernels.values_backward, gv)
@@ -95,8 +106,8 @@ def _packed_backward(
 
 
 @_packed_backward.register_fake
-def _(do, dstate, q, k, v, g, gv, state, cu_seqlens, scale, chunk, gate):
-    given = q, k, v, state, *((g if gv is None else gv,) if gate else ())
+def _(do, dstate, q, k, v, g, gv, beta, state, cu_seqlens, scale, chunk, gate):
+    given = q, k, v, *(() if beta is None else (beta,)), state, *((g if gv is None else gv,) if gate else ())
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in given]
 
 
@@ -110,9 +121,11 @@ def _differentiate(ctx, do, dstate):
         raise RuntimeError("liger_ops::packed_backward: expected one differentiation, got create_graph=True")
     gate = any(ctx.needs_input_grad[3:5])
     held = ctx.saved_tensors
-    dq, dk, dv, dfirst, *dg = _packed_backward(do, dstate, *held, ctx.scale, ctx.chunk, gate)
+    dq, dk, dv, *found = _packed_backward(do, dstate, *held, ctx.scale, ctx.chunk, gate)
+    dbeta = None if held[5] is None else found.pop(0)
+    dfirst, *dg = found
     gates = [dg[0] if need else None for need in ctx.needs_input_grad[3:5]]
-    return dq, dk, dv, *gates, dfirst, None, None, None
+    return dq, dk, dv, *gates, dbeta, dfirst, None, None, None
 
 
 _packed.register_autograd(_differentiate, setup_context=_setup)
@@ -125,6 +138,7 @@ def pooled_step(
     v: torch.Tensor,
     g: torch.Tensor | None,
     gv: torch.Tensor | None,
+    beta: torch.Tensor | None,
     pool: torch.Tensor,
     slots: torch.Tensor,
     scale: float,
@@ -134,21 +148,22 @@ def pooled_step(
     if on_triton(q) and pool.is_contiguous() and k.shape[-1] <= WIDEST:
         from liger_ops._triton.recurrent import forward
 
-        one = (x if x is None else x.unsqueeze(1) for x in (q, k, v, g, gv))
-        return forward(*one, pool, pool, slots, scale, before).squeeze(1)
+        q, k, v, g, gv, beta = (x if x is None else x.unsqueeze(1) for x in (q, k, v, g, gv, beta))
+        return forward(q, k, v, g, gv, pool, pool, slots, scale, before, beta).squeeze(1)
     live = slots >= 0
     rows = slots.long().clamp(min=0)
-    one = (x if x is None else x.float() for x in (q, k, v, g, gv))
-    o, state = _step(*one, pool[rows] if len(pool) else pool.new_zeros(len(slots), *pool.shape[1:]), before)
+    q, k, written, g, gv, beta = (x if x is None else x.float() for x in (q, k, v, g, gv, beta))
+    old = pool[rows] if len(pool) else pool.new_zeros(len(slots), *pool.shape[1:])
+    o, state = _step(q, k, written, g, gv, old, before) if beta is None else _erase(q, k, written, beta, g, old)
     pool[rows[live]] = state[live]
     return (o * scale).to(v.dtype)
 
 
-_step = full_precision(additive.step)
+_step, _erase = full_precision(additive.step), full_precision(delta.step)
 
 
 @pooled_step.register_fake
-def _(q, k, v, g, gv, pool, slots, scale, before):
+def _(q, k, v, g, gv, beta, pool, slots, scale, before):
     return v.new_empty(*q.shape[:2], v.shape[-1])
 
 
@@ -163,18 +178,22 @@ def recurrence(
     chunk: int | None = None,
     gv: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
+    beta: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q [B,T,HQ,K], k [B,T,H,K], v [B,T,H,V] -> o [B,T,HQ,V] in the dtype of v, and the last state [N,H,K,V].
 
-    Log decays g [B,T,H] or [B,T,H,K] and gv [B,T,H,V], or None; cu_seqlens [N+1] packs sequences into batch 1.
+    Log decays g [B,T,H] or [B,T,H,K] and gv [B,T,H,V], or None; cu_seqlens [N+1] packs sequences into batch 1. With
+    beta [B,T,H], and then without gv, the delta rule.
     """
     (B, T, H, K), V = k.shape, v.shape[-1]
     N = B if cu_seqlens is None else len(cu_seqlens) - 1
     # Decays of keys and values at once have no chunked form there: token by token, or in PyTorch.
     by_token = cu_seqlens is None and K <= WIDEST and not torch.is_grad_enabled()
-    kernels = on_triton(q) and (g is None or gv is None or by_token)
+    kernels = on_triton(q) and (g is None or gv is None or by_token) and (beta is None or K <= WIDEST)
     if kernels and state is None:
         state = q.new_zeros(N, H, K, V, dtype=torch.float32)
     if not (kernels and T and B):
+        if beta is not None:
+            return delta.recurrence(q, k, v, beta, g, scale, state, default_chunk(g, chunk), cu_seqlens)
         return additive.recurrence(q, k, v, g, scale, state, default_chunk(g, chunk), gv, cu_seqlens)
-    return _packed(q, k, v, g, gv, state.float(), cu_seqlens, scale, chunk)
+    return _packed(q, k, v, g, gv, beta, state.float(), cu_seqlens, scale, chunk)

@@ -25,7 +25,7 @@ def chunk_size(dtype: torch.dtype, wanted: int | None) -> int:
     return (32 if dtype == torch.float32 else 64) if wanted is None else min(max(next_power_of_2(wanted), 16), 64)
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """Contiguous q [S,HQ,K], k [S,H,K], v [S,H,V], g [S,H,1 or K] or None, where chunks lie, and the constants."""
 
     q: torch.Tensor
@@ -51,7 +51,7 @@ class _Call(NamedTuple):
         return self.q if self.g is None else self.g
 
 
-def _call(q, k, v, g, cu_seqlens, chunk) -> _Call:
+def prepare(q, k, v, g, cu_seqlens, chunk) -> Call:
     chunk = chunk_size(q.dtype, chunk)
     B, T = q.shape[:2]
     per_channel = g is not None and g.ndim == 4
@@ -62,10 +62,11 @@ def _call(q, k, v, g, cu_seqlens, chunk) -> _Call:
     few = len(where.sequences) * k.shape[1] <= _CHAINS and 2 * PIECE * len(where.sequences) <= B * T
     pieces = make_pieces(where.sequences, B * T, PIECE, chunk) if few else None
     constants = dict(C=chunk, GATED=g is not None, PER_CHANNEL=per_channel, PRECISION=precision(q.dtype))
-    return _Call(q, k, v, g, where, pieces, constants)
+    constants |= dict(ALONE=False, STRICT=False)
+    return Call(q, k, v, g, where, pieces, constants)
 
 
-def _states(x: _Call, k, v, first, scale=1.0, reverse=False):
+def _states(x: Call, k, v, first, scale=1.0, reverse=False):
     """The states that chunks start from [chunks,H,K,V], in either direction of time, and the last one."""
     H, _, K, V, KG = x.sizes
     kept = torch.bfloat16 if x.q.dtype == torch.bfloat16 else torch.float32
@@ -94,16 +95,16 @@ def _states(x: _Call, k, v, first, scale=1.0, reverse=False):
     return h, last
 
 
-def _pairs(x: _Call) -> torch.Tensor:
-    return x.q.new_empty(*x.q.shape[:2], x.constants["C"], dtype=torch.float32)
+def _pairs(x: Call, kind: torch.dtype = torch.float32) -> torch.Tensor:
+    return x.q.new_empty(*x.q.shape[:2], x.constants["C"], dtype=kind)
 
 
-def _scores(x: _Call) -> torch.Tensor:
+def scores(x: Call, kind: torch.dtype = torch.float32) -> torch.Tensor:
     """Per channel: the decayed scores of the pairs within chunks [S,HQ,C]; otherwise something that nobody reads."""
     if not x.per_channel:
         return x.q
     H, G, K, V, _ = x.sizes
-    a, count, C = _pairs(x), len(x.chunks.chunks), x.constants["C"]
+    a, count, C = _pairs(x, kind), len(x.chunks.chunks), x.constants["C"]
     args = x.q, x.k, x.g, a, x.chunks.chunks, H, G, K
     launch(pairs.scores_kernel, lambda _: (count, cdiv(C, _ROWS), H * G), K, V, *args, **x.constants, R=_ROWS)
     return a
@@ -111,27 +112,38 @@ def _scores(x: _Call) -> torch.Tensor:
 
 def forward(q, k, v, g, state, cu_seqlens, scale, chunk):
     """q [B,T,HQ,K], k [B,T,H,K], v [B,T,H,V], g [B,T,H] or [B,T,H,K] or None, state [N,H,K,V] -> o, last state."""
-    x = _call(q, k, v, g, cu_seqlens, chunk)
-    H, G, K, V, KG = x.sizes
+    x = prepare(q, k, v, g, cu_seqlens, chunk)
     h, last = _states(x, x.k, x.v, state.contiguous())
-    o = v.new_empty(*q.shape[:3], V)
-    count = len(h)
-    args = x.q, x.k, x.v, x.gate(), h, _scores(x), o, x.chunks.chunks, scale, H, G, K, V, KG
-    launch(outputs.outputs_kernel, lambda c: (count, cdiv(V, c.BV), H * G), K, V, *args, **x.constants)
+    o = v.new_empty(*q.shape[:3], v.shape[-1])
+    read(x, h, scale, o)
     return o, last
+
+
+def read(x: Call, h, scale, o):
+    """Fills o [B,T,HQ,V] from the states h [chunks,H,K,V] that chunks start from, and their own rows."""
+    H, G, K, V, KG = x.sizes
+    args = x.q, x.k, x.v, x.gate(), h, scores(x), o, x.chunks.chunks, scale, H, G, K, V, KG
+    launch(outputs.outputs_kernel, lambda c: (len(h), cdiv(V, c.BV), H * G), K, V, *args, **x.constants)
+
+
+def values_gradient(x: Call, dh, do, scale, alone=False):
+    """dv [S,H,V] like v, from the gradients dh [chunks,H,K,V] of states behind chunks and do [S,HQ,V], or do alone."""
+    H, G, K, V, KG = x.sizes
+    dv, count = torch.empty_like(x.v), len(x.chunks.chunks)
+    args = x.q, x.k, do, x.gate(), dh, scores(x), dv, x.chunks.chunks, scale, H, G, K, V, KG
+    constants = {**x.constants, "ALONE": alone}
+    launch(outputs.values_kernel, lambda c: (count, cdiv(V, c.BV), H), K, V, *args, **constants)
+    return dv
 
 
 def backward(do, dstate, q, k, v, g, state, cu_seqlens, scale, chunk, gate_gradient):
     """The gradients of q, k, v, g (None unless gate_gradient) and the initial state."""
-    x = _call(q, k, v, g, cu_seqlens, chunk)
-    H, G, K, V, KG = x.sizes
+    x = prepare(q, k, v, g, cu_seqlens, chunk)
     do = do.contiguous().flatten(0, 1)
     h, _ = _states(x, x.k, x.v, state.contiguous())
     dh, dfirst = _states(x, x.q, do, dstate.contiguous(), scale, reverse=True)
-    dq, dk, dg = _gradients(x, h, dh, do, scale, gate_gradient)
-    dv, count = torch.empty_like(x.v), len(h)
-    args = x.q, x.k, do, x.gate(), dh, _scores(x), dv, x.chunks.chunks, scale, H, G, K, V, KG
-    launch(outputs.values_kernel, lambda c: (count, cdiv(V, c.BV), H), K, V, *args, **x.constants)
+    dq, dk, dg = differentiate(x, h, dh, do, scale, gate_gradient)
+    dv = values_gradient(x, dh, do, scale)
     dg = dg.view(g.shape).to(g.dtype) if gate_gradient else None
     return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape), dg, dfirst
 
@@ -142,9 +154,9 @@ def values_forward(q, k, v, gv, state, cu_seqlens, scale, chunk):
     o_t = scale sum_s (q_t . k_s) exp(gv) v_s is the gradient of the queries of another recurrence: its keys are v, its
     values k, its output's gradient q, its state the transpose.
     """
-    x = _call(v.new_zeros(*q.shape[:3], v.shape[-1]), v, k, gv, cu_seqlens, chunk)
+    x = prepare(v.new_zeros(*q.shape[:3], v.shape[-1]), v, k, gv, cu_seqlens, chunk)
     h, last = _states(x, x.k, x.v, state.transpose(-1, -2).contiguous())
-    o, _, _ = _gradients(x, h, h, q.contiguous().flatten(0, 1), scale, False)
+    o, _, _ = differentiate(x, h, h, q.contiguous().flatten(0, 1), scale, False)
     return o.view(*q.shape[:3], v.shape[-1]), last.transpose(-1, -2).contiguous()
 
 
@@ -157,7 +169,7 @@ def values_backward(do, dstate, q, k, v, gv, state, cu_seqlens, scale, chunk, ga
     return dq, dk, dv, dgv, dfirst.transpose(-1, -2).contiguous()
 
 
-def _gradients(x: _Call, h, dh, do, scale, gate_gradient):
+def differentiate(x: Call, h, dh, do, scale, gate_gradient):
     """The gradients of queries, keys and, if wanted, gates [S,H,1 or K]. That of the queries needs neither q nor dh."""
     H, G, K, V, KG = x.sizes
     tokens, count = len(x.q), len(h)
@@ -180,7 +192,7 @@ def _gradients(x: _Call, h, dh, do, scale, gate_gradient):
     return dq, dk, dg if x.per_channel or not gate_gradient else dg[: cdiv(K, config.BK)].sum(0)
 
 
-def _own_gradients(x: _Call, do, scale):
+def _own_gradients(x: Call, do, scale):
     """The gradients of the scores within chunks, and what they make of queries and keys."""
     H, G, K, V, _ = x.sizes
     table, C, count = x.chunks.chunks, x.constants["C"], len(x.chunks.chunks)

@@ -6,7 +6,17 @@ Shapes: as in `tiles`; h, dh [chunks,H,K,V]: the state before a chunk, and the g
 import triton
 import triton.language as tl
 
-from liger_ops._triton.tiles import between, dot, from_row, load_chunk, load_decays, load_rows, store_rows, to_row
+from liger_ops._triton.tiles import (
+    between,
+    dot,
+    from_row,
+    head_scale,
+    load_chunk,
+    load_decays,
+    load_rows,
+    store_rows,
+    to_row,
+)
 
 
 # As a constant, G = 1 next to V = 1 makes LLVM give up in Triton 3.9.
@@ -39,12 +49,14 @@ def gradients_kernel(
     BG: tl.constexpr,
     GATED: tl.constexpr,
     GATE_GRADIENT: tl.constexpr,
+    STRICT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """dq [S,HQ,K], dk [S,H,K], dg [S,H,K] per channel or, a part per block of channels, [blocks,S,H].
 
     Per channel da [S,HQ,C] are the gradients of the chunk's scores, dq_own and dk_own what its pairs s < t make of
-    them. dg_r sums over all pairs s < r <= t: both outside of the chunk, one of them, or none. Only the last is a
+    them. STRICT: the last head of a group is the key, which asks for what came before it: its gradient is part of dk.
+    dg_r sums over all pairs s < r <= t: both outside of the chunk, one of them, or none. Only the last is a
     difference, of sums that neither token's own pair enters.
     """
     i_h, i_k, i_c = tl.program_id(2).to(tl.int64), tl.program_id(1), tl.program_id(0).to(tl.int64)
@@ -77,7 +89,8 @@ def gradients_kernel(
     if GATED and BG == 1:
         b_e = between(b_g, o_r)
     if GATE_GRADIENT:
-        b_part = b_k * b_dk
+        # No gate follows the last row: it keeps everything, and would cover what strong gates leave of others.
+        b_part = tl.where((o_r < n - 1)[:, None], b_k * b_dk, 0.0)
         b_dg = tl.cumsum(b_part, 0) - b_part + (b_straddle * tl.exp(tl.sum(b_g, 0)))[None, :]
     if BG > 1:
         b_own = load_rows(dk_own, i_t, i_h, H, K, o_r, o_k, m_r)
@@ -98,7 +111,8 @@ def gradients_kernel(
             b_dq += dot(b_do, tl.trans(b_h), PRECISION)
             if BG == 1:
                 b_a += dot(b_do, tl.trans(load_rows(v, i_t, i_h, H, V, o_r, o_v, m_r)), PRECISION)
-        b_dq *= scale
+        b_scale = head_scale(scale, i_g, G, STRICT)
+        b_dq *= b_scale
         if GATED:
             b_dq *= b_to
         if BG > 1:
@@ -107,12 +121,15 @@ def gradients_kernel(
             b_same = tl.load(p_a, mask=m_r, other=0.0)
             b_own_k = tl.zeros([C, BK], tl.float32)
         else:
-            b_a *= b_e * scale
+            b_a *= b_e * b_scale
             b_same = tl.sum(tl.where(o_r[:, None] == o_r[None, :], b_a, 0.0), 1)
             b_a = tl.where(o_r[:, None] > o_r[None, :], b_a, 0.0)
             b_own_q = dot(b_a, b_k, PRECISION)
             b_own_k = dot(tl.trans(b_a), b_q, PRECISION)
         b_dq += b_own_q
+        if STRICT:
+            b_same = tl.where(i_g < G - 1, b_same, 0.0)
+            b_dk += tl.where(i_g < G - 1, 0.0, b_dq)
         b_dk += b_own_k + b_same[:, None] * b_q
         b_pairs += b_q * b_dq - b_k * b_own_k
         store_rows(dq, b_dq + b_same[:, None] * b_k, i_t, i_q, HQ, K, o_r, o_k, m_r)

@@ -34,6 +34,10 @@ CONFIGS: dict[str, list[Config]] = {
     "queries_gradient_kernel": [Config(32, 16, 2, 2), Config(64, 16, 4, 2)],
     "keys_gradient_kernel": [Config(32, 16, 2, 2), Config(64, 16, 4, 2)],
     "gradients_kernel": [Config(16, 32, 8, 1), Config(32, 32, 8, 1)],
+    "inverse_kernel": [Config(32, 16, 4, 2)],
+    "mixed_kernel": [Config(64, 64, 4, 2), Config(32, 32, 4, 2)],
+    # It holds all channels of the key as well, in blocks.
+    "corrected_states_kernel": [Config(16, 32, 4, 1), Config(32, 16, 4, 1)],
     # It holds all channels of the key, and may write over what it read: nothing to try twice.
     "recurrent_kernel": [Config(256, 16, 4, 1)],
 }

@@ -10,6 +10,7 @@ from liger_ops._triton.tiles import (
     between,
     dot,
     from_row,
+    head_scale,
     load_chunk,
     load_decays,
     load_rows,
@@ -107,9 +108,14 @@ def values_kernel(
     BV: tl.constexpr,
     BG: tl.constexpr,
     GATED: tl.constexpr,
+    ALONE: tl.constexpr,
+    STRICT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The gradient dv [S,H,V]: from the state's gradient dh [chunks,H,K,V] behind a chunk, and from its own rows."""
+    """The gradient dv [S,H,V]: from the state's gradient dh [chunks,H,K,V] behind a chunk, and from its own rows.
+
+    ALONE: only from its own rows. STRICT: the last head of a group asks for what came before it.
+    """
     i_h, i_v, i_c = tl.program_id(2).to(tl.int64), tl.program_id(1), tl.program_id(0).to(tl.int64)
     HQ = H * G
     i_t, n = load_chunk(chunks, i_c)
@@ -119,7 +125,8 @@ def values_kernel(
     m_r = o_r < n
 
     b_dv = tl.zeros([C, BV], tl.float32)
-    for i_k in range(tl.cdiv(K, BK)):
+    n_k = tl.cdiv(K, BK)
+    for i_k in range(0 if ALONE else n_k):
         o_k = i_k * BK + tl.arange(0, BK)
         b_k = load_rows(k, i_t, i_h, H, K, o_r, o_k, m_r)
         p_h = dh + (i_c * H + i_h) * K * V + o_k[:, None] * V + o_v[None, :]
@@ -139,12 +146,14 @@ def values_kernel(
             b_a = load_pairs(a, i_t, i_q, HQ, o_r, n, C)
         else:
             b_a = tl.zeros([C, C], tl.float32)
-            for i_k in range(tl.cdiv(K, BK)):
+            for i_k in range(n_k):
                 o_k = i_k * BK + tl.arange(0, BK)
                 b_q = load_rows(q, i_t, i_q, HQ, K, o_r, o_k, m_r)
                 b_k = load_rows(k, i_t, i_h, H, K, o_r, o_k, m_r)
                 b_a += dot(b_q, tl.trans(b_k), PRECISION)
             b_a *= b_e
+        if STRICT:
+            b_a = tl.where((o_r[:, None] > o_r[None, :]) | (i_g < G - 1), b_a, 0.0)
         b_do = load_rows(do, i_t, i_q, HQ, V, o_r, o_v, m_r)
-        b_dv += dot(tl.trans(b_a), b_do, PRECISION) * scale
+        b_dv += dot(tl.trans(b_a), b_do, PRECISION) * head_scale(scale, i_g, G, STRICT)
     store_rows(dv, b_dv, i_t, i_h, H, V, o_r, o_v, m_r)

@@ -10,7 +10,7 @@ from overflow, and one row is taken at a time otherwise.
 import triton
 import triton.language as tl
 
-from liger_ops._triton.tiles import dot, from_row, load_chunk, load_decays, load_rows, offsets, store_rows
+from liger_ops._triton.tiles import dot, from_row, head_scale, load_chunk, load_decays, load_rows, offsets, store_rows
 
 # The smallest sum of decays, and the largest logarithm of an operand over its decay, that float32 factors bear.
 FACTORABLE = tl.constexpr(-80.0)
@@ -72,7 +72,10 @@ def scores_kernel(
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """a[t,s] = sum_k q_t exp(g_{s+1} + ... + g_t) k_s for s <= t: q [S,HQ,K], k, g [S,H,K] -> a [S,HQ,C]."""
+    """a[t,s] = sum_k q_t exp(g_{s+1} + ... + g_t) k_s for s <= t: q [S,HQ,K], k, g [S,H,K] -> a [S,HQ,C].
+
+    In the dtype of a, float32 or float64.
+    """
     i_q, i_b, i_c = tl.program_id(2).to(tl.int64), tl.program_id(1), tl.program_id(0).to(tl.int64)
     i_h, HQ, i_first = i_q // G, H * G, i_b * R
     i_t, n = load_chunk(chunks, i_c)
@@ -83,13 +86,14 @@ def scores_kernel(
     n_r = tl.minimum(n - i_first, R)
     m_r = o_r < n_r
 
-    b_past = tl.zeros([R, C], tl.float32)
-    b_own = tl.zeros([R, R], tl.float32)
+    kind = a.dtype.element_ty
+    b_past = tl.zeros([R, C], kind)
+    b_own = tl.zeros([R, R], kind)
     for i_k in range(tl.cdiv(K, BK)):
         o_k = i_k * BK + tl.arange(0, BK)
-        b_q = load_rows(q, i_r, i_q, HQ, K, o_r, o_k, m_r).to(tl.float32)
-        b_k = load_rows(k, i_r, i_h, H, K, o_r, o_k, m_r).to(tl.float32)
-        b_g = load_decays(g, i_r, i_h, H, K, o_r, o_k, m_r & (o_r > 0))
+        b_q = load_rows(q, i_r, i_q, HQ, K, o_r, o_k, m_r).to(kind)
+        b_k = load_rows(k, i_r, i_h, H, K, o_r, o_k, m_r).to(kind)
+        b_g = load_decays(g, i_r, i_h, H, K, o_r, o_k, m_r & (o_r > 0)).to(kind)
         b_sum = tl.cumsum(b_g, 0)
         b_to = b_q * tl.exp(b_sum)
         if i_b > 0:
@@ -100,7 +104,7 @@ def scores_kernel(
             b_fall, b_rise = apart(b_g)
             b_own += dot(b_q * b_fall, tl.trans(b_k * b_rise), PRECISION)
         else:
-            b_sum = tl.zeros([R, BK], tl.float32)
+            b_sum = tl.zeros([R, BK], kind)
             for i in range(R):
                 s = R - 1 - i
                 b_s = b_q * load_row(k, i_r, i_h, H, K, o_k, s, n_r)[None, :] * tl.exp(b_sum)
@@ -124,9 +128,10 @@ def products_kernel(
     V,
     C: tl.constexpr,
     BV: tl.constexpr,
+    STRICT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """a[t,s] = scale x_t . y_s for s <= t: x [S,HQ,V], y [S,H,V] -> a [S,HQ,C]."""
+    """a[t,s] = scale x_t . y_s for s <= t: x [S,HQ,V], y [S,H,V] -> a [S,HQ,C]. STRICT as `head_scale` has it."""
     i_q, i_c = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
     i_h, HQ = i_q // G, H * G
     i_t, n = load_chunk(chunks, i_c)
@@ -140,7 +145,7 @@ def products_kernel(
         b_x = load_rows(x, i_t, i_q, HQ, V, o_r, o_v, m_r)
         b_a += dot(b_x, tl.trans(load_rows(y, i_t, i_h, H, V, o_r, o_v, m_r)), PRECISION)
     m_a = m_r[:, None] & (o_r[:, None] >= o_r[None, :])
-    tl.store(a + offsets(i_t, i_q, HQ, C, o_r, o_r), b_a * scale, mask=m_a)
+    tl.store(a + offsets(i_t, i_q, HQ, C, o_r, o_r), b_a * head_scale(scale, i_q % G, G, STRICT), mask=m_a)
 
 
 @triton.jit

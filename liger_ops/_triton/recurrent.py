@@ -18,6 +18,7 @@ def recurrent_kernel(
     v,
     g,
     gv,
+    beta,
     first,
     last,
     slots,
@@ -34,12 +35,14 @@ def recurrent_kernel(
     BG: tl.constexpr,
     GATED: tl.constexpr,
     VALUES_GATED: tl.constexpr,
+    ERASES: tl.constexpr,
     BEFORE: tl.constexpr,
     POOLED: tl.constexpr,
 ):
     """q [N,T,HQ,K], k [N,T,H,K], v, gv [N,T,H,V], g [N,T,H,KG], states first and last [.,H,K,V] -> o [N,T,HQ,V].
 
-    BEFORE: a token reads the state before it. POOLED: the state of sequence n is row slots[n] of first and last, which
+    ERASES: instead of v, beta [N,T,H] times what the decayed state lacks of it is added (the delta rule). BEFORE: a
+    token reads the state before it. POOLED: the state of sequence n is row slots[n] of first and last, which
     may be one tensor; below 0, n has none.
     """
     i_v, i_nh = tl.program_id(1), tl.program_id(0).to(tl.int64)
@@ -55,7 +58,7 @@ def recurrent_kernel(
     i_row = i_n * T * H + i_h
     p_k, p_g = k + i_row * K + o_k, g + i_row * KG + o_g
     p_v, p_gv = v + i_row * V + o_v, gv + i_row * V + o_v
-    p_q, p_o = q + i_row * G * K + o_k, o + i_row * G * V + o_v
+    p_q, p_o, p_beta = q + i_row * G * K + o_k, o + i_row * G * V + o_v, beta + i_row
     for _ in range(T):
         b_k = tl.load(p_k, mask=m_k, other=0.0).to(tl.float32)
         b_v = tl.load(p_v, mask=m_v, other=0.0).to(tl.float32)
@@ -64,6 +67,8 @@ def recurrent_kernel(
             b_h *= tl.exp(tl.load(p_g, mask=o_g < KG, other=0.0))[:, None]
         if VALUES_GATED:
             b_h *= tl.exp(tl.load(p_gv, mask=m_v, other=0.0))[None, :]
+        if ERASES:
+            b_v = tl.load(p_beta).to(tl.float32) * (b_v - tl.sum(b_h * b_k[:, None], 0))
         b_h += b_k[:, None] * b_v[None, :]
         b_read = b_old if BEFORE else b_h
         for i_g in range(G):
@@ -71,22 +76,22 @@ def recurrent_kernel(
             b_o = tl.where(i_s >= 0, tl.sum(b_read * b_q[:, None], 0) * scale, 0.0)
             tl.store(p_o + i_g * V, b_o.to(o.dtype.element_ty), mask=m_v)
         p_k, p_v, p_g, p_gv = p_k + H * K, p_v + H * V, p_g + H * KG, p_gv + H * V
-        p_q, p_o = p_q + H * G * K, p_o + H * G * V
+        p_q, p_o, p_beta = p_q + H * G * K, p_o + H * G * V, p_beta + H
     tl.store(last + o_h, b_h, mask=m_h)
 
 
-def forward(q, k, v, g, gv, first, last, slots, scale, before=False) -> torch.Tensor:
+def forward(q, k, v, g, gv, first, last, slots, scale, before=False, beta=None) -> torch.Tensor:
     """o [N,T,HQ,V]; fills last, which may be first. slots [N] addresses both, None is one state per sequence."""
     N, T, H, K = k.shape
     V, G = v.shape[-1], q.shape[2] // H
     KG = 1 if g is None or g.ndim == 3 else K
     constants = dict(GATED=g is not None, PER_CHANNEL=KG > 1, VALUES_GATED=gv is not None)
-    constants |= dict(BEFORE=before, POOLED=slots is not None)
+    constants |= dict(BEFORE=before, POOLED=slots is not None, ERASES=beta is not None)
     q, k, v = (x.contiguous() for x in (q, k, v))
     # What no kernel reads may be anything.
-    g, gv = (q if x is None else x.float().contiguous() for x in (g, gv))
+    g, gv, beta = (q if x is None else x.float().contiguous() for x in (g, gv, beta))
     slots = q if slots is None else slots.contiguous()
     o = v.new_empty(N, T, q.shape[2], V)
-    args = q, k, v, g, gv, first, last, slots, o, scale, T, H, G, K, V, KG
+    args = q, k, v, g, gv, beta, first, last, slots, o, scale, T, H, G, K, V, KG
     launch(recurrent_kernel, lambda c: (N * H, cdiv(V, c.BV)), K, V, *args, **constants)
     return o

@@ -61,8 +61,21 @@ def between(b_g, o_r):
 
 
 @triton.jit
+def head_scale(scale, i_g, G, STRICT: tl.constexpr):
+    """The factor on query head i_g of a group of G; STRICT: on the last, the key that asks what came before it, 1."""
+    return tl.where(i_g < G - 1, scale, 1.0) if STRICT else scale
+
+
+@triton.jit
 def dot(a, b, PRECISION: tl.constexpr):
-    """a @ b summed in float32. Operands of different dtypes meet in float32, which tf32 holds halves in exactly."""
-    if a.dtype != b.dtype:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision=PRECISION)
+    """a @ b summed in float32. Operands of different dtypes meet in float32, which tf32 holds halves in exactly.
+
+    With float64 on either side all of it is in float64.
+    """
+    if a.dtype == tl.float64 or b.dtype == tl.float64:
+        b_c = tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64)
+    elif a.dtype != b.dtype:
+        b_c = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=PRECISION)
+    else:
+        b_c = tl.dot(a, b, input_precision=PRECISION)
+    return b_c

@@ -67,6 +67,17 @@ def test_gates_of_every_size(gate, size):
 
 
 @pytest.mark.parametrize("gate", ["head", "channel"])
+@pytest.mark.parametrize("size", [10.0, 30.0, 100.0])
+def test_gates_that_are_strong_everywhere(gate, size):
+    """Their gradients are far below what a last row keeps of itself, which is all of it."""
+    case = Case(gate=gate, T=50, G=2, size=size)
+    x = case.tensors()
+    x["g"] -= size / 2
+    far = distances(run(additive, case, x), exact(case, x))
+    assert all(d <= BARS[n] for n, d in far.items()), far
+
+
+@pytest.mark.parametrize("gate", ["head", "channel"])
 @pytest.mark.parametrize("depth", [20.0, 75.0])
 def test_a_strong_gate_amid_weak_ones_blurs_no_pair_behind_it(gate, depth):
     """Behind it every running sum is long, and every decay between two rows is weak."""

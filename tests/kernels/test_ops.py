@@ -26,6 +26,13 @@ OPS = {
     "chunk_retention": dict,
     "chunk_lightning_attn": lambda: dict(layer_idx=1, num_layers=4),
     "chunk_linear_attn": lambda: dict(normalize=False),
+    "chunk_delta_rule": lambda: dict(beta=2 * torch.rand(1, T, H), use_qk_l2norm_in_kernel=True),
+    "chunk_gated_delta_rule": lambda: dict(
+        g=decay(1, T, H), beta=2 * torch.rand(1, T, H), use_qk_l2norm_in_kernel=True
+    ),
+    "fused_recurrent_kda": lambda: dict(
+        g=decay(1, T, H, K), beta=torch.rand(1, T, H), use_qk_l2norm_in_kernel=True, reverse=True
+    ),
     "chunk_rwkv6": lambda: dict(w=decay(1, T, H, K), u=torch.randn(HQ, K)),
     "fused_recurrent_rwkv6": lambda: dict(w=decay(1, T, H, K), u=torch.randn(HQ, K), reverse=True),
 }
@@ -142,12 +149,15 @@ def test_the_compiler_sees_one_op(gate, monkeypatch):
     q, k, v = torch.randn(1, T, HQ, K), torch.randn(1, T, H, K), torch.randn(1, T, H, V)
     leaves = [x if x is None else x.requires_grad_() for x in (q, k, v, g, torch.randn(3, H, K, V))]
     args = *leaves, torch.tensor([0, 20, 20, T]), K**-0.5, None
-    torch.library.opcheck(torch.ops.liger_ops.packed.default, (*args[:4], None, *args[4:]))
+    strength = torch.rand(1, T, H).requires_grad_()
+    for beta in (None, strength):
+        torch.library.opcheck(torch.ops.liger_ops.packed.default, (*args[:4], None, beta, *args[4:]))
     # [B,H,T,D] underneath, as most models hold them.
     turned = [x if x is None else x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in leaves]
     do, dstate = torch.randn(1, T, HQ, V), torch.randn(3, H, K, V)
-    back = do, dstate, *turned[:4], None, turned[4], *args[5:], gate != "none"
-    torch.library.opcheck(torch.ops.liger_ops.packed_backward.default, back, test_utils="test_faketensor")
+    for beta in (None, strength.detach().transpose(1, 2).contiguous().transpose(1, 2)):
+        back = do, dstate, *turned[:4], None, beta, turned[4], *args[5:], gate != "none"
+        torch.library.opcheck(torch.ops.liger_ops.packed_backward.default, back, test_utils="test_faketensor")
 
     def call(*x):
         o, last, *_ = _packed.recurrence(*x[:4], K**-0.5, x[4], cu_seqlens=x[5])
@@ -178,14 +188,18 @@ def test_a_second_derivative_names_itself(monkeypatch):
         torch.autograd.grad(o.sum(), q, create_graph=True)
 
 
+@pytest.mark.parametrize("erases", [False, True])
 @pytest.mark.parametrize("gate", ["none", "head", "channel"])
 @pytest.mark.parametrize("tokens", [1, 3])
-def test_few_tokens(gate, tokens, monkeypatch):
+def test_few_tokens(gate, tokens, erases, monkeypatch):
     """Forward token by token, backward on chunks."""
     q, k, v = torch.randn(2, tokens, HQ, K), torch.randn(2, tokens, H, K), torch.randn(2, tokens, H, V)
     shape = {"none": None, "head": (2, tokens, H), "channel": (2, tokens, H, K)}[gate]
     name = "chunk_gla" if gate == "channel" else "chunk_simple_gla"
     more, state = {} if shape is None else dict(g=decay(*shape)), torch.randn(2, H, K, V)
+    if erases:
+        name = {"none": "chunk_delta_rule", "head": "chunk_gated_delta_rule", "channel": "chunk_kda"}[gate]
+        more |= dict(beta=2 * torch.rand(2, tokens, H), use_qk_l2norm_in_kernel=True)
     wanted = run(name, q, k, v, more, state, None)
     use_kernels(monkeypatch)
     with sanitized():
@@ -230,7 +244,7 @@ def test_both_gates_token_by_token(per_head, monkeypatch):
     assert all(x.isfinite().all() for x in torch.autograd.grad(o.sum(), leaves))
 
 
-@pytest.mark.parametrize("name", ["two gates", "values", "rwkv6", "gsa", "mlstm"])
+@pytest.mark.parametrize("name", ["two gates", "values", "rwkv6", "gsa", "mlstm", "delta", "kda"])
 def test_other_steps_on_a_pool(name, monkeypatch):
     M, slots = 12, torch.tensor([4, -1, 0, 2])
     q, k, v = torch.rand(4, HQ, K), torch.rand(4, H, K), torch.randn(4, H, V)
@@ -243,6 +257,8 @@ def test_other_steps_on_a_pool(name, monkeypatch):
             "two gates": lambda: liger_ops.gated_step(q, k, v, -k, held, slots, gv=-v.abs()),
             "values": lambda: liger_ops.gated_step(q, k, v, None, held, slots, gv=-v.abs()),
             "rwkv6": lambda: liger_ops.gated_step(q, k, v, -k, held, slots, u=q[0]),
+            "delta": lambda: liger_ops.gated_step(q, k, v, f, held, slots, beta=-2 * f),
+            "kda": lambda: liger_ops.gated_step(q, k, v, -k, held, slots, beta=-f),
             "gsa": lambda: liger_ops.gsa_step(q, k, v, s, -s.abs(), slotted, slots),
             "mlstm": lambda: liger_ops.mlstm_step(q, k, v, 5 * f, f, (held, n, m), slots),
         }[name]()
@@ -259,8 +275,9 @@ def test_other_steps_on_a_pool(name, monkeypatch):
 def test_the_compiler_knows_that_the_pool_changes(monkeypatch):
     use_kernels(monkeypatch)
     q, k, v, pool = torch.randn(2, HQ, K), torch.randn(2, H, K), torch.randn(2, H, V), torch.randn(3, H, K, V)
-    args = q, k, v, None, None, pool, torch.tensor([2, 0]), 0.1, False
-    torch.library.opcheck(torch.ops.liger_ops.pooled_step.default, args)
+    for beta in (None, torch.rand(2, H)):
+        args = q, k, v, None, None, beta, pool, torch.tensor([2, 0]), 0.1, False
+        torch.library.opcheck(torch.ops.liger_ops.pooled_step.default, args)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)

@@ -11,6 +11,7 @@ from liger_ops import (
     gsa_step,
     mlstm,
     mlstm_step,
+    naive_delta_rule,
 )
 
 B, T, H, HQ, K, V, M, S = 4, 5, 2, 4, 8, 6, 5, 9
@@ -65,6 +66,21 @@ def test_rwkv6():
     (q, k, v), w, u, pool = qkv(), decay(B, T, H, K), torch.randn(HQ, K), torch.randn(S, H, K, V)
     wanted = fused_recurrent_rwkv6(*(x[LIVE] for x in (q, k, v, w)), u, 0.4, *start([pool]), True)
     o, (state,) = tokens(lambda t: gated_step(q[:, t], k[:, t], v[:, t], w[:, t], pool, SLOTS, 0.4, u=u), [pool])
+    close((o, state), wanted)
+
+
+@pytest.mark.parametrize("gate", ["none", "head", "channel"])
+def test_delta_rule(gate):
+    (q, k, v), beta, pool = qkv(), 2 * torch.rand(B, T, H), torch.randn(S, H, K, V)
+    k = torch.nn.functional.normalize(k, dim=-1)
+    g = {"none": None, "head": decay(B, T, H), "channel": decay(B, T, H, K)}[gate]
+    parts = (x if x is None else x[LIVE] for x in (q, k, v, beta, g))
+    wanted = naive_delta_rule(*parts, initial_state=pool[SLOTS[LIVE]])
+
+    def step(t):
+        return gated_step(q[:, t], k[:, t], v[:, t], g if g is None else g[:, t], pool, SLOTS, beta=beta[:, t])
+
+    o, (state,) = tokens(step, [pool])
     close((o, state), wanted)
 
 
@@ -170,6 +186,8 @@ X, POOL = torch.randn(B, H, K), torch.zeros(S, H, K, K)
         (lambda: gsa_step(X, X, X, X, X.abs(), (POOL, POOL), SLOTS), "g: expected log decays <= 0"),
         (lambda: gsa_step(X, X, X, X[:, :, 0], -X.abs(), (POOL, POOL), SLOTS), "s: expected"),
         (lambda: gated_step(X, X, X, None, POOL, [0, 1, 2, 3]), "slots: expected a tensor, got list"),
+        (lambda: gated_step(X, X, X, None, POOL, SLOTS, beta=X[..., 0] + 9), "beta: expected write strengths"),
+        (lambda: gated_step(X, X, X, None, POOL, SLOTS, beta=X[..., 0] * 0, u=X[0]), "beta: expected None with gv, u"),
     ],
 )
 def test_bad_arguments_are_named(call, message):

@@ -1,0 +1,107 @@
+"""The delta rule on chunks: the additive recurrence over values that rows of a chunk correct, forwards and backwards.
+
+Shapes: B batch, T time, S = B * T tokens, N sequences, H key/value heads, HQ = G * H query heads, K key width,
+V value width, C rows of a chunk.
+
+A key that reads the state before its token asks like one more query head of its group. In that reading the gradients
+are those of the additive recurrence: what the last head of a group gets goes to its key.
+"""
+
+from typing import NamedTuple
+
+import torch
+from triton import cdiv
+
+from liger_ops._triton import corrections
+from liger_ops._triton.additive import Call, differentiate, prepare, read, scores, values_gradient
+from liger_ops._triton.launch import block, launch, precision
+
+
+class _Held(NamedTuple):
+    """The inverse m [S,H,C], states h [chunks,H,K,V] before chunks, errors e and values u = beta e [S,H,V], last."""
+
+    m: torch.Tensor
+    h: torch.Tensor
+    e: torch.Tensor
+    u: torch.Tensor
+    last: torch.Tensor
+
+
+def _inverse(x: Call, beta: torch.Tensor) -> torch.Tensor:
+    """m [S,H,C] in float32, or float64 for float32 keys."""
+    H, _, K, V, _ = x.sizes
+    kind, C = torch.float64 if x.k.dtype == torch.float32 else torch.float32, x.constants["C"]
+    m = x.k.new_empty(len(x.k), H, C, dtype=kind)
+    a = scores(x._replace(q=x.k), kind)
+    args = x.k, beta, x.gate(), a, m, x.chunks.chunks, H, K
+    launch(corrections.inverse_kernel, lambda _: (len(x.chunks.chunks), H), K, V, *args, **x.constants)
+    return m
+
+
+def _mixed(x: Call, m, rows, beta, sign=1.0, transposed=False, decayed=False) -> torch.Tensor:
+    """sign m rows [S,H,D] in float32, or sign m^T beta rows; decayed to the chunk's start, or its end."""
+    (_, H, D), KG = rows.shape, x.sizes[-1]
+    y = torch.empty_like(rows, dtype=torch.float32)
+    decayed = decayed and x.constants["GATED"]
+    args = m, rows, beta, x.gate(), y, x.chunks.chunks, sign, H, D, KG
+    constants = {**x.constants, "TRANSPOSED": transposed, "DECAYED": decayed}
+    constants["PER_CHANNEL"] = constants["PER_CHANNEL"] and decayed
+    launch(corrections.mixed_kernel, lambda c: (len(x.chunks.chunks), cdiv(D, c.BK), H), D, D, *args, **constants)
+    return y
+
+
+def _states(x: Call, rows, taken, beta, first, do=None, scale=1.0):
+    """States at the bounds of chunks, errors and corrected values, and the last state; with do backwards in time."""
+    H, G, K, V, KG = x.sizes
+    kept = torch.bfloat16 if x.k.dtype == torch.bfloat16 else torch.float32
+    h = x.k.new_empty(len(x.chunks.chunks), H, K, V, dtype=kept)
+    e, last = torch.empty_like(rows), torch.empty_like(first)
+    u = e if do is not None else torch.empty_like(rows)
+    args = x.k, rows, taken, beta, x.gate(), x.q, x.q if do is None else do, first, h, e, u, last
+    args = *args, x.chunks.sequences, scale, H, G, K, V, KG
+    constants = {**x.constants, "REVERSE": do is not None, "WIDTH": block(K, 256)}
+    launch(corrections.corrected_states_kernel, lambda c: (len(first) * H, cdiv(V, c.BV)), K, V, *args, **constants)
+    return h, e, u, last
+
+
+def _forward(x: Call, beta, state) -> _Held:
+    m = _inverse(x, beta)
+    h, e, u, last = _states(x, _mixed(x, m, x.v, beta), _mixed(x, m, x.k, beta, decayed=True), beta, state)
+    return _Held(m, h, e, u, last)
+
+
+def _prepare(q, k, v, beta, g, cu_seqlens, chunk) -> tuple[Call, torch.Tensor]:
+    x = prepare(q, k, v, g, cu_seqlens, chunk)
+    # Corrected values change sign from row to row where keys are alike: bfloat16 gets as many digits as float16.
+    finer = precision(torch.float16 if q.dtype == torch.bfloat16 else q.dtype)
+    return x._replace(constants={**x.constants, "PRECISION": finer}), beta.float().contiguous().flatten(0, 1)
+
+
+def forward(q, k, v, beta, g, state, cu_seqlens, scale, chunk):
+    """q [B,T,HQ,K], k [B,T,H,K], v [B,T,H,V], beta [B,T,H], g like beta or k or None, state [N,H,K,V] -> o, last."""
+    x, beta = _prepare(q, k, v, beta, g, cu_seqlens, chunk)
+    held = _forward(x, beta, state.contiguous())
+    o = v.new_empty(*q.shape[:3], v.shape[-1])
+    read(x._replace(v=held.u), held.h, scale, o)
+    return o, held.last
+
+
+def backward(do, dstate, q, k, v, beta, g, state, cu_seqlens, scale, chunk, gate_gradient):
+    """The gradients of q, k, v, beta, g (None unless gate_gradient) and the initial state."""
+    x, weights = _prepare(q, k, v, beta, g, cu_seqlens, chunk)
+    H, G = x.sizes[:2]
+    do = do.contiguous().flatten(0, 1)
+    m, h, e, u, _ = _forward(x, weights, state.contiguous())
+    x = x._replace(v=u)
+    own = _mixed(x, m, values_gradient(x, h, do, scale, alone=True), weights, -1.0, transposed=True)
+    taken = _mixed(x, m, x.k, weights, transposed=True, decayed=True)
+    dh, dv, _, dfirst = _states(x, own, taken, weights, dstate.contiguous(), do, scale)
+
+    asked = torch.cat([x.q.unflatten(1, (H, G)), x.k.unsqueeze(2)], 2).flatten(1, 2)
+    told = torch.cat([do.unflatten(1, (H, G)), dv.to(do.dtype).unsqueeze(2)], 2).flatten(1, 2)
+    both = x._replace(q=asked, constants={**x.constants, "STRICT": True})
+    dq, dk, dg = differentiate(both, h, dh, told, scale, gate_gradient)
+    dq = dq.unflatten(1, (H, G + 1))[:, :, :G].reshape(q.shape)
+    dbeta = (values_gradient(both, dh, told, scale) * e).sum(-1)
+    dg = dg.view(g.shape).to(g.dtype) if gate_gradient else None
+    return dq, dk.view(k.shape), dv.neg().to(v.dtype).view(v.shape), dbeta.to(beta.dtype).view(beta.shape), dg, dfirst
