@@ -45,7 +45,7 @@ class Dispatch(NamedTuple):
         return x.flatten(0, 2).index_select(0, self.rows).unsqueeze(0)
 
     def scatter(self, y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """y [1,E,...] and weights [B,T,R] -> sums over memories [B,T,...], in the dtype of the weights; 0 at padding."""
+        """y [1,E,...] and weights [B,T,R] -> sums over memories [B,T,...] in the dtype of weights, 0 at padding."""
         y = y.squeeze(0).index_select(0, self.inverse).unflatten(0, self.entries).to(weights.dtype)
         o = (y * _behind(weights, y)).sum(2)
         return o if self.mask is None else o.masked_fill(~_behind(self.mask, o), 0.0)
