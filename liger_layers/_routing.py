@@ -46,9 +46,65 @@ class Dispatch(NamedTuple):
 
     def scatter(self, y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """y [1,E,...] and weights [B,T,R] -> sums over memories [B,T,...] in the dtype of weights, 0 at padding."""
-        y = y.squeeze(0).index_select(0, self.inverse).unflatten(0, self.entries).to(weights.dtype)
-        o = (y * _behind(weights, y)).sum(2)
-        return o if self.mask is None else o.masked_fill(~_behind(self.mask, o), 0.0)
+        y = y.squeeze(0).index_select(0, self.inverse).unflatten(0, self.entries)
+        return _weighted(y, weights, self.mask)
+
+    def before(self, state: torch.Tensor) -> torch.Tensor:
+        """state [B or D,M,...] -> [N,...]: one row more, for padding."""
+        state = state.flatten(0, 1)
+        return torch.cat([state, torch.zeros_like(state[:1])])
+
+    def after(self, state: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        """state as in `before` and what became of it [N,...] -> the next state [B or D,M,...]."""
+        return last[:-1].view_as(state).clone()
+
+
+class OneToken(NamedTuple):
+    """Dispatch of a single token per row: nothing to sort, each entry is a row of its own, [E,1,...].
+
+    chosen [B,R]; rows [E] are those of the chosen memories among B * M; mask [B,1] or None.
+    """
+
+    chosen: torch.Tensor
+    rows: torch.Tensor
+    mask: torch.Tensor | None
+    cu_seqlens: None = None
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B,1,...] -> [E,1,...]."""
+        return x.expand(-1, self.chosen.shape[1], *x.shape[2:]).flatten(0, 1).unsqueeze(1)
+
+    def gather_chosen(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B,1,M,...] -> [E,1,...]."""
+        return x.flatten(0, 2).index_select(0, self.rows).unsqueeze(1)
+
+    def scatter(self, y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """y [E,1,...] and weights [B,1,R] -> [B,1,...]."""
+        return _weighted(y.view(*weights.shape, *y.shape[2:]), weights, self.mask)
+
+    def before(self, state: torch.Tensor) -> torch.Tensor:
+        """state [B,M,...] -> [E,...], the chosen memories."""
+        return state.flatten(0, 1).index_select(0, self.rows)
+
+    def after(self, state: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        """state [B,M,...] with the chosen memories as they became, [E,...]; at padding they stay."""
+        if self.mask is not None:
+            real = self.mask.expand_as(self.chosen).flatten()
+            last = torch.where(_behind(real, last), last, self.before(state))
+        return state.flatten(0, 1).index_copy(0, self.rows, last).view_as(state)
+
+
+def one_token(chosen: torch.Tensor, memories: int, mask: torch.Tensor | None = None) -> OneToken:
+    """chosen [B,1,R] as in `dispatch`."""
+    chosen = chosen.squeeze(1)
+    first = memories * torch.arange(len(chosen), device=chosen.device).unsqueeze(1)
+    return OneToken(chosen, (first + chosen).flatten(), mask)
+
+
+def _weighted(y: torch.Tensor, weights: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """y [B,T,R,...] and weights [B,T,R] -> sums over memories [B,T,...] in the dtype of weights, 0 at padding."""
+    o = (y.to(weights.dtype) * _behind(weights, y)).sum(2)
+    return o if mask is None else o.masked_fill(~_behind(mask, o), 0.0)
 
 
 def _behind(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

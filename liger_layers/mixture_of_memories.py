@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from liger_layers._routing import Dispatch, dispatch, memory_load, route
+from liger_layers._routing import Dispatch, OneToken, dispatch, memory_load, one_token, route
 from liger_layers._state import MemoryState
 from liger_layers.rules import UPDATE_RULES, Sizes, UpdateRule
 from liger_ops import _checks
@@ -63,7 +63,6 @@ class MixtureOfMemories(nn.Module):
         conv_size: taps of the convolution; 0 or None for none.
         slots: width of a memory of rule "gsa".
         layer_idx, num_layers: place in the stack, for the decay of rule "lightning".
-        bias: of the projections of queries, keys, values and output.
 
     Raises:
         ValueError: names the argument, what was expected and what was given.
@@ -84,7 +83,6 @@ class MixtureOfMemories(nn.Module):
         slots: int = 32,
         layer_idx: int = 0,
         num_layers: int = 1,
-        bias: bool = False,
     ):
         super().__init__()
         _check_options(hidden_size, num_heads, num_kv_heads, head_dim, memories, top_k, rule, shared, conv_size)
@@ -93,15 +91,15 @@ class MixtureOfMemories(nn.Module):
         self.sizes = Sizes(M, num_heads, H, K, K, slots, layer_idx, num_layers)
         self.router = nn.Linear(hidden_size, memories, bias=False) if memories else None
         self.convolution = ShortConvolution(hidden_size, conv_size) if conv_size else None
-        self.q_proj = nn.Linear(hidden_size, num_heads * K, bias=bias)
-        self.k_proj = nn.Linear(hidden_size, M * H * K, bias=bias) if self.update.key else None
-        self.v_proj = nn.Linear(hidden_size, M * H * K, bias=bias)
+        self.q_proj = nn.Linear(hidden_size, num_heads * K, bias=False)
+        self.k_proj = nn.Linear(hidden_size, M * H * K, bias=False) if self.update.key else None
+        self.v_proj = nn.Linear(hidden_size, M * H * K, bias=False)
         gates = M * H * sum(self.update.widths(self.sizes))
         self.gate_proj = nn.Linear(hidden_size, gates) if gates else None
         self.rule_parameters = nn.ParameterDict({n: start(self.sizes) for n, start in self.update.parameters.items()})
         self.g_proj = nn.Linear(hidden_size, num_heads * K, bias=False)
         self.norm = nn.RMSNorm(K, eps=1e-5)
-        self.o_proj = nn.Linear(num_heads * K, hidden_size, bias=bias)
+        self.o_proj = nn.Linear(num_heads * K, hidden_size, bias=False)
         self.reset_gates()
 
     @property
@@ -170,23 +168,22 @@ class MixtureOfMemories(nn.Module):
             return F.silu(h).view_as(x), inputs
         # Padding may part the tokens of a sequence: they meet in a single memory.
         line = dispatch(torch.zeros_like(mask, dtype=torch.long).unsqueeze(-1), 1, mask, cu_seqlens)
-        h, inputs = self.convolution(line.gather(x).squeeze(0), _with_padding(before), line.cu_seqlens)
-        return F.silu(line.scatter(h.unsqueeze(0), torch.ones_like(x[..., :1]))), inputs[:-1].clone()
+        h, inputs = self.convolution(line.gather(x).squeeze(0), line.before(before.unsqueeze(1)), line.cu_seqlens)
+        return F.silu(line.scatter(h.unsqueeze(0), torch.ones_like(x[..., :1]))), line.after(before, inputs)
 
     def _recur(self, h, weights, chosen, mask, state, cu_seqlens):
         """Every memory over its tokens, and their weighted sum [B,T,HQ,K]; the state after them."""
         rule, (M, HQ, H, K, *_) = self.update, self.sizes
-        own = dispatch(chosen, M, mask, cu_seqlens)
+        alone = h.shape[1] == 1 and cu_seqlens is None
+        own = one_token(chosen, M, mask) if alone else dispatch(chosen, M, mask, cu_seqlens)
         q = own.gather(self.q_proj(h).unflatten(-1, (HQ, K)))
         v = own.gather_chosen(self.v_proj(h).unflatten(-1, (M, H, K)))
         k = own.gather_chosen(self.k_proj(h).unflatten(-1, (M, H, K))) if rule.key else None
-        started = tuple(_with_padding(x.flatten(0, 1)) for x in state)
-        o, state = rule.run(
-            q, k, v, self._gates(h, own), self.rule_parameters, self.sizes, started, own.cu_seqlens, q.shape[1]
-        )
-        return own.scatter(o, weights), tuple(x[:-1].unflatten(0, (-1, M)).clone() for x in state)
+        gates, before = self._gates(h, own), tuple(own.before(x) for x in state)
+        o, last = rule.run(q, k, v, gates, self.rule_parameters, self.sizes, before, own.cu_seqlens, q.shape[1])
+        return own.scatter(o, weights), tuple(own.after(*pair) for pair in zip(state, last, strict=True))
 
-    def _gates(self, h: torch.Tensor, own: Dispatch) -> dict[str, torch.Tensor]:
+    def _gates(self, h: torch.Tensor, own: Dispatch | OneToken) -> dict[str, torch.Tensor]:
         if self.gate_proj is None:
             return {}
         raw = self.gate_proj(h).unflatten(-1, (self.sizes.memories, self.sizes.heads, -1))
@@ -215,11 +212,6 @@ class LinearMixer(MixtureOfMemories):
 
     def __init__(self, hidden_size: int, num_heads: int, **options):
         super().__init__(hidden_size, num_heads, memories=0, **options)
-
-
-def _with_padding(x: torch.Tensor) -> torch.Tensor:
-    """One more row, for the sequence of padding entries."""
-    return torch.cat([x, torch.zeros_like(x[:1])])
 
 
 def _check_options(hidden_size, num_heads, num_kv_heads, head_dim, memories, top_k, rule, shared, conv_size):

@@ -229,7 +229,7 @@ def test_every_parameter_gets_a_finite_gradient(rule):
 
 def test_gradients_are_those_of_the_memories_one_by_one():
     """In float64, through router, weights, permutation and convolution."""
-    layer = make(bias=False).double()
+    layer = make().double()
     x = torch.randn(1, 9, HIDDEN, dtype=torch.float64)
     direction = {n: torch.randn_like(p) for n, p in layer.named_parameters()}
     y, weights = layer(x)[0], torch.randn(9, HIDDEN, dtype=torch.float64)
