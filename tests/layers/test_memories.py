@@ -229,20 +229,38 @@ def test_every_parameter_gets_a_finite_gradient(rule):
 
 def test_gradients_are_those_of_the_memories_one_by_one():
     """In float64, through router, weights, permutation and convolution."""
-    layer = make().double()
-    x = torch.randn(1, 9, HIDDEN, dtype=torch.float64)
-    direction = {n: torch.randn_like(p) for n, p in layer.named_parameters()}
-    y, weights = layer(x)[0], torch.randn(9, HIDDEN, dtype=torch.float64)
-    (y[0] * weights).sum().backward()
-    for name, p in layer.named_parameters():
-        steps = []
-        for sign in (1, -1):
-            moved = copy.deepcopy(layer)
+    layer, x = make().double(), torch.randn(9, HIDDEN, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(9, HIDDEN, dtype=torch.float64)
+    (layer(x[None])[0][0] * weights).sum().backward()
+    for name, p in (("x", x), *layer.named_parameters()):
+        direction, values = torch.randn_like(p), []
+        for size in (1e-6, -1e-6):
+            moved, text = copy.deepcopy(layer), x.detach().clone()
             with torch.no_grad():
-                moved.get_parameter(name).add_(sign * 1e-6 * direction[name])
-            steps.append((one_text(moved, x[0])[0] * weights).sum())
-        slope = (steps[0] - steps[1]) / 2e-6
-        assert ((p.grad * direction[name]).sum() - slope).abs() <= 1e-5 * max(1.0, slope.abs().item()), name
+                (text if name == "x" else moved.get_parameter(name)).add_(size * direction)
+            values.append((one_text(moved, text)[0] * weights).sum())
+        slope = (values[0] - values[1]) / 2e-6
+        assert ((p.grad * direction).sum() - slope).abs() <= 1e-5 * max(1.0, slope.abs().item()), name
+
+
+@pytest.mark.parametrize("memories", [0, 3])
+def test_float64_stays_float64(memories):
+    layer, x = make(memories=memories).double(), torch.randn(1, 20, HIDDEN, dtype=torch.float64)
+    y, state = layer(x)
+    assert distance(y[0], one_text(layer, x[0])[0]) <= 1e-12
+    assert state.memories[0].dtype == torch.float64
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if UPDATE_RULES[rule].gates])
+def test_gates_of_every_size(rule):
+    layer, x = make(rule), torch.randn(2, 20, HIDDEN)
+    with torch.no_grad():
+        layer.gate_proj.weight.mul_(6)
+    check(layer, x, *layer(x))
+    layer.gate_proj.weight.data.mul_(1e4)
+    y, state = layer(x)
+    y.square().sum().backward()
+    assert all(torch.isfinite(z).all() for z in (y, *state.memories, *(p.grad for p in layer.parameters())))
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -319,7 +337,8 @@ def test_half_precision_and_autocast(rule):
     assert (y.float() - wanted).norm() <= 0.3 * wanted.norm()
     y, state = layer.to(torch.bfloat16)(x.bfloat16())
     assert y.dtype == torch.bfloat16 and torch.isfinite(y).all()
-    assert state.memories[0].dtype == torch.float32 and state.inputs.dtype == torch.bfloat16
+    for held in (state, layer.initial_state(2, x.device, torch.bfloat16)):
+        assert held.memories[0].dtype == torch.float32 and held.inputs.dtype == torch.bfloat16
     layer(x[:, :1].bfloat16(), None, state)
 
 
