@@ -125,10 +125,8 @@ def dispatch(
     if cu_seqlens is None:
         sequence = torch.arange(B, device=device).view(B, 1, 1)
     else:
-        sequence = torch.searchsorted(
-            cu_seqlens[1:], torch.arange(T, device=device, dtype=cu_seqlens.dtype), right=True
-        )
-        sequence = sequence.view(1, T, 1)
+        time = torch.arange(T, device=device)
+        sequence = torch.searchsorted(cu_seqlens[1:].to(time), time, right=True).view(1, T, 1)
     key = sequence * memories + chosen
     last = sequences * memories
     if mask is not None:

@@ -28,7 +28,7 @@ class ShortConvolution(nn.Module):
         (N, past), taps = before.shape[:2], self.weight.unbind(0)
         shift = past * torch.arange(N + 1, device=x.device)
         # One line in which every sequence stands behind what came before it.
-        starts = cu_seqlens + shift
+        starts = cu_seqlens.to(shift) + shift
         place = torch.arange(x.shape[0] + N * past, device=x.device)
         sequence = torch.searchsorted(starts[1:], place, right=True)
         offset = place - starts[sequence]
@@ -36,7 +36,7 @@ class ShortConvolution(nn.Module):
         line = torch.cat([before.flatten(0, 1).to(x.dtype), x]).index_select(0, torch.where(offset < past, old, new))
         y = sum(tap * line[i : i + x.shape[0] + (N - 1) * past] for i, tap in enumerate(taps))
         own = torch.arange(x.shape[0], device=x.device)
-        own = own + past * torch.searchsorted(cu_seqlens[1:], own, right=True)
+        own = own + past * torch.searchsorted(cu_seqlens[1:].to(own), own, right=True)
         last = starts[1:, None] + torch.arange(-past, 0, device=x.device)
         return y.index_select(0, own), line.index_select(0, last.flatten()).view_as(before)
 

@@ -157,13 +157,17 @@ def test_padding_neither_writes_nor_decays(rule):
 @pytest.mark.parametrize("rule", RULES)
 def test_documents_have_memories_of_their_own(rule):
     layer, sizes = make(rule), [9, 0, 1, 14]
-    x, bounds = torch.randn(1, 24, HIDDEN), torch.tensor([0, *sizes]).cumsum(0)
+    x, bounds = torch.randn(1, 24, HIDDEN), torch.tensor([0, *sizes]).cumsum(0).int()
     y, state = layer(x, cu_seqlens=bounds)
     assert state.memories[0].shape[:3] == (4, 4, H)
     kept = [0, 2, 3]
     texts, outputs = ([z[0].split(sizes)[i] for i in kept] for z in (x, y))
     check(layer, texts, outputs, state.map(lambda s: s[kept]))
     assert not state.memories[0][1].any()
+    # A single token is a text of its own here, not a row.
+    token = torch.randn(1, 1, HIDDEN)
+    y, _ = layer(token, cu_seqlens=torch.tensor([0, 0, 0, 1, 1]), state=state)
+    assert distance(y[0], one_text(layer, torch.cat([x[0, 9:10], token[0]]))[0][1:]) <= 1e-5
     # Each document goes on from its own row; here in the other order of lengths, one of them padded.
     more, real = torch.randn(1, 10, HIDDEN), torch.rand(1, 10) < 0.8
     parts = [2, 5, 0, 3]
@@ -336,6 +340,9 @@ def test_half_precision_and_autocast(rule):
     # A near tie of the router may fall elsewhere.
     assert (y.float() - wanted).norm() <= 0.3 * wanted.norm()
     y, state = layer.to(torch.bfloat16)(x.bfloat16())
+    raw = torch.randn(4, H, sum(layer.update.widths(layer.sizes)), dtype=torch.bfloat16)
+    gates = layer.update.activate(raw, layer.rule_parameters, layer.sizes)
+    assert {g.dtype for g in gates.values()} <= {torch.float32}
     assert y.dtype == torch.bfloat16 and torch.isfinite(y).all()
     for held in (state, layer.initial_state(2, x.device, torch.bfloat16)):
         assert held.memories[0].dtype == torch.float32 and held.inputs.dtype == torch.bfloat16
