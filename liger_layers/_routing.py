@@ -52,7 +52,7 @@ class Dispatch(NamedTuple):
     def before(self, state: torch.Tensor) -> torch.Tensor:
         """state [B or D,M,...] -> [N,...]: one row more, for padding."""
         state = state.flatten(0, 1)
-        return torch.cat([state, torch.zeros_like(state[:1])])
+        return torch.cat([state, state.new_zeros(1, *state.shape[1:])])
 
     def after(self, state: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
         """state as in `before` and what became of it [N,...] -> the next state [B or D,M,...]."""

@@ -349,6 +349,12 @@ def test_half_precision_and_autocast(rule):
     layer(x[:, :1].bfloat16(), None, state)
 
 
+@pytest.mark.parametrize("shape", [(1, 0), (0, 3), (0, 1)])
+def test_nothing_in_nothing_out(shape):
+    y, state = make()(torch.randn(*shape, HIDDEN))
+    assert y.shape == (*shape, HIDDEN) and not state.memories[0].any() and len(state.inputs) == shape[0]
+
+
 def test_layers_are_saved_whole():
     layer, file, x = make(), io.BytesIO(), torch.randn(1, 9, HIDDEN)
     torch.save(layer, file)
