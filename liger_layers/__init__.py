@@ -1,19 +1,27 @@
 """Modules that compose gated recurrences and windowed attention; plain PyTorch on liger_ops."""
 
 from liger_layers._attention import GatedRecurrence, LigerAttention, SlidingWindowAttention
-from liger_layers._state import LigerState
+from liger_layers._routing import load_balancing_loss
+from liger_layers._state import LigerState, MemoryState
 from liger_layers.feature_maps import FEATURE_MAPS, Softmax, SoftmaxKernel
 from liger_layers.gates import GATES, Gate, register_gate
+from liger_layers.mixture_of_memories import LinearMixer, MixtureOfMemories
+from liger_layers.rules import UPDATE_RULES
 
 __all__ = [
     "FEATURE_MAPS",
     "GATES",
+    "UPDATE_RULES",
     "Gate",
     "GatedRecurrence",
     "LigerAttention",
     "LigerState",
+    "LinearMixer",
+    "MemoryState",
+    "MixtureOfMemories",
     "SlidingWindowAttention",
     "Softmax",
     "SoftmaxKernel",
+    "load_balancing_loss",
     "register_gate",
 ]

@@ -1,18 +1,40 @@
-"""What a Liger layer remembers between calls: constant in size from the first token on.
+"""What a layer remembers between calls: constant in size from the first token on.
 
-Shapes: B batch, H key/value heads, D width, V value width, W window, P sinks, M features.
+Shapes: B batch, H key/value heads, D width, V value width, W window, P sinks, M features or memories.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import TypeVar
 
 import torch
 
+Self = TypeVar("Self", bound="_State")
+
+
+class _State:
+    """Batch-first tensors, tuples of them, or None where a layer keeps nothing."""
+
+    def map(self: Self, function: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        """Apply a function of a batch-first tensor to every tensor held: reorder beams, move, repeat."""
+        held = {f.name: getattr(self, f.name) for f in fields(self)}
+        return type(self)(**{name: _each(function, x) for name, x in held.items()})
+
+    def nbytes(self) -> int:
+        held = (getattr(self, f.name) for f in fields(self))
+        return sum(x.nbytes for part in held if part is not None for x in (part if isinstance(part, tuple) else [part]))
+
+
+def _each(function, held):
+    if isinstance(held, tuple):
+        return tuple(function(x) for x in held)
+    return None if held is None else function(held)
+
 
 @dataclass
-class LigerState:
+class LigerState(_State):
     """Columns are the sinks, then the last W tokens; `visible` [B,P+W] hides unfilled slots, padding and repeats.
 
     k [B,P+W,H,D] as the window scores them, v [B,P+W,H,V], raw [B,W,H,D] the unrotated keys that the recurrence reads
@@ -27,10 +49,13 @@ class LigerState:
     recurrent: torch.Tensor | None
     position: torch.Tensor
 
-    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> LigerState:
-        """Apply a function of a batch-first tensor to every tensor held: reorder beams, move, repeat."""
-        held = {f.name: getattr(self, f.name) for f in fields(self)}
-        return LigerState(**{name: None if x is None else function(x) for name, x in held.items()})
 
-    def nbytes(self) -> int:
-        return sum(x.nbytes for f in fields(self) if (x := getattr(self, f.name)) is not None)
+@dataclass
+class MemoryState(_State):
+    """memories: tensors [B,M,H,...] in float32, as many as the update rule keeps, the shared memory last.
+
+    inputs [B,conv_size-1,hidden] are the tokens that the convolution still sees; None without one.
+    """
+
+    memories: tuple[torch.Tensor, ...]
+    inputs: torch.Tensor | None

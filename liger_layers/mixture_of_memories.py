@@ -1,0 +1,231 @@
+"""Mixture of Memories: every token writes into a few of several linear memories; and the mixer with a single one.
+
+Shapes: B batch, T time, D documents, M memories (the shared one last), R memories per token, HQ query heads, H
+key/value heads, K head width, E = B * T * R entries, N sequences, C taps of the convolution.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from liger_layers._routing import Dispatch, OneToken, dispatch, memory_load, one_token, route
+from liger_layers._state import MemoryState
+from liger_layers.rules import UPDATE_RULES, Sizes, UpdateRule
+from liger_ops import _checks
+
+
+class ShortConvolution(nn.Module):
+    """Depthwise causal convolution of packed sequences, weight [C,hidden], the current token's tap last."""
+
+    def __init__(self, hidden_size: int, taps: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(taps, hidden_size).uniform_(-(taps**-0.5), taps**-0.5))
+
+    def forward(
+        self, x: torch.Tensor, before: torch.Tensor, cu_seqlens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [E,hidden] and the inputs before each sequence [N,C-1,hidden] -> y [E,hidden] and the last inputs."""
+        (N, past), taps = before.shape[:2], self.weight.unbind(0)
+        shift = past * torch.arange(N + 1, device=x.device)
+        # One line in which every sequence stands behind what came before it.
+        starts = cu_seqlens.to(shift) + shift
+        place = torch.arange(x.shape[0] + N * past, device=x.device)
+        sequence = torch.searchsorted(starts[1:], place, right=True)
+        offset = place - starts[sequence]
+        old, new = sequence * past + offset, (N - sequence - 1) * past + place
+        line = torch.cat([before.flatten(0, 1).to(x.dtype), x]).index_select(0, torch.where(offset < past, old, new))
+        y = sum(tap * line[i : i + x.shape[0] + (N - 1) * past] for i, tap in enumerate(taps))
+        own = torch.arange(x.shape[0], device=x.device)
+        own = own + past * torch.searchsorted(cu_seqlens[1:].to(own), own, right=True)
+        last = starts[1:, None] + torch.arange(-past, 0, device=x.device)
+        return y.index_select(0, own), line.index_select(0, last.flatten()).view_as(before)
+
+
+class MixtureOfMemories(nn.Module):
+    """Several linear memories behind a router (MoM, arXiv 2502.13685, eq. 5-13), one op call for all of them.
+
+    A token reads and writes its top_k memories and the shared one, o = sum_m w_m o_m + o_shared, where w are the
+    router's probabilities, renormalised; at top_k=1 they are 1, and only `load_balancing_loss` trains the router. Each
+    memory has its own key, value and gate projection; k_proj, v_proj and gate_proj hold all of them, memory by
+    memory, the shared one last. Keys, values, gates and queries read the hidden states through a short causal
+    convolution and SiLU; router and output gate read them as they are. memories=0 is the shared memory alone.
+
+    forward(x [B,T,hidden]) returns (y [B,T,hidden], MemoryState); pass the state back to continue. mask [B,T] bool
+    marks real tokens: padding may stand anywhere, writes nothing and yields 0. cu_seqlens [D+1] bounds documents packed
+    along time (batch 1), each with memories of its own; then states have batch D. `router` is a linear module whose
+    output [B*T,memories] are the logits that `load_balancing_loss` and `load` take.
+
+    Args:
+        hidden_size, num_heads, num_kv_heads, head_dim: as in LigerAttention; states are kept per key/value head.
+        memories, top_k: routed memories, and how many of them a token goes to.
+        rule: name of an entry of UPDATE_RULES.
+        shared: whether one more memory takes every token.
+        conv_size: taps of the convolution; 0 or None for none.
+        slots: width of a memory of rule "gsa".
+        layer_idx, num_layers: place in the stack, for the decay of rule "lightning".
+
+    Raises:
+        ValueError: names the argument, what was expected and what was given.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        memories: int = 4,
+        top_k: int = 2,
+        rule: str = "gated_deltanet",
+        shared: bool = True,
+        head_dim: int | None = None,
+        num_kv_heads: int | None = None,
+        conv_size: int | None = 4,
+        slots: int = 32,
+        layer_idx: int = 0,
+        num_layers: int = 1,
+    ):
+        super().__init__()
+        _check_options(hidden_size, num_heads, num_kv_heads, head_dim, memories, top_k, rule, shared, conv_size)
+        H, K, M = num_kv_heads or num_heads, head_dim or hidden_size // num_heads, memories + shared
+        self.memories, self.top_k, self.shared, self.rule = memories, top_k if memories else 0, shared, rule
+        self.sizes = Sizes(M, num_heads, H, K, K, slots, layer_idx, num_layers)
+        self.router = nn.Linear(hidden_size, memories, bias=False) if memories else None
+        self.convolution = ShortConvolution(hidden_size, conv_size) if conv_size else None
+        self.q_proj = nn.Linear(hidden_size, num_heads * K, bias=False)
+        self.k_proj = nn.Linear(hidden_size, M * H * K, bias=False) if self.update.key else None
+        self.v_proj = nn.Linear(hidden_size, M * H * K, bias=False)
+        gates = M * H * sum(self.update.widths(self.sizes))
+        self.gate_proj = nn.Linear(hidden_size, gates) if gates else None
+        self.rule_parameters = nn.ParameterDict({n: start(self.sizes) for n, start in self.update.parameters.items()})
+        self.g_proj = nn.Linear(hidden_size, num_heads * K, bias=False)
+        self.norm = nn.RMSNorm(K, eps=1e-5)
+        self.o_proj = nn.Linear(num_heads * K, hidden_size, bias=False)
+        self.reset_gates()
+
+    @property
+    def update(self) -> UpdateRule:
+        """The entry of UPDATE_RULES, looked up by name: layers are pickled, functions are not."""
+        return UPDATE_RULES[self.rule]
+
+    @torch.no_grad()
+    def reset_gates(self) -> None:
+        """Put the bias of gate_proj where the rule's gates start."""
+        if self.gate_proj is not None:
+            bias, starts = self.gate_proj.bias, self.update.starts(self.sizes)
+            bias.copy_(bias.new_tensor(starts).repeat(len(bias) // len(starts)))
+
+    def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> MemoryState:
+        """The state before the first token; dtype is that of the hidden states."""
+        M, H = self.sizes.memories, self.sizes.heads
+        held = torch.promote_types(dtype, torch.float32)
+        shapes = self.update.state(self.sizes)
+        memories = tuple(torch.zeros(batch, M, H, *shape, device=device, dtype=held) for shape in shapes)
+        if self.convolution is None:
+            return MemoryState(memories, None)
+        taps, hidden = self.convolution.weight.shape
+        return MemoryState(memories, torch.zeros(batch, taps - 1, hidden, device=device, dtype=dtype))
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        state: MemoryState | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, MemoryState]:
+        sequences = self._check(x, mask, state, cu_seqlens)
+        if state is None:
+            state = self.initial_state(sequences, x.device, x.dtype)
+        if mask is not None:
+            x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
+        weights, chosen = self._route(x)
+        h, inputs = self._convolve(x, mask, state.inputs, cu_seqlens)
+        o, memories = self._recur(h, weights, chosen, mask, state.memories, cu_seqlens)
+        gate = F.silu(self.g_proj(x)).view_as(o)
+        return self.o_proj((self.norm(o.to(x.dtype)) * gate).flatten(2)), MemoryState(memories, inputs)
+
+    def load(self, router_logits: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Router logits [tokens,memories] -> fraction of real tokens sent to each memory; a starved one shows 0."""
+        return memory_load(router_logits, self.top_k, mask)
+
+    def _route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights in float32 and memories of every token, both [B,T,R]; the shared memory comes last."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        weights = torch.ones(*x.shape[:2], int(self.shared), device=x.device, dtype=dtype)
+        chosen = torch.full(weights.shape, self.memories, device=x.device)
+        if self.memories:
+            routed = route(self.router(x.flatten(0, 1)).unflatten(0, x.shape[:2]), self.top_k)
+            weights, chosen = torch.cat([routed[0], weights], -1), torch.cat([routed[1], chosen], -1)
+        return weights, chosen
+
+    def _convolve(self, x, mask, before, cu_seqlens):
+        """Hidden states through convolution and SiLU, [B,T,hidden], and the inputs that later tokens see."""
+        if self.convolution is None:
+            return x, None
+        if mask is None:
+            B, T = x.shape[:2]
+            bounds = T * torch.arange(B + 1, device=x.device) if cu_seqlens is None else cu_seqlens
+            h, inputs = self.convolution(x.flatten(0, 1), before, bounds)
+            return F.silu(h).view_as(x), inputs
+        # Padding may part the tokens of a sequence: they meet in a single memory.
+        line = dispatch(torch.zeros_like(mask, dtype=torch.long).unsqueeze(-1), 1, mask, cu_seqlens)
+        h, inputs = self.convolution(line.gather(x).squeeze(0), line.before(before.unsqueeze(1)), line.cu_seqlens)
+        return F.silu(line.scatter(h.unsqueeze(0), torch.ones_like(x[..., :1]))), line.after(before, inputs)
+
+    def _recur(self, h, weights, chosen, mask, state, cu_seqlens):
+        """Every memory over its tokens, and their weighted sum [B,T,HQ,K]; the state after them."""
+        rule, (M, HQ, H, K, *_) = self.update, self.sizes
+        alone = h.shape[1] == 1 and cu_seqlens is None
+        own = one_token(chosen, M, mask) if alone else dispatch(chosen, M, mask, cu_seqlens)
+        q = own.gather(self.q_proj(h).unflatten(-1, (HQ, K)))
+        v = own.gather_chosen(self.v_proj(h).unflatten(-1, (M, H, K)))
+        k = own.gather_chosen(self.k_proj(h).unflatten(-1, (M, H, K))) if rule.key else None
+        gates, before = self._gates(h, own), tuple(own.before(x) for x in state)
+        o, last = rule.run(q, k, v, gates, self.rule_parameters, self.sizes, before, own.cu_seqlens, q.shape[1])
+        return own.scatter(o, weights), tuple(own.after(*pair) for pair in zip(state, last, strict=True))
+
+    def _gates(self, h: torch.Tensor, own: Dispatch | OneToken) -> dict[str, torch.Tensor]:
+        if self.gate_proj is None:
+            return {}
+        raw = self.gate_proj(h).unflatten(-1, (self.sizes.memories, self.sizes.heads, -1))
+        gates = self.update.activate(raw, self.rule_parameters, self.sizes)
+        return {name: own.gather_chosen(x) for name, x in gates.items()}
+
+    def _check(self, x, mask, state, cu_seqlens) -> int:
+        """Check what was given; the number of sequences."""
+        B, T = x.shape[:2] if x.ndim == 3 else (None, None)
+        if x.ndim != 3 or x.shape[-1] != self.q_proj.in_features:
+            _checks.fail("x", f"[batch, time, {self.q_proj.in_features}]", tuple(x.shape))
+        if mask is not None and (mask.shape != (B, T) or mask.dtype != torch.bool):
+            _checks.fail("mask", f"bool [{B}, {T}]", f"{mask.dtype} {tuple(mask.shape)}")
+        _checks.check_cu_seqlens(cu_seqlens, B, T, longest=T)
+        sequences = B if cu_seqlens is None else len(cu_seqlens) - 1
+        if state is not None:
+            wanted = self.initial_state(sequences, torch.device("meta"), x.dtype)
+            shapes = [[None if x is None else x.shape for x in (*s.memories, s.inputs)] for s in (state, wanted)]
+            if shapes[0] != shapes[1]:
+                _checks.fail("state", f"tensors of shapes {shapes[1]}", shapes[0])
+        return sequences
+
+
+class LinearMixer(MixtureOfMemories):
+    """One linear memory and no router. Arguments as MixtureOfMemories, without memories, top_k and shared."""
+
+    def __init__(self, hidden_size: int, num_heads: int, **options):
+        super().__init__(hidden_size, num_heads, memories=0, **options)
+
+
+def _check_options(hidden_size, num_heads, num_kv_heads, head_dim, memories, top_k, rule, shared, conv_size):
+    if rule not in UPDATE_RULES:
+        _checks.fail("rule", f"one of {', '.join(UPDATE_RULES)}", repr(rule))
+    _checks.check_positive("num_heads", num_heads)
+    _checks.check_positive("memories", memories, 0)
+    if memories and not 1 <= top_k <= memories:
+        _checks.fail("top_k", f"a number from 1 to memories = {memories}", top_k)
+    if not memories and not shared:
+        _checks.fail("shared", "True when memories is 0", shared)
+    if num_kv_heads is not None and (num_kv_heads < 1 or num_heads % num_kv_heads):
+        _checks.fail("num_heads", f"a multiple of num_kv_heads {num_kv_heads}", num_heads)
+    if head_dim is None and hidden_size % num_heads:
+        _checks.fail("hidden_size", f"a multiple of num_heads {num_heads} without head_dim", hidden_size)
+    if conv_size is not None:
+        _checks.check_positive("conv_size", conv_size, 0)
