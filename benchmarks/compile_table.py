@@ -30,6 +30,7 @@ TARGETS = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 << 10),
 }
 CASES = [(gate, dtype) for gate in ("channel", "head", "none") for dtype in ("bfloat16", "float32")]
+CASES += [("channel", "float16")]
 _MATRIX = r"wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma|v_smfmac"
 _POINTERS = {
     torch.bfloat16: "*bf16",
@@ -60,7 +61,7 @@ def launches(gate: str, dtype: str, K: int = 128, V: int = 128) -> list[tuple]:
 
     def record(kernel, grid, K, V, *args, **constants):
         calls.append((kernel, K, V, args, constants))
-        return launching.options(kernel.fn.__name__, args[0].dtype, K, V)[0]
+        return launching.options(kernel.fn.__name__, K, V, constants)[0]
 
     modules = additive, delta, recurrent
     run, piece = additive.launch, additive.PIECE
@@ -94,8 +95,8 @@ def _kinds(args: tuple) -> list[torch.dtype]:
 
 def jobs(every_option: bool = True) -> Iterator[Job]:
     for gate, dtype in CASES:
-        for place, (kernel, K, V, args, _) in enumerate(launches(gate, dtype)):
-            options = launching.options(kernel.fn.__name__, args[0].dtype, K, V)
+        for place, (kernel, K, V, _, constants) in enumerate(launches(gate, dtype)):
+            options = launching.options(kernel.fn.__name__, K, V, constants)
             for option in range(len(options) if every_option else 1):
                 for target in TARGETS:
                     yield Job(gate, dtype, place, option, target)
@@ -124,7 +125,7 @@ def _spills(asm: dict[str, Any], target: GPUTarget) -> tuple[int, int]:
 def compile_one(job: Job) -> dict[str, Any]:
     """What the compiler says of one kernel, configuration and target."""
     kernel, K, V, args, constants = launches(job.gate, job.dtype)[job.place]
-    config = launching.options(kernel.fn.__name__, args[0].dtype, K, V)[job.option]
+    config = launching.options(kernel.fn.__name__, K, V, constants)[job.option]
     target, room = TARGETS[job.target]
     constants = launching.fill(kernel, config, constants)
     if target.backend == "hip" and constants.get("PRECISION") == "tf32x3":

@@ -20,9 +20,9 @@ _CHAINS, PIECE = 64, 1024
 def chunk_size(dtype: torch.dtype, wanted: int | None) -> int:
     """A power of two from 16 to 64, beyond which shared memory runs out.
 
-    Unless told: 64, or 32 in float32, whose products without tf32 fill registers.
+    Unless told: 64, or 32 where products finer than tf32 fill registers.
     """
-    return (32 if dtype == torch.float32 else 64) if wanted is None else min(max(next_power_of_2(wanted), 16), 64)
+    return (64 if dtype == torch.bfloat16 else 32) if wanted is None else min(max(next_power_of_2(wanted), 16), 64)
 
 
 class Call(NamedTuple):

@@ -39,7 +39,7 @@ def inverse(b_a, o_r, C: tl.constexpr, PRECISION: tl.constexpr):
     m_same = (o_r // 16)[:, None] == (o_r // 16)[None, :]
     b_d = tl.sum(tl.reshape(tl.where(m_same, -b_a, 0.0), [C, NB, 16]), 1)
     b_d = tl.reshape(b_d, [NB, 16, 16])
-    for i in range(1, 16):
+    for i in tl.range(2, 16):
         m_i = (o_i == i)[None, :, None]
         b_row = tl.sum(tl.where(m_i, b_d, 0.0), 1)
         b_row += tl.sum(b_row[:, :, None] * b_d, 1)

@@ -71,7 +71,7 @@ def _forward(x: Call, beta, state) -> _Held:
 
 
 def _prepare(q, k, v, beta, g, cu_seqlens, chunk) -> tuple[Call, torch.Tensor]:
-    x = prepare(q, k, v, g, cu_seqlens, chunk)
+    x = prepare(q, k, v, g, cu_seqlens, 32 if chunk is None else chunk)
     # Corrected values change sign from row to row where keys are alike: bfloat16 gets as many digits as float16.
     finer = precision(torch.float16 if q.dtype == torch.bfloat16 else q.dtype)
     return x._replace(constants={**x.constants, "PRECISION": finer}), beta.float().contiguous().flatten(0, 1)

@@ -35,14 +35,18 @@ CONFIGS: dict[str, list[Config]] = {
     "keys_gradient_kernel": [Config(32, 16, 2, 2), Config(64, 16, 4, 2)],
     "gradients_kernel": [Config(16, 32, 8, 1), Config(32, 32, 8, 1)],
     "inverse_kernel": [Config(32, 16, 4, 2)],
-    "mixed_kernel": [Config(64, 64, 4, 2), Config(32, 32, 4, 2)],
+    "mixed_kernel": [Config(32, 32, 4, 1), Config(64, 64, 4, 2)],
     # It holds all channels of the key as well, in blocks.
     "corrected_states_kernel": [Config(16, 32, 4, 1), Config(32, 16, 4, 1)],
     # It holds all channels of the key, and may write over what it read: nothing to try twice.
-    "recurrent_kernel": [Config(256, 16, 4, 1)],
+    "recurrent_kernel": [Config(256, 16, 8, 1)],
 }
-# Where float32 wants another default.
-_FLOAT32: dict[str, list[Config]] = {"gradients_kernel": [Config(16, 32, 4, 1), Config(32, 32, 8, 1)]}
+# Where products as fine as float32 want others.
+_FINE: dict[tuple[str, str], list[Config]] = {
+    ("gradients_kernel", "ieee"): [Config(16, 32, 4, 1), Config(32, 32, 8, 1)],
+    ("gradients_kernel", "tf32x3"): [Config(16, 16, 4, 1)],
+    ("states_kernel", "tf32x3"): [Config(16, 64, 4, 1), Config(32, 32, 8, 1)],
+}
 _chosen: dict[tuple, Config] = {}
 _lock = threading.Lock()
 
@@ -52,9 +56,9 @@ def block(width: int, most: int) -> int:
     return min(max(triton.next_power_of_2(width), 16), most)
 
 
-def options(name: str, dtype: torch.dtype, K: int, V: int) -> list[Config]:
+def options(name: str, K: int, V: int, constants: dict[str, Any]) -> list[Config]:
     """The configurations of a kernel at these widths, without repetition."""
-    known = _FLOAT32.get(name, CONFIGS[name]) if dtype == torch.float32 else CONFIGS[name]
+    known = _FINE.get((name, constants.get("PRECISION")), CONFIGS[name])
     fitted = (c._replace(BK=block(K, c.BK), BV=block(V, c.BV)) for c in known)
     return list(dict.fromkeys(fitted))
 
@@ -100,7 +104,7 @@ def launch(
         kernel[grid(config)](*args, **filled, num_warps=config.num_warps, num_stages=config.num_stages)
         return config
 
-    choices = options(name, tensor.dtype, K, V)
+    choices = options(name, K, V, constants)
     if isinstance(kernel, InterpretedFunction):
         return run(choices[0])
     key = name, tensor.device, tensor.dtype, K, V, *constants.items()

@@ -171,7 +171,7 @@ def test_every_configuration_may_run_before_the_chosen_one(gate, monkeypatch):
     """As tuning does: what an earlier one wrote must not show."""
 
     def tuned(kernel, grid, K, V, *args, **constants):
-        for config in launch.options(kernel.fn.__name__, args[0].dtype, K, V):
+        for config in launch.options(kernel.fn.__name__, K, V, constants):
             kernel[grid(config)](*args, **launch.fill(kernel, config, constants))
         return config
 

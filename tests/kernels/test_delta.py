@@ -1,6 +1,6 @@
 """The delta rule's kernels under the interpreter: against float64, between guards, split, packed, permuted."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -50,10 +50,11 @@ class Case(NamedTuple):
         return None if self.lengths is None else torch.tensor([0, *self.lengths]).cumsum(0)
 
 
-def run(case: Case, x: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
+def run(op: Any, case: Case, x: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
+    """What the module `op` (forward, backward) makes of it."""
     args = *(x[n] for n in LEAVES), case.cu_seqlens(), case.K**-0.5, case.chunk
-    o, last = delta.forward(*args)
-    found = delta.backward(x["do"], x["dstate"], *args, x["g"] is not None)
+    o, last = op.forward(*args)
+    found = op.backward(x["do"], x["dstate"], *args, x["g"] is not None)
     return {n: y for n, y in zip(("o", "last", *LEAVES), (o, last, *found), strict=True) if y is not None}
 
 
@@ -67,7 +68,7 @@ def exact(case: Case, x: dict[str, torch.Tensor | None]) -> dict[str, torch.Tens
 
 def check(case: Case, bars=BARS):
     x = case.tensors()
-    far = distances(run(case, x), exact(case, x))
+    far = distances(run(delta, case, x), exact(case, x))
     assert all(d <= bars[n] for n, d in far.items()), far
 
 
@@ -128,7 +129,7 @@ def test_halves_stay_near_their_rounding_floor(gate, dtype, kind, strength):
     """Against rounding the exact result once, the least that any kernel with this output can do."""
     case = Case(gate=gate, T=130, G=2, K=64, V=64, kind=kind, strength=strength, chunk=None, dtype=dtype)
     x = case.tensors()
-    true, found = exact(case, x), run(case, x)
+    true, found = exact(case, x), run(delta, case, x)
     far = distances(found, true)
     for n in ("o", "q", "k", "v"):
         floor = distances({n: true[n].to(dtype)}, {n: true[n]})[n]
@@ -142,7 +143,7 @@ def test_tf32_when_pytorch_allows_it(gate, monkeypatch):
         monkeypatch.setattr(module, "precision", lambda dtype: "tf32")
     case = Case(gate=gate, T=70, K=64, V=64, chunk=64)
     x = case.tensors()
-    far = distances(run(case, x), exact(case, x))
+    far = distances(run(delta, case, x), exact(case, x))
     assert all(d <= (2e-3 if n in ("g", "beta") else 1e-3) for n, d in far.items()), far
     assert far["o"] > 1e-5
 
@@ -156,7 +157,7 @@ def test_the_future_changes_no_bit_of_the_past(gate):
         y[n][:, t:] = y[n][:, t:] * torch.rand_like(y[n][:, t:])
     if y["g"] is not None:
         y["g"][:, t:] = -torch.rand_like(y["g"][:, t:])
-    before, after = run(case, x), run(case, y)
+    before, after = run(delta, case, x), run(delta, case, y)
     for n in ("o", "q"):
         assert torch.equal(before[n][:, :t], after[n][:, :t]), n
 
@@ -166,12 +167,12 @@ def test_packed_split_and_permuted(gate):
     """Sequences apart give the bits of sequences packed; so does a batch in another order; and a cut changes little."""
     case = Case(gate=gate, B=3, T=45, G=2)
     x = case.tensors()
-    whole = run(case, x)
+    whole = run(delta, case, x)
     turned = {n: None if t is None else t[[2, 0, 1]] for n, t in x.items()}
-    for n, t in run(case, turned).items():
+    for n, t in run(delta, case, turned).items():
         assert torch.equal(t, whole[n][[2, 0, 1]]), n
     packed = {n: t if t is None or "state" in n else t.flatten(0, 1).unsqueeze(0) for n, t in x.items()}
-    for n, t in run(case._replace(lengths=(45, 45, 45)), packed).items():
+    for n, t in run(delta, case._replace(lengths=(45, 45, 45)), packed).items():
         assert torch.equal(t.flatten(), whole[n].flatten()), n
     args, state = (case.K**-0.5, 32), x["state"]
     for part in ((0, 1), (1, 20), (20, 45)):
@@ -187,9 +188,9 @@ def test_minus_infinity_resets(gate):
     case = Case(gate=gate, T=50)
     x = case.tensors()
     x["g"][:, 21] = -torch.inf
-    one = run(case, x)
+    one = run(delta, case, x)
     y = {n: torch.cat([torch.randn_like(t[:, :21]), t[:, 21:]], 1) if n == "v" else t for n, t in x.items()}
-    other = run(case, y)
+    other = run(delta, case, y)
     assert torch.equal(one["o"][:, 21:], other["o"][:, 21:]) and torch.equal(one["last"], other["last"])
     assert all(t.isfinite().all() for t in one.values())
 
@@ -199,7 +200,7 @@ def test_every_configuration_may_run_before_the_chosen_one(gate, monkeypatch):
     """As tuning does: what an earlier one wrote must not show."""
 
     def tuned(kernel, grid, K, V, *args, **constants):
-        for config in launch.options(kernel.fn.__name__, args[0].dtype, K, V):
+        for config in launch.options(kernel.fn.__name__, K, V, constants):
             kernel[grid(config)](*args, **launch.fill(kernel, config, constants))
         return config
 

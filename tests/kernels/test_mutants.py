@@ -5,6 +5,7 @@ import itertools
 import shutil
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import pytest
 import torch
 
 import liger_ops._triton
-from liger_ops import naive_recurrence
+from liger_ops import naive_delta_rule, naive_recurrence
+from tests.kernels import test_delta
 from tests.kernels.cases import Case, distances, exact, run
 from tests.kernels.interpreter import mend_rounding, sanitized
 from tests.kernels.test_additive import BARS, CLEAN
@@ -63,7 +65,7 @@ MUTANTS = [
     ("outputs", "b_a = tl.where(o_r[:, None] >= o_r[None, :], b_a, 0.0)", "b_a = b_a * 1.0", 0),
     ("outputs", "b_o * scale", "b_o", 0),
     ("outputs", "dot(b_k, b_dh, PRECISION)", "dot(b_k, b_dh * scale, PRECISION)", 0),
-    ("outputs", "tl.trans(b_a), b_do, PRECISION) * scale", "b_a, b_do, PRECISION) * scale", 0),
+    ("outputs", "tl.trans(b_a), b_do, PRECISION)", "b_a, b_do, PRECISION)", 0),
     ("outputs", "            b_a *= b_e\n", "", 0),
     ("outputs", "i_q = i_h * G + i_g", "i_q = i_h * G", 0),
     ("pairs", "m_r & (o_r > 0)", "m_r", 0),
@@ -79,7 +81,7 @@ MUTANTS = [
     ("pairs", "if factorable(b_g, b_k):", "if True:", 0),
     ("pairs", "m_own = m_r[:, None] & (o_r[:, None] >= o_r[None, :])", "m_own = m_r[:, None]", 0),
     ("pairs", "i_first + o_r), b_own", "o_r), b_own", 0),
-    ("pairs", "b_a * scale, mask", "b_a, mask", 0),
+    ("pairs", "b_a * head_scale(scale, i_q % G, G, STRICT)", "b_a", 0),
     ("pairs", "PRECISION) * tl.exp(b_sum)", "PRECISION)", 0),
     ("pairs", "PRECISION) * b_fall", "PRECISION)", 0),
     ("pairs", "(o_r[:, None] > o_r[None, :]) & (o_r < n)", "(o_r[:, None] >= o_r[None, :]) & (o_r < n)", 0),
@@ -93,7 +95,7 @@ MUTANTS = [
     ("gradients", "b_dk *= from_row(g, i_t, n, i_h, H, KG, o_r, o_g)", "b_dk *= b_to", 0),
     ("gradients", "b_dg = tl.cumsum(b_part, 0) - b_part", "b_dg = tl.cumsum(b_part, 0)", 0),
     ("gradients", "b_straddle * tl.exp(tl.sum(b_g, 0))", "b_straddle", 0),
-    ("gradients", "b_dq *= scale", "b_dq *= 1.0", 0),
+    ("gradients", "b_dq *= b_scale", "b_dq *= 1.0", 0),
     ("gradients", "            b_dq *= b_to\n", "            b_dq *= 1.0\n", 0),
     ("gradients", "b_same[:, None] * b_q", "b_q", 0),
     ("gradients", "b_pairs = -(b_k * b_own)", "b_pairs = b_k * b_own", 0),
@@ -142,6 +144,78 @@ MUTANTS = [
         0,
     ),
     ("recurrent", "tl.sum(b_read * b_q[:, None], 0) * scale", "tl.sum(b_read * b_q[:, None], 0)", 0),
+    ("recurrent", "p_beta + H", "p_beta + 1", 0),
+    ("recurrent", "b_v - tl.sum(b_h * b_k[:, None], 0)", "b_v - tl.sum(b_old * b_k[:, None], 0)", 0),
+    ("recurrent", "tl.load(p_beta).to(tl.float32) * ", "", 0),
+    ("tiles", "i_g < G - 1, scale, 1.0", "i_g < G, scale, 1.0", 0),
+    ("outputs", "| (i_g < G - 1)", "| (i_g < G)", 0),
+    ("outputs", "o_r[:, None] > o_r[None, :]) | (i_g", "o_r[:, None] >= o_r[None, :]) | (i_g", 0),
+    ("outputs", "0 if ALONE else n_k", "n_k", 0),
+    ("gradients", "b_same = tl.where(i_g < G - 1, b_same, 0.0)", "b_same = b_same * 1.0", 0),
+    ("gradients", "b_dk += tl.where(i_g < G - 1, 0.0, b_dq)", "b_dk += 0.0 * b_dq", 0),
+    ("gradients", "b_dk += tl.where(i_g < G - 1, 0.0, b_dq)", "b_dk += b_dq", 0),
+    ("gradients", "tl.where((o_r < n - 1)[:, None], b_k * b_dk, 0.0)", "b_k * b_dk", 0),
+    ("gradients", "o_r < n - 1", "o_r < n - 2", 0),
+    ("corrections", "(i_t + o_r) * H + i_h, mask=m_r, other=0.0", "(i_t + o_r) * H + i_h, mask=m_r", 0),
+    ("corrections", "(i_t + o_r) * H + i_h, mask=m_r, other=0.0", "(i_t + o_r) * H + i_h", 0),
+    ("corrections", "(i_t + o_r) * H + i_h", "(i_t + o_r) * H", 0),
+    ("corrections", "(i_t + o_r) * H + i_h", "i_t + o_r + i_h", 0),
+    ("corrections", "tl.where(m_same, -b_a, 0.0)", "tl.where(m_same, b_a, 0.0)", 0),
+    ("corrections", "tl.range(2, 16)", "tl.range(3, 16)", 0),
+    ("corrections", "tl.range(2, 16)", "tl.range(2, 15)", 0),
+    (
+        "corrections",
+        "b_row += tl.sum(b_row[:, :, None] * b_d, 1)",
+        "b_row += 0.0 * tl.sum(b_row[:, :, None] * b_d, 1)",
+        0,
+    ),
+    ("corrections", "tl.where(m_same, b_d, 0.0)", "b_d", 0),
+    ("corrections", "-dot(b_d, tl.where(m_same, 0.0, b_a), PRECISION)", "-dot(b_d, b_a, PRECISION)", 0),
+    ("corrections", "-dot(b_d, tl.where", "dot(b_d, tl.where", 0),
+    ("corrections", "b_n += b_square + dot(b_n, b_square, PRECISION)", "b_n += b_square", 0),
+    ("corrections", "b_n += b_square + dot(b_n, b_square, PRECISION)", "b_n += 0.0 * b_square", 0),
+    ("corrections", "b_d += dot(b_n, b_d, PRECISION)", "b_d += dot(b_d, b_n, PRECISION)", 0),
+    ("corrections", "    if n == 0:\n        return\n", "", 0),
+    ("corrections", "    if n == 0:\n        return\n", "", 1),
+    ("corrections", "m_r = o_r < n\n    kind", "m_r = o_r <= n\n    kind", 0),
+    ("corrections", "i_k * BK + tl.arange(0, BK), m_r)", "tl.arange(0, BK), m_r)", 0),
+    ("corrections", "o_r, m_r)[None, :]\n", "o_r, m_r)[:, None]\n", 0),
+    ("corrections", "o_r[:, None] > o_r[None, :], b_a, 0.0", "o_r[:, None] >= o_r[None, :], b_a, 0.0", 0),
+    ("corrections", "b_a *= between(", "b_a += 0.0 * between(", 0),
+    ("corrections", "m_m = m_r[:, None] & (o_r[:, None] >= o_r[None, :])", "m_m = o_r[:, None] >= o_r[None, :]", 0),
+    ("corrections", "load_pairs(m, i_t, i_h, H, o_r, n, C)", "load_pairs(m, i_t, i_h, H, o_r, C, C)", 0),
+    ("corrections", "        b_m = tl.trans(b_m)\n", "", 0),
+    (
+        "corrections",
+        "load_weights(beta, i_t, i_h, H, o_r, m_r)[:, None]\n        if DECAYED",
+        "1.0\n        if DECAYED",
+        0,
+    ),
+    ("corrections", "b_x *= from_row(", "b_x += 0.0 * from_row(", 0),
+    ("corrections", "b_x = b_x * to_row(", "b_x = b_x + 0.0 * to_row(", 0),
+    ("corrections", "PRECISION) * sign", "PRECISION)", 0),
+    ("corrections", "o_n == i_k)[:, None, None], b_h, 0.0", "o_n >= i_k)[:, None, None], b_h, 0.0", 0),
+    ("corrections", "o_n == i_k)[:, None, None], b_part", "o_n >= i_k)[:, None, None], b_part", 0),
+    ("corrections", "i_nh // H, i_nh % H", "i_nh // H, i_nh // H", 0),
+    ("corrections", "i_v * BV + tl.arange(0, BV)", "tl.arange(0, BV)", 0),
+    ("corrections", "[:, None, None] * BK + tl.arange(0, BK)", "[:, None, None] + tl.arange(0, BK)", 0),
+    ("corrections", "o_all * V + o_v", "o_all * K + o_v", 0),
+    ("corrections", "(o_all < K) & (o_v < V)", "(o_all <= K) & (o_v < V)", 0),
+    ("corrections", "(o_all < K) & (o_v < V)", "(o_all < K) & (o_v <= V)", 0),
+    ("corrections", "tl.load(first + i_nh * K * V", "0.0 * tl.load(first + i_nh * K * V", 0),
+    ("corrections", "tl.cdiv(i_end - i_begin, C)", "(i_end - i_begin) // C", 0),
+    ("corrections", "n_c - 1 - i if REVERSE else i", "i", 0),
+    ("corrections", "n = tl.minimum(i_end - i_t, C)", "n = C", 0),
+    ("corrections", "(i_first + i_c) * H + i_h", "i_c * H + i_h", 0),
+    ("corrections", "b_e -= dot(", "b_e += dot(", 0),
+    ("corrections", "b_e *= load_weights(", "b_e += 0.0 * load_weights(", 0),
+    ("corrections", "        if not REVERSE:", "        if True:", 0),
+    ("corrections", "b_part *= tl.exp(tl.sum(b_g, 0))[:, None]", "b_part *= 1.0", 0),
+    ("corrections", "to_row(b_g) if REVERSE else", "to_row(b_g) if not REVERSE else", 0),
+    ("corrections", "b_k = b_k * b_w", "b_k = b_k * 1.0", 0),
+    ("corrections", "b_q = b_q * b_w", "b_q = b_q * 1.0", 0),
+    ("corrections", "dot(tl.trans(b_q), b_do, PRECISION) * scale", "dot(tl.trans(b_q), b_do, PRECISION)", 0),
+    ("corrections", "i_h * G + i_g, H * G, V", "i_h * G, H * G, V", 0),
 ]
 
 
@@ -156,25 +230,31 @@ def load(root: Path, name: str, mutant: tuple | None):
             assert len(parts) > place + 1, f"{path.name} no longer says {old!r}"
             text = old.join(parts[: place + 1]) + new + old.join(parts[place + 1 :])
         path.write_text(text)
-    importlib.import_module(f"{name}.recurrent")
-    return importlib.import_module(f"{name}.additive")
+    return {module: importlib.import_module(f"{name}.{module}") for module in ("additive", "delta", "recurrent")}
 
 
-def killed(op, kernels: str) -> bool:
+def killed(modules, kernels: str) -> bool:
     """Whether any clean case that runs the kernels of a file, or any if unnamed, faults or misses its bar."""
-    for case in CLEAN if kernels != "recurrent" else ():
+    if kernels not in ("corrections", "recurrent") and missed(partial(run, modules["additive"]), exact, CLEAN, BARS):
+        return True
+    erase = test_delta
+    if kernels != "recurrent" and missed(partial(erase.run, modules["delta"]), erase.exact, erase.CLEAN, erase.BARS):
+        return True
+    return kernels in ("", "recurrent") and not steps_are_right(modules["recurrent"])
+
+
+def missed(found, true, cases, bars) -> bool:
+    for case in cases:
         torch.manual_seed(0)
         x = case.tensors()
         try:
             with sanitized():
-                far = distances(run(op, case, x), exact(case, x))
+                far = distances(found(case, x), true(case, x))
         except Exception:
             return True
-        if any(d > BARS[n] for n, d in far.items()):
+        if any(d > bars[n] for n, d in far.items()):
             return True
-    if kernels not in ("", "recurrent"):
-        return False
-    return not steps_are_right(sys.modules[op.__name__.replace(".additive", ".recurrent")])
+    return False
 
 
 def steps_are_right(op) -> bool:
@@ -184,17 +264,22 @@ def steps_are_right(op) -> bool:
     slots, start = torch.tensor([4, -1, 0]), torch.randn(6, H, K, V)
     by_channel, by_value = -torch.rand(N, T, H, K), -torch.rand(N, T, H, V)
     cases = (None, None), (-torch.rand(N, T, H), None), (by_channel, None), (by_channel, by_value)
-    for (g, gv), before in itertools.product(cases, (False, True)):
+    n, beta = slots >= 0, 0.1 * torch.rand(N, T, H)
+    for (g, gv), before, erases in itertools.product(cases, (False, True), (False, True)):
+        if erases and (before or gv is not None):
+            continue
         pool = start.clone()
         try:
             with sanitized():
-                o = op.forward(q, k, v, g, gv, pool, pool, slots, 0.3, before)
+                o = op.forward(q, k, v, g, gv, pool, pool, slots, 0.3, before, beta if erases else None)
         except Exception:
             return False
-        n = slots >= 0
         *parts, of_values = (x if x is None else x[n].double() for x in (q, k, v, g, gv))
         state = start[slots[n]].double()
-        wanted, last = naive_recurrence(*parts, 0.3, state, gv=of_values)
+        if erases:
+            wanted, last = naive_delta_rule(*parts[:3], beta[n].double(), parts[3], 0.3, state)
+        else:
+            wanted, last = naive_recurrence(*parts, 0.3, state, gv=of_values)
         if before:
             # Token t reads what token t - 1 left behind.
             reads = [naive_recurrence(*_first(t, *parts), 1.0, state, gv=_first(t, of_values)[0])[1] for t in range(T)]
@@ -232,6 +317,6 @@ def test_mutants_are_killed(tmp_path):
 
 @pytest.mark.parametrize("case", [Case(gate="channel"), Case(gate="head")])
 def test_a_clean_kernel_is_left_alone(case):
-    assert len(MUTANTS) >= 110
+    assert len(MUTANTS) >= 170
     with sanitized():
         run(liger_ops._triton.additive, case, case.tensors())

@@ -1,25 +1,25 @@
 """Elements beyond the 2^31st: tensors of which almost no page is ever touched."""
 
+from functools import partial
+
 import pytest
 import torch
 from triton import cdiv
 from triton.runtime.interpreter import GridExecutor
 
-from liger_ops._triton import additive, recurrent
+from liger_ops._triton import additive, delta, recurrent
 from liger_ops._triton.launch import Chunks, launch, make_chunks
 from liger_ops._triton.states import joins_kernel
+from tests.kernels import test_delta
 from tests.kernels.cases import Case, run
 
 TOKENS, LENGTHS = 2**27 + 100, (20, 40)
 
 
-@pytest.mark.parametrize("gate", ["none", "head", "channel"])
-def test_offsets_beyond_32_bits(gate, monkeypatch):
+def at_both_ends(case, tensors, run, monkeypatch):
     """Two sequences at the two ends of 2^31 elements give the bits of the same two side by side."""
-    case = Case(K=16, V=16, gate=gate, chunk=16, lengths=LENGTHS, size=3.0, piece=TOKENS)
-    x, early = case.tensors(), LENGTHS[0]
-    wanted = run(additive, case, x)
-    gap = TOKENS - sum(LENGTHS)
+    early, gap = LENGTHS[0], TOKENS - sum(LENGTHS)
+    wanted = run(case, tensors)
 
     def chunks(*_):
         near = make_chunks(case.cu_seqlens(), sum(LENGTHS), 16)
@@ -29,20 +29,44 @@ def test_offsets_beyond_32_bits(gate, monkeypatch):
         return Chunks(starts, bounds)
 
     def spread(y):
-        far = torch.empty(1, TOKENS, *y.shape[2:])
+        far = torch.empty(1, TOKENS, *y.shape[2:], dtype=y.dtype)
         far[:, :early], far[:, early + gap :] = y[:, :early], y[:, early:]
         return far
 
     # On the CPU the interpreter would copy every storage onto itself.
     monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda *_: None)
     monkeypatch.setattr(additive, "equal_chunks", chunks)
-    far = {n: y if y is None or "state" in n else spread(y) for n, y in x.items()}
+    far = {n: y if y is None or "state" in n else spread(y) for n, y in tensors.items()}
     assert far["q"].numel() > 2**31
-    for n, y in run(additive, case._replace(lengths=None), far).items():
+    for n, y in run(case._replace(lengths=None), far).items():
         if y is None or n in ("last", "state"):
             assert y is None or torch.equal(y, wanted[n]), n
         else:
             assert torch.equal(torch.cat([y[:, :early], y[:, early + gap :]], 1), wanted[n]), n
+
+
+@pytest.mark.parametrize("gate", ["none", "head", "channel"])
+def test_offsets_beyond_32_bits(gate, monkeypatch):
+    case = Case(K=16, V=16, gate=gate, chunk=16, lengths=LENGTHS, size=3.0, piece=TOKENS)
+    at_both_ends(case, case.tensors(), partial(run, additive), monkeypatch)
+
+
+def corrections(case, x):
+    """What the delta rule's own kernels make of it: products with the inverse, states, errors."""
+    call, beta = delta._prepare(*(x[n] for n in ("q", "k", "v", "beta", "g")), case.cu_seqlens(), case.chunk)
+    m = delta._inverse(call, beta)
+    rows, taken = delta._mixed(call, m, call.v, beta), delta._mixed(call, m, call.k, beta, decayed=True)
+    back = delta._mixed(call, m, call.k, beta, -1.0, transposed=True, decayed=True)
+    _, e, u, last = delta._states(call, rows, taken, beta, x["state"])
+    _, w, _, first = delta._states(call, rows, back, beta, x["dstate"], x["do"].flatten(0, 1), 0.3)
+    found = dict(rows=rows, taken=taken, back=back, e=e, u=u, w=w)
+    return {n: y.unsqueeze(0) for n, y in found.items()} | dict(last=last, state=first)
+
+
+@pytest.mark.parametrize("gate", ["none", "head", "channel"])
+def test_corrections_beyond_32_bits(gate, monkeypatch):
+    case = test_delta.Case(K=16, V=16, gate=gate, chunk=16, lengths=LENGTHS)
+    at_both_ends(case, case.tensors(), corrections, monkeypatch)
 
 
 ROWS, K, V = 2**31 // (128 * 128) + 40, 128, 128
