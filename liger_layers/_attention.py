@@ -6,29 +6,24 @@ Shapes: B batch, T time, HQ query heads, H key/value heads, D head width, W wind
 import torch
 from torch import nn
 
+from liger_layers._choices import settle
+from liger_layers._memories import Mix, RoutedMemories
 from liger_layers._state import LigerState
 from liger_layers.feature_maps import FEATURE_MAPS
-from liger_layers.gates import GATES, log_decay
+from liger_layers.gates import erases, log_decay, strength
 from liger_layers.rotary import rotary_tables, rotate
-from liger_ops import chunk_gla, chunk_simple_gla, liger_attention, sliding_window_attention
+from liger_ops import (
+    chunk_delta_rule,
+    chunk_gated_delta_rule,
+    chunk_gla,
+    chunk_kda,
+    chunk_simple_gla,
+    liger_attention,
+    sliding_window_attention,
+)
 
-MIXINGS = ("joint", "sum")
-
-
-def _choose(name: str, value: str, choices) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
-
-
-class Mix(nn.Module):
-    """Weight of the recurrence per query head, [HQ]: a module, so that tools that train or save modules reach it."""
-
-    def __init__(self, num_heads: int, value: float, learn: bool):
-        super().__init__()
-        self.weight = nn.Parameter(torch.full((num_heads,), float(value)), requires_grad=learn)
-
-    def forward(self) -> torch.Tensor:
-        return self.weight
+# Sums of features with a larger logarithm could leave float32.
+MAX_LOG = 30.0
 
 
 class LigerAttention(nn.Module):
@@ -37,7 +32,12 @@ class LigerAttention(nn.Module):
     mixing="sum" is the paper's: o = mix * recurrence + (1 - mix) * window, the recurrence over every token so far.
     mixing="joint" is one softmax: exact over the window and the sinks, estimated by the recurrence for every
     older token, and normalised together, so that each token counts once; `mix` then scales the far weights.
-    mix.weight is a parameter [HQ], fixed unless learn_mix. RoPE turns the window branch only.
+    mix.weight is a parameter [HQ], fixed unless learn_mix. RoPE turns the window branch only. Gates that erase (the
+    delta rule) read keys and queries of length 1 without a denominator, which leaves mixing="sum".
+
+    memories > 0 adds as many routed memories (Mixture-of-Memories, arXiv 2502.13685), of which each token writes and
+    reads top_k, with keys and values of their own that start as those of the layer, behind a weight per head that
+    starts at zero: until trained, they change nothing.
 
     forward(x [B,T,hidden]) returns (y [B,T,hidden], state); pass the state back to continue. mask [B,T] bool marks
     real tokens: padding may stand left, and right too where no state is passed on (padding takes room in the window).
@@ -57,20 +57,20 @@ class LigerAttention(nn.Module):
         sinks: int = 4,
         gate: str = "gated_retention",
         tau: float = 1024.0,
-        feature_map: str = "kernel",
-        mixing: str = "joint",
-        mix: float = 1.0,
+        feature_map: str | None = None,
+        mixing: str | None = None,
+        mix: float | None = None,
         learn_mix: bool = True,
-        normalize: bool = True,
+        normalize: bool | None = None,
+        memories: int = 0,
+        top_k: int = 2,
         scale: float | None = None,
         rope_theta: float | None = 10000.0,
         bias: bool = False,
         projections: dict[str, nn.Module] | None = None,
     ):
         super().__init__()
-        _choose("gate", gate, GATES)
-        _choose("feature_map", feature_map, FEATURE_MAPS)
-        _choose("mixing", mixing, MIXINGS)
+        chosen = settle(gate, feature_map, mixing, mix, normalize)
         num_kv_heads = num_kv_heads or num_heads
         head_dim = head_dim or hidden_size // num_heads
         if num_heads % num_kv_heads:
@@ -85,12 +85,17 @@ class LigerAttention(nn.Module):
             self.add_module(name, module)
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.window, self.sinks, self.scale = window, sinks, scale
-        self.gate, self.tau, self.mixing, self.normalize = gate, tau, mixing, normalize
+        self.gate, self.tau, self.mixing, self.normalize = gate, tau, chosen.mixing, chosen.normalize
         self.rope_theta = rope_theta
         if self.recurs:
-            self.feature_map = FEATURE_MAPS[feature_map](num_heads, num_kv_heads, head_dim)
+            self.feature_map = FEATURE_MAPS[chosen.feature_map](num_heads, num_kv_heads, head_dim)
         if self.recurs and self.windows:
-            self.mix = Mix(num_heads, mix, learn_mix)
+            self.mix = Mix(num_heads, chosen.mix, learn_mix)
+        self.memories = None
+        if memories:
+            if not self.recurs:
+                raise ValueError(f"memories: expected 0 without a recurrence, got {memories}")
+            self.memories = RoutedMemories(self.k_proj, self.v_proj, num_heads, head_dim, memories, top_k)
 
     @property
     def delayed(self) -> bool:
@@ -100,7 +105,7 @@ class LigerAttention(nn.Module):
     def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> LigerState:
         """The state before the first token."""
         H, D, slots = self.num_kv_heads, self.head_dim, self.sinks + self.window
-        k = v = visible = raw = recurrent = None
+        k = v = visible = raw = recurrent = memories = None
         if self.windows:
             k, v = (torch.zeros(batch, slots, H, D, device=device, dtype=dtype) for _ in range(2))
             visible = torch.zeros(batch, slots, dtype=torch.bool, device=device)
@@ -108,7 +113,10 @@ class LigerAttention(nn.Module):
             raw = torch.zeros(batch, self.window, H, D, device=device, dtype=dtype)
         if self.recurs:
             recurrent = torch.zeros(batch, H, D, D + (self.delayed or self.normalize), device=device)
-        return LigerState(k, v, visible, raw, recurrent, torch.zeros(batch, dtype=torch.long, device=device))
+        if self.memories is not None:
+            memories = torch.zeros(batch, self.memories.count, H, D, D + self.normalize, device=device)
+        position = torch.zeros(batch, dtype=torch.long, device=device)
+        return LigerState(k, v, visible, raw, recurrent, position, memories)
 
     def forward(
         self,
@@ -125,13 +133,19 @@ class LigerAttention(nn.Module):
         if position_embeddings is None and self.rope_theta is not None:
             position = state.position[:, None] + mask.cumsum(1) - 1
             position_embeddings = rotary_tables(position.clamp(min=0), self.head_dim, self.rope_theta)
-        o, state = self.mixer(q, k, v, mask, state, position_embeddings)
-        return self.o_proj(o.flatten(2).to(x.dtype)), state
+        o, after = self.mixer(q, k, v, mask, state, position_embeddings)
+        if self.memories is not None:
+            more, after.memories = self.memories(x, q, mask, state.memories, self._norm_key, self._recurrence)
+            o = o + more.to(o.dtype)
+        return self.o_proj(o.flatten(2).to(x.dtype)), after
 
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Unrotated q [B,T,HQ,D], k and v [B,T,H,D], with the norms that some models put on q and k."""
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        return (self.q_norm(q), self.k_norm(k), v) if hasattr(self, "q_norm") else (q, k, v)
+        return self.q_norm(q) if hasattr(self, "q_norm") else q, self._norm_key(k), v
+
+    def _norm_key(self, k: torch.Tensor) -> torch.Tensor:
+        return self.k_norm(k) if hasattr(self, "k_norm") else k
 
     def mixer(self, q, k, v, mask, state, position_embeddings):
         """Everything between the projections: o [B,T,HQ,D] and the next state."""
@@ -157,18 +171,28 @@ class LigerAttention(nn.Module):
                 o = mix * far + (1 - mix) * o
         return o, LigerState(*self._keep(keys, values, visible), raw, recurrent, position)
 
-    def _recurrence(self, q, k, v, mask, state):
+    def _recurrence(self, q, k, v, mask, state, **packing):
         """The recurrence over every token, no delay: o [B,T,HQ,D], state; padding neither writes nor decays."""
         real = mask[:, :, None, None]
-        features = self.feature_map.key(k).exp().masked_fill(~real, 0.0)
+        query, features = self.feature_map.query(q), self.feature_map.key(k)
+        if self.feature_map.log:
+            if self.normalize:
+                # A query's common factor cancels, and must not overflow before it does.
+                query = query - query.amax(-1, keepdim=True)
+            query, features = query.exp(), features.clamp(max=MAX_LOG).exp()
+        features, values = features.masked_fill(~real, 0.0), v.to(features.dtype)
         g = log_decay(self.gate, k, self.tau)
-        g = g.masked_fill(~(real if g.ndim == 4 else real.squeeze(-1)), 0.0)
-        op = chunk_gla if g.ndim == 4 else chunk_simple_gla
-        query = self.feature_map.query(q).exp()
-        values = v.to(features.dtype)
+        if g is not None:
+            g = g.masked_fill(~(real if g.ndim == 4 else real.squeeze(-1)), 0.0)
         if self.normalize:
             values = torch.cat([values, torch.ones_like(values[..., :1])], -1)
-        o, state = op(query, features, values, g, scale=1.0, initial_state=state, output_final_state=True)
+        options = dict(scale=1.0, initial_state=state, output_final_state=True, **packing)
+        if erases(self.gate):
+            op = chunk_delta_rule if g is None else chunk_kda if g.ndim == 4 else chunk_gated_delta_rule
+            options |= dict(beta=strength(self.gate, k), use_qk_l2norm_in_kernel=True)
+        else:
+            op = chunk_gla if g is not None and g.ndim == 4 else chunk_simple_gla
+        o, state = op(query, features, values, **options, **({} if g is None else dict(g=g)))
         if self.normalize:
             # A padded query has seen nothing and divides by zero otherwise.
             o = o[..., :-1] / o[..., -1:].masked_fill(~real, 1.0)

@@ -1,6 +1,7 @@
 """What a layer remembers between calls: constant in size from the first token on.
 
-Shapes: B batch, H key/value heads, D width, V value width, W window, P sinks, M features or memories.
+Shapes: B batch, H key/value heads, D width, V value width, W window, P sinks, M features or memories,
+R routed memories.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class LigerState(_State):
 
     k [B,P+W,H,D] as the window scores them, v [B,P+W,H,V], raw [B,W,H,D] the unrotated keys that the recurrence reads
     when a token leaves the window (None when it reads tokens at once), recurrent [B,H,M,V+1] or [B,H,M,V] in
-    float32, position [B] the tokens seen, padding excluded.
+    float32, position [B] the tokens seen, padding excluded, memories [B,R,H,M,...] those that tokens are routed to.
     """
 
     k: torch.Tensor | None
@@ -48,6 +49,7 @@ class LigerState(_State):
     raw: torch.Tensor | None
     recurrent: torch.Tensor | None
     position: torch.Tensor
+    memories: torch.Tensor | None = None
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Feature maps of the recurrent branch, given as logarithms so that a joint softmax can weigh them.
+"""Feature maps of the recurrent branch, positive ones given as logarithms so that a joint softmax can weigh them.
 
 Shapes: B batch, T time, HQ query heads, H key/value heads (HQ = G * H), K key width, M features, R kernel rank.
 """
@@ -12,11 +12,27 @@ from torch import nn
 class Softmax(nn.Module):
     """exp(log_softmax(x)): the published map (arXiv 2503.01496, sec. 3.1). M = K."""
 
+    log = True
+
     def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int):
         super().__init__()
 
     def query(self, q: torch.Tensor) -> torch.Tensor:
         return q.log_softmax(-1, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+
+    key = query
+
+
+class UnitLength(nn.Module):
+    """x as it is: the delta rule gives it length 1, and signed features have no logarithm. M = K."""
+
+    log = False
+
+    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int):
+        super().__init__()
+
+    def query(self, q: torch.Tensor) -> torch.Tensor:
+        return q.to(torch.promote_types(q.dtype, torch.float32))
 
     key = query
 
@@ -29,6 +45,8 @@ class SoftmaxKernel(nn.Module):
     (Performer, arXiv 2009.14794, lemma 1) over its R strongest directions. `calibrate` sets means and directions
     from second moments; before it, the map starts from the first R channels of zero-mean keys.
     """
+
+    log = True
 
     def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, rank: int = 16):
         super().__init__()
@@ -129,4 +147,4 @@ def _power(matrix: torch.Tensor, exponent: float) -> torch.Tensor:
     return vectors @ torch.diag_embed(values**exponent) @ vectors.transpose(-1, -2)
 
 
-FEATURE_MAPS: dict[str, type[nn.Module]] = {"softmax": Softmax, "kernel": SoftmaxKernel}
+FEATURE_MAPS: dict[str, type[nn.Module]] = {"softmax": Softmax, "kernel": SoftmaxKernel, "unit": UnitLength}

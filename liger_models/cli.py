@@ -36,6 +36,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--window", type=int, help="tokens with exact softmax attention")
     p.add_argument("--sinks", type=int, help="first tokens that stay visible for ever")
     p.add_argument("--mix", type=float, help="initial weight of the recurrence; 0 leaves the window alone")
+    p.add_argument("--memories", type=int, help="routed memories beside the one that sees every token (default: 0)")
+    p.add_argument("--top-k", type=int, help="routed memories that a token uses (default: 2)")
     p.add_argument("--keep", type=_indices, metavar="I,J,...", help="layers that stay full attention")
 
     p = _command(commands, "finetune", "Fine-tune with LoRA and merge the adapters. Ctrl-C leaves a checkpoint.")
@@ -95,7 +97,7 @@ def _read(path: Path) -> str:
 def _linearize(args) -> None:
     checkpoint.check_output(args.out, args.overwrite)
     model, tokenizer = checkpoint.load(args.model, args.dtype)
-    names = ("gate", "feature_map", "window", "sinks", "mix")
+    names = ("gate", "feature_map", "window", "sinks", "mix", "memories", "top_k")
     linearize(model, preset=args.preset, keep=args.keep, **{name: getattr(args, name) for name in names})
     checkpoint.save(model, tokenizer, args.out, args.overwrite)
     print(f"Wrote {args.out}")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from liger_layers import FEATURE_MAPS, GATES
+from liger_layers._choices import settle
 
 
 @dataclass(frozen=True)
@@ -14,39 +14,44 @@ class LigerConfig:
     """Travels inside config.json under "liger".
 
     gate: name in liger_layers.GATES; tau: its temperature, decay = sigmoid(pooled key) ** (1 / tau).
-    feature_map: name in liger_layers.FEATURE_MAPS.
+    feature_map: name in liger_layers.FEATURE_MAPS. None, here and below, is what suits the gate.
     mixing: "joint", one softmax of window and recurrence, or "sum", mix * recurrence + (1 - mix) * window.
     mix: initial weight of the recurrence per head; learn_mix: whether fine-tuning may change it.
     normalize: divide the recurrence by its accumulated keys ("joint" always does).
     window, sinks: tokens that keep exact softmax attention. keep: indices of layers that stay full attention.
+    memories: routed memories of a layer, beside the one that sees every token; top_k: how many a token uses.
+    router_aux_loss_coef: weight of the loss that fine-tuning adds to balance them.
     """
 
     gate: str = "gated_retention"
     tau: float = 1024.0
-    feature_map: str = "kernel"
-    mixing: str = "joint"
-    mix: float = 1.0
+    feature_map: str | None = None
+    mixing: str | None = None
+    mix: float | None = None
     learn_mix: bool = True
-    normalize: bool = True
+    normalize: bool | None = None
     window: int = 64
     sinks: int = 4
+    memories: int = 0
+    top_k: int = 2
+    router_aux_loss_coef: float = 0.01
     keep: tuple[int, ...] = field(default=())
 
     def __post_init__(self):
-        for name, value, choices in (
-            ("gate", self.gate, GATES),
-            ("feature_map", self.feature_map, FEATURE_MAPS),
-            ("mixing", self.mixing, ("joint", "sum")),
-        ):
-            if value not in choices:
-                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
-        for name, value, low in (("window", self.window, 1), ("sinks", self.sinks, 0)):
+        chosen = settle(self.gate, self.feature_map, self.mixing, self.mix, self.normalize)
+        for name, value in chosen._asdict().items():
+            object.__setattr__(self, name, value)
+        for name, low in (("window", 1), ("sinks", 0), ("memories", 0), ("top_k", 1)):
+            value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ValueError(f"{name}: expected an integer >= {low}, got {value!r}")
         if not 0 < self.tau < math.inf:
             raise ValueError(f"tau: expected a number > 0, got {self.tau!r}")
-        if not 0 <= self.mix < math.inf:
-            raise ValueError(f"mix: expected a weight >= 0, got {self.mix!r}")
+        if self.memories and self.top_k > self.memories:
+            raise ValueError(f"top_k: expected an integer from 1 to {self.memories} memories, got {self.top_k}")
+        for name in ("mix", "router_aux_loss_coef"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected a weight >= 0, got {getattr(self, name)!r}")
         for name in ("learn_mix", "normalize"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
@@ -60,16 +65,16 @@ class LigerConfig:
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(changes) - known):
             raise ValueError(f"{unknown[0]}: unknown; expected one of {', '.join(sorted(known))}")
-        return replace(PRESETS[preset], **{name: value for name, value in changes.items() if value is not None})
+        return cls(**PRESETS[preset] | {name: value for name, value in changes.items() if value is not None})
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "keep": list(self.keep)}
 
 
-PRESETS = {
-    "default": LigerConfig(),
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
     # The published code: softmax features without a denominator, half recurrence, half window, no sinks.
-    "paper-gla": LigerConfig(
+    "paper-gla": dict(
         gate="gla", tau=16.0, feature_map="softmax", mixing="sum", mix=0.5, learn_mix=False, normalize=False, sinks=0
     ),
 }

@@ -27,18 +27,19 @@ def perplexity(model: PreTrainedModel, blocks: torch.Tensor, description: str = 
 
 @contextmanager
 def without_recurrence(model: PreTrainedModel):
-    """Set every layer's mix to zero for a while: the window branch alone."""
+    """Set every layer's mix, and that of its routed memories, to zero for a while: the window branch alone."""
     layers = [m for m in model.modules() if isinstance(m, LinearizedAttention)]
-    before = [m.mix.weight.detach().clone() for m in layers]
+    weights = [m.mix.weight for m in layers] + [m.memories.mix.weight for m in layers if m.memories is not None]
+    before = [x.detach().clone() for x in weights]
     try:
         with torch.no_grad():
-            for m in layers:
-                m.mix.weight.zero_()
+            for x in weights:
+                x.zero_()
         yield
     finally:
         with torch.no_grad():
-            for m, value in zip(layers, before, strict=True):
-                m.mix.weight.copy_(value)
+            for x, value in zip(weights, before, strict=True):
+                x.copy_(value)
 
 
 def evaluate(

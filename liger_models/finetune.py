@@ -33,7 +33,8 @@ from liger_models.text import to_blocks
 class Recipe:
     """How to fine-tune. steps None means `epochs` passes over the text.
 
-    features: train, beside the adapters on `targets`, the feature maps and the mix (where learn_mix allows).
+    features: train, beside the adapters on `targets`, the feature maps and the mix (where learn_mix allows). Routers of
+    memories and their weights are always trained, and their load is balanced.
     """
 
     rank: int = 16
@@ -196,6 +197,11 @@ def _train(model, blocks, recipe: Recipe, folder: Path, last: str | None, seed: 
     whole = None
     if recipe.features and isinstance(model, LigerMixin):
         whole = ["feature_map", "mix"] if model.config.liger["learn_mix"] else ["feature_map"]
+    routed = isinstance(model, LigerMixin) and model.config.liger["memories"] > 0
+    if routed:
+        whole = [*(whole or []), "memories.router", "memories.mix"]
+        # Their load is to be balanced while they learn.
+        model.config.output_router_logits = True
     torch.manual_seed(seed)
     with _quiet_peft():
         adapted = get_peft_model(
@@ -240,6 +246,8 @@ def _train(model, blocks, recipe: Recipe, folder: Path, last: str | None, seed: 
         done = not interrupt.asked
     finally:
         model = adapted.merge_and_unload() if done else adapted.unload()
+        if routed:
+            del model.config.output_router_logits
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trainable)
     if not done:

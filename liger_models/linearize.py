@@ -36,7 +36,7 @@ def linearize(
         preset: "default", or "paper-gla" for the published conversion.
         keep: indices of layers that stay full attention (negative ones count from the end).
         calibration: token ids to measure instead of the model's own draw.
-        changes: fields of LigerConfig: gate, window, sinks, mix, tau, feature_map, mixing, ...
+        changes: fields of LigerConfig: gate, window, sinks, mix, tau, feature_map, mixing, memories, top_k, ...
 
     Raises:
         ValueError: an architecture outside the list, a damaged weight, or an option that does not exist; the model is

@@ -5,6 +5,9 @@ Shapes: B batch, T time, D head width.
 
 from __future__ import annotations
 
+import functools
+import inspect
+
 import torch
 from torch import nn
 from transformers import (
@@ -21,8 +24,9 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
-from liger_layers import LigerAttention
+from liger_layers import LigerAttention, load_balancing_loss
 from liger_models.cache import LigerCacheLayer, fit_cache, make_cache
 from liger_models.configuration import LigerConfig
 
@@ -34,7 +38,8 @@ class LinearizedAttention(LigerAttention):
 
     def __init__(self, old: nn.Module, hf: PreTrainedConfig, liger: LigerConfig):
         options = liger.to_dict()
-        options.pop("keep")
+        for name in ("keep", "router_aux_loss_coef"):
+            options.pop(name)
         super().__init__(
             hf.hidden_size,
             hf.num_attention_heads,
@@ -115,6 +120,12 @@ class LigerMixin:
         super().__init__(config, *args, **kwargs)
         swap_attention(self, LigerConfig(**config.liger))
 
+    def __init_subclass__(cls, **kwargs):
+        """What inspects a model's forward is to see that of its family."""
+        super().__init_subclass__(**kwargs)
+        if LigerMixin in cls.__bases__:
+            cls.forward = _with_routers(cls.forward)
+
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
             model_kwargs["past_key_values"] = make_cache(self.config)
@@ -122,6 +133,39 @@ class LigerMixin:
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values=None, **kwargs):
         return attention_mask
+
+
+def _with_routers(forward):
+    """A family's forward that, with output_router_logits, tells of routed memories as a mixture of experts does.
+
+    The output has router_logits, a tuple of [B*T,M] per Liger layer, and aux_loss, which joins the loss with the weight
+    router_aux_loss_coef.
+    """
+
+    @functools.wraps(forward)
+    def call(self, *args, output_router_logits: bool | None = None, **kwargs):
+        if output_router_logits is None:
+            output_router_logits = getattr(self.config, "output_router_logits", False)
+        liger = self.config.liger
+        if not output_router_logits or not liger["memories"]:
+            return forward(self, *args, **kwargs)
+        given = inspect.signature(forward).bind(self, *args, **kwargs).arguments
+        logits = []
+        routers = [m.memories.router for m in self.modules() if isinstance(m, LinearizedAttention)]
+        hooks = [router.register_forward_hook(lambda _, __, out: logits.append(out)) for router in routers]
+        try:
+            out = forward(self, *args, **{**kwargs, "return_dict": True})
+        finally:
+            for hook in hooks:
+                hook.remove()
+        mask = given.get("attention_mask")
+        tokens = len(logits[0]) // out.logits.shape[0]
+        aux = load_balancing_loss(logits, liger["top_k"], None if mask is None else mask[:, -tokens:])
+        loss = out.loss if out.loss is None else out.loss + liger["router_aux_loss_coef"] * aux.to(out.loss.device)
+        fields = {**out, "loss": loss, "aux_loss": aux, "router_logits": tuple(logits)}
+        return MoeCausalLMOutputWithPast(**fields)
+
+    return call
 
 
 def swap_attention(model: PreTrainedModel, liger: LigerConfig) -> None:

@@ -17,10 +17,26 @@ from liger_layers import (
 )
 from liger_layers.gates import log_decay
 
+
+def stirred(layer):
+    """With memories of their own weight, apart from each other."""
+    with torch.no_grad():
+        layer.memories.mix.weight.copy_(torch.linspace(0.5, 1.0, 4))
+        layer.memories.k_proj.weight.add_(0.2 * torch.randn_like(layer.memories.k_proj.weight))
+    return layer
+
+
 KINDS = {
     "joint": lambda: LigerAttention(32, 4, 2, window=6, sinks=2),
     "joint-gla": lambda: LigerAttention(32, 4, 2, window=6, sinks=2, gate="gla"),
     "sum": lambda: LigerAttention(32, 4, 2, window=6, sinks=0, mixing="sum", mix=0.5, feature_map="softmax"),
+    "deltanet": lambda: LigerAttention(32, 4, 2, window=6, sinks=2, gate="deltanet", mix=0.5),
+    "gated_deltanet": lambda: LigerAttention(32, 4, 2, window=6, sinks=2, gate="gated_deltanet", mix=0.5, tau=1.0),
+    "kda": lambda: GatedRecurrence(32, 4, 2, gate="kda", tau=1.0),
+    "memories": lambda: stirred(LigerAttention(32, 4, 2, window=6, sinks=2, memories=3, top_k=2)),
+    "memories that erase": lambda: stirred(
+        LigerAttention(32, 4, 2, window=6, sinks=2, gate="kda", memories=3, top_k=2, bias=True)
+    ),
     "recurrence": lambda: GatedRecurrence(32, 4, 2, gate="gla", feature_map="softmax", tau=16.0),
     "window": lambda: SlidingWindowAttention(32, 4, 2, window=6, sinks=2),
     "odd heads": lambda: LigerAttention(36, 3, 1, head_dim=12, window=5, sinks=1),
@@ -136,9 +152,17 @@ def test_a_registered_gate_works_in_a_layer():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(gate="mamba9"), "gate: expected one of gla, gated_retention, got 'mamba9'"),
+        (
+            dict(gate="mamba9"),
+            "gate: expected one of gla, gated_retention, deltanet, gated_deltanet, kda, got 'mamba9'",
+        ),
         (dict(feature_map="cosine"), "feature_map: expected one of softmax, kernel"),
         (dict(mixing="max"), "mixing: expected one of joint, sum"),
+        (dict(gate="kda", mixing="joint"), "mixing: expected 'sum' with gate 'kda', which erases, got 'joint'"),
+        (dict(gate="kda", normalize=True), "normalize: expected False with gate 'kda', which erases, got True"),
+        (dict(feature_map="unit"), "feature_map: expected a positive one with gate 'gated_retention', got 'unit'"),
+        (dict(memories=2, top_k=3), "top_k: expected an integer from 1 to 2 memories, got 3"),
+        (dict(memories=-1), "memories: expected an integer >= 1, got -1"),
         (dict(num_kv_heads=3), "num_heads: expected a multiple"),
         (dict(window=0), "window, sinks: expected"),
     ],

@@ -12,6 +12,8 @@ VARIANTS = {
     "gla": dict(window=8, sinks=2, gate="gla", tau=16.0),
     "sum": dict(window=8, sinks=2, mixing="sum", mix=0.3, feature_map="softmax"),
     "paper-gla": dict(preset="paper-gla", window=8),
+    "gated_deltanet": dict(window=8, sinks=2, gate="gated_deltanet", tau=1.0, mix=0.5),
+    "memories": dict(window=8, sinks=2, memories=3),
     "hybrid": dict(window=8, sinks=2, keep=[1]),
 }
 
@@ -23,7 +25,11 @@ def ids(rows: int, tokens: int) -> torch.Tensor:
 @pytest.fixture(params=[(n, v) for n in NAMES for v in (VARIANTS if n == "llama" else ("default", "hybrid"))], ids=str)
 def model(request):
     name, variant = request.param
-    return linearize_tiny(tiny(name), **VARIANTS[variant])
+    model = linearize_tiny(tiny(name), **VARIANTS[variant])
+    for layer in model.model.layers:
+        if getattr(layer.self_attn, "memories", None) is not None:
+            torch.nn.init.uniform_(layer.self_attn.memories.mix.weight, 0.5, 1.0)
+    return model
 
 
 @torch.no_grad()

@@ -1,0 +1,80 @@
+"""Routed memories beside a layer that already has one, on keys and values that start as the layer's own.
+
+Shapes: B batch, T time, HQ query heads, H key/value heads, D head width, M memories, R memories per token.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from liger_layers._routing import dispatch, one_token, route
+
+
+class Mix(nn.Module):
+    """A weight per query head, [HQ]: a module, so that tools that train or save modules reach it."""
+
+    def __init__(self, num_heads: int, value: float, learn: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((num_heads,), float(value)), requires_grad=learn)
+
+    def forward(self) -> torch.Tensor:
+        return self.weight
+
+
+def _repeated(projection: nn.Linear, times: int) -> nn.Linear:
+    """A projection to `times` copies of what the given one puts out, one after the other."""
+    weight, bias = projection.weight, projection.bias
+    options = dict(bias=bias is not None, device=weight.device, dtype=weight.dtype)
+    copies = nn.Linear(projection.in_features, times * projection.out_features, **options)
+    with torch.no_grad():
+        copies.weight.copy_(weight.repeat(times, 1))
+        if bias is not None:
+            copies.bias.copy_(bias.repeat(times))
+    return copies
+
+
+class RoutedMemories(nn.Module):
+    """M memories of which each token writes and reads R = top_k, mixed by its router (arXiv 2502.13685, eq. 6-9).
+
+    The sum enters through `mix`, a weight per query head that starts at zero.
+    """
+
+    def __init__(self, k_proj: nn.Linear, v_proj: nn.Linear, num_heads: int, head_dim: int, count: int, top_k: int):
+        super().__init__()
+        for name, value, most in (("memories", count, None), ("top_k", top_k, count)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most and value > most):
+                limit = f"an integer from 1 to {most} memories" if most else "an integer >= 1"
+                raise ValueError(f"{name}: expected {limit}, got {value!r}")
+        self.count, self.top_k, self.head_dim = count, top_k, head_dim
+        self.k_proj, self.v_proj = _repeated(k_proj, count), _repeated(v_proj, count)
+        weight = k_proj.weight
+        self.router = nn.Linear(k_proj.in_features, count, bias=False, device=weight.device, dtype=weight.dtype)
+        self.mix = Mix(num_heads, 0.0, True)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        q: torch.Tensor,
+        mask: torch.Tensor,
+        state: torch.Tensor,
+        norm_key: Callable[[torch.Tensor], torch.Tensor],
+        recurrence: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [B,T,hidden], q [B,T,HQ,D], mask [B,T], state [B,M,H,D,...] -> o [B,T,HQ,D], state.
+
+        recurrence(q, k, v, mask, state, cu_seqlens=, max_seqlen=) runs all memories at once.
+        """
+        B, T = x.shape[:2]
+        weights, chosen = route(self.router(x.flatten(0, 1)).view(B, T, -1), self.top_k)
+        if T == 1:
+            entries, packing = one_token(chosen, self.count, mask), {}
+        else:
+            entries = dispatch(chosen, self.count, mask)
+            packing = dict(cu_seqlens=entries.cu_seqlens, max_seqlen=B * T * self.top_k)
+        k, v = (p(x).unflatten(-1, (self.count, -1, self.head_dim)) for p in (self.k_proj, self.v_proj))
+        k, v = norm_key(entries.gather_chosen(k)), entries.gather_chosen(v)
+        everyone = torch.ones_like(k[..., 0, 0], dtype=torch.bool)
+        o, last = recurrence(entries.gather(q), k, v, everyone, entries.before(state), **packing)
+        o = entries.scatter(o, weights) * self.mix().to(weights.dtype).unsqueeze(-1)
+        return o, entries.after(state, last)
