@@ -34,6 +34,10 @@ def decay(*shape: int, **options: Any) -> torch.Tensor:
     return -torch.rand(*shape, **options) / 16
 
 
+def erasing(*shape: int, **options: Any) -> dict[str, Any]:
+    return dict(beta=torch.rand(*shape, **options), use_qk_l2norm_in_kernel=True)
+
+
 OPS = {
     "chunk_gla": Op(lambda B, T, n, **x: dict(g=decay(B, T, n, D, **x)), "fla.ops.gla"),
     "fused_recurrent_gla": Op(lambda B, T, n, **x: dict(gk=decay(B, T, n, D, **x)), "fla.ops.gla"),
@@ -47,6 +51,11 @@ OPS = {
     "chunk_gsa": Op(
         lambda B, T, n, **x: dict(s=torch.randn(B, T, n, SLOTS, **x), g=decay(B, T, n, SLOTS, **x)), "fla.ops.gsa"
     ),
+    "chunk_delta_rule": Op(lambda B, T, n, **x: erasing(B, T, n, **x), "fla.ops.delta_rule"),
+    "chunk_gated_delta_rule": Op(
+        lambda B, T, n, **x: dict(g=decay(B, T, n, **x)) | erasing(B, T, n, **x), "fla.ops.gated_delta_rule"
+    ),
+    "chunk_kda": Op(lambda B, T, n, **x: dict(g=decay(B, T, n, D, **x)) | erasing(B, T, n, **x), "fla.ops.kda"),
     "mlstm": Op(lambda B, T, n, **x: dict(i=torch.randn(B, T, n, **x), f=decay(B, T, n, **x)), None),
 }
 

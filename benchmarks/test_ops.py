@@ -9,7 +9,14 @@ import torch.nn.functional as F
 
 from liger_layers import LigerAttention
 from liger_layers.rotary import rotary_tables
-from liger_ops import chunk_gla, chunk_simple_gla, liger_attention, sliding_window_attention
+from liger_ops import (
+    chunk_gated_delta_rule,
+    chunk_gla,
+    chunk_kda,
+    chunk_simple_gla,
+    liger_attention,
+    sliding_window_attention,
+)
 
 HQ, H, D, WINDOW, SINKS = 9, 3, 64, 64, 4
 
@@ -61,7 +68,19 @@ def simple_gla(T):
     return lambda: chunk_simple_gla(q, k, v, g)
 
 
-OPS = {f.__name__: f for f in (sdpa, liger_op, liger, window, gla, simple_gla)}
+def gated_delta_rule(T):
+    q, k, v = inputs(T)
+    g, beta = -torch.rand(1, T, H) / 16, torch.rand(1, T, H)
+    return lambda: chunk_gated_delta_rule(q, k, v, g, beta, use_qk_l2norm_in_kernel=True)
+
+
+def kda(T):
+    q, k, v = inputs(T)
+    g, beta = -torch.rand(1, T, H, D) / 16, torch.rand(1, T, H)
+    return lambda: chunk_kda(q, k, v, g, beta, use_qk_l2norm_in_kernel=True)
+
+
+OPS = {f.__name__: f for f in (sdpa, liger_op, liger, window, gla, simple_gla, gated_delta_rule, kda)}
 
 
 @pytest.mark.parametrize("T", [512, 2048, 8192])

@@ -50,6 +50,21 @@ def test_wide_window_without_recurrence_is_the_original(original, held_out):
 
 
 @torch.no_grad()
+def test_four_memories_change_nothing_before_training(linearized, held_out):
+    x = held_out[:1, :300]
+    routed = linearize(load()[0], memories=4, top_k=2)
+    assert (routed(x).logits - linearized(x).logits).abs().max() <= 1e-4
+
+
+def test_erasing_memories_help_before_training(held_out):
+    model = linearize(load()[0], gate="gated_deltanet")
+    whole = perplexity(model, held_out)
+    with without_recurrence(model):
+        assert whole < perplexity(model, held_out) - 0.1
+    assert whole <= 17.6
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("sizes", [(90, 1, 1, 73, *[1] * 35), (100, 100), (7,) * 28 + (4,), (150,) + (1,) * 50])
 def test_pieces_equal_the_whole(linearized, held_out, sizes):
     x = held_out[:1, :200]

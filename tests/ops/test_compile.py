@@ -4,7 +4,15 @@ import pytest
 import torch
 
 import liger_ops
-from liger_ops import chunk_gla, chunk_simple_gla, liger_attention, mlstm, sliding_window_attention
+from liger_ops import (
+    chunk_delta_rule,
+    chunk_gla,
+    chunk_kda,
+    chunk_simple_gla,
+    liger_attention,
+    mlstm,
+    sliding_window_attention,
+)
 
 B, T, HQ, H, D = 2, 70, 4, 2, 8
 
@@ -47,6 +55,15 @@ def memory():
     return run, (*inputs(), *gates)
 
 
+def erasing():
+    g, beta = (-torch.rand(B, T, H, D)).requires_grad_(), torch.rand(B, T, H).requires_grad_()
+
+    def run(q, k, v, g, beta):
+        return chunk_kda(q, k, v, g, beta, output_final_state=True, use_qk_l2norm_in_kernel=True)
+
+    return run, (*inputs(), g, beta)
+
+
 def packed():
     q, k, v = (x[:1].detach().requires_grad_() for x in inputs())
     g, state, bounds = (-torch.rand(1, T, H, D)).requires_grad_(), leaf(4, H, D, D), torch.tensor([0, 40, 40, 41, T])
@@ -61,7 +78,15 @@ def window():
     return lambda q, k, v: sliding_window_attention(q, k, v, 16, 2, return_lse=True), inputs()
 
 
-CASES = {"gla": gla, "simple_gla": simple_gla, "joint": joint, "mlstm": memory, "packed": packed, "window": window}
+CASES = {
+    "gla": gla,
+    "simple_gla": simple_gla,
+    "joint": joint,
+    "mlstm": memory,
+    "packed": packed,
+    "window": window,
+    "kda": erasing,
+}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -98,6 +123,14 @@ SAMPLES = {
         *(None, (-torch.rand(1, T, H, D)).requires_grad_(), leaf(4, H, D, D)),
         *(torch.tensor([0, 40, 40, 41, T]), 0.3, 16),
     ),
+    "delta": lambda: (
+        *(*inputs(), torch.rand(B, T, H).requires_grad_(), (-torch.rand(B, T, H, D)).requires_grad_()),
+        *(leaf(B, H, D, D), None, 0.3, 16),
+    ),
+    "delta, packed": lambda: (
+        *(x[:1].detach().requires_grad_() for x in inputs()),
+        *(torch.rand(1, T, H).requires_grad_(), None, leaf(4, H, D, D), torch.tensor([0, 40, 40, 41, T]), 0.3, 32),
+    ),
     "joint": lambda: (
         *(leaf(B, T, HQ, D), leaf(B, T + 16, H, D), leaf(B, T + 16, H, D)),
         *(leaf(B, H, 2, D), leaf(B, H, 2, D), torch.arange(2).expand(B, 2).contiguous()),
@@ -117,8 +150,11 @@ def test_a_second_derivative_names_itself():
     o, _ = chunk_simple_gla(q, k, v)
     with pytest.raises(RuntimeError, match="liger_ops::additive_backward: expected one differentiation"):
         torch.autograd.grad(o.square().sum(), q, create_graph=True)
+    o, _ = chunk_delta_rule(q, k, v, torch.rand(B, T, H))
+    with pytest.raises(RuntimeError, match="liger_ops::delta_backward: expected one differentiation"):
+        torch.autograd.grad(o.square().sum(), q, create_graph=True)
 
 
 def test_every_op_is_in_one_library():
     assert liger_ops.__name__ == "liger_ops"
-    assert {"additive", "joint", "window"} <= set(dir(torch.ops.liger_ops))
+    assert {"additive", "delta", "joint", "window"} <= set(dir(torch.ops.liger_ops))
