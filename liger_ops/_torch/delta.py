@@ -42,13 +42,15 @@ def _through(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Chunk by chunk: the corrected values [B,H,N,C,V], the states before chunks [B,H,N,K,V], and the last one."""
     k = (k if decay is None else k * decay.end).transpose(-1, -2)
-    keep = [1.0] * k.shape[2] if decay is None else decay.total.unsqueeze(-1).unbind(2)
+    heads, state = state.shape[:2], state.flatten(0, 1)
+    keep = [None] * k.shape[2] if decay is None else decay.total.flatten(0, 1).unsqueeze(-1).unbind(1)
     values, before = [], []
-    for u_n, taken_n, k_n, keep_n in zip(u.unbind(2), taken.unbind(2), k.unbind(2), keep, strict=True):
+    for u_n, taken_n, k_n, keep_n in zip(*(x.flatten(0, 1).unbind(1) for x in (u, taken, k)), keep, strict=True):
         before.append(state)
-        values.append(u_n - taken_n @ state)
-        state = keep_n * state + k_n @ values[-1]
-    return torch.stack(values, 2), torch.stack(before, 2), state
+        values.append(torch.baddbmm(u_n, taken_n, state, alpha=-1))
+        state = torch.baddbmm(state if keep_n is None else keep_n * state, k_n, values[-1])
+    values, before = (torch.stack(x, 1).unflatten(0, heads) for x in (values, before))
+    return values, before, state.unflatten(0, heads)
 
 
 def _segment(chunk, scale, rows, state, out, q, k, v, beta, g):
