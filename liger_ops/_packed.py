@@ -193,7 +193,5 @@ def recurrence(
     if kernels and state is None:
         state = q.new_zeros(N, H, K, V, dtype=torch.float32)
     if not (kernels and T and B):
-        if beta is not None:
-            return delta.recurrence(q, k, v, beta, g, scale, state, default_chunk(g, chunk), cu_seqlens)
-        return additive.recurrence(q, k, v, g, scale, state, default_chunk(g, chunk), gv, cu_seqlens)
+        return additive.recurrence(q, k, v, g, scale, state, default_chunk(g, chunk), gv, cu_seqlens, beta)
     return _packed(q, k, v, g, gv, beta, state.float(), cu_seqlens, scale, chunk)

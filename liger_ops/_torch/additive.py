@@ -1,4 +1,4 @@
-"""Chunked additive recurrence h_t = exp(g_t) h_{t-1} + k_t v_t^T, in segments.
+"""Chunked recurrence h_t = exp(g_t) h_{t-1} + k_t v_t^T, or with the delta rule's values, in segments.
 
 Shapes: B batch, T time, HQ query heads, H key/value heads, G query heads per key/value head, K key width, V value
 width, N chunks of C tokens.
@@ -9,67 +9,15 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from liger_ops._torch import delta
 from liger_ops._torch.decay import Decay, between, make_decay, running, unit
 from liger_ops._torch.forward import forward
 from liger_ops._torch.layout import full_precision, head_major, pack, unpack
+from liger_ops._torch.scores import scores
 from liger_ops._torch.segments import Plan, define
 
 # Chunks of a segment: its states stay in a core's cache, and its dispatch costs little beside it.
 _CHUNKS = 64
-
-
-def _times(x: torch.Tensor, y: torch.Tensor | float) -> torch.Tensor:
-    """x * y for an x that nothing else reads: in place unless autograd records."""
-    return x * y if torch.is_grad_enabled() else x.mul_(y)
-
-
-def _factored(own: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-    """Scores whose lower triangle a [B,H,N,C*G,C] is a factored product and whose diagonal own [B,H,N,C,G] is not.
-
-    Row i never decays its own key: factors would round it and spoil the gate's gradient.
-    """
-    C = own.shape[3]
-    strict = torch.ones(C, C, dtype=torch.bool, device=a.device).tril(-1).unsqueeze(1)
-    eye = torch.eye(C, dtype=a.dtype, device=a.device).unsqueeze(1)
-    return torch.where(strict, a.view(*own.shape, C), own.unsqueeze(-1) * eye)
-
-
-def _causal(q: torch.Tensor) -> torch.Tensor:
-    return torch.ones(q.shape[3], q.shape[3], dtype=q.dtype, device=q.device).tril()
-
-
-def score_pairs(q: torch.Tensor, k: torch.Tensor, decay: Decay | None) -> torch.Tensor:
-    """q [B,H,N,C,G,K], k [B,H,N,C,K] -> decayed causal scores [B,H,N,C,G,C]."""
-    causal = _causal(q)
-    if decay is None or decay.sums.shape[-1] == 1:
-        weights = causal if decay is None else between(decay.sums.squeeze(-1), q.dtype).tril()
-        return _times((q.flatten(3, 4) @ k.transpose(-1, -2)).view(*q.shape[:5], -1), weights.unsqueeze(-2))
-    if decay.rise is not None:
-        of_q, of_k = unit(q, decay.half), unit(k, decay.half)
-        a = (q * (decay.fall / of_q).unsqueeze(4)).flatten(3, 4) @ (k * (decay.rise / of_k)).transpose(-1, -2)
-        return _factored((q * k.unsqueeze(4)).sum(-1), a * (of_q * of_k))
-    decayed = between(decay.sums, q.dtype) * k.unsqueeze(3)
-    return torch.einsum("bhncgk,bhncjk->bhncgj", q, decayed) * causal.unsqueeze(1)
-
-
-def scores(
-    q: torch.Tensor, k: torch.Tensor, decay: Decay | None, gain: torch.Tensor | float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """q [B,H,N,C,G,K], which it may change, k [B,H,N,C,K], gain a number or [H,1,1,G,1], a factor on q.
-
-    Returns the decayed causal scores [B,H,N,C,G,C] and the queries as the state before the chunk sees them.
-    """
-    if decay is None or torch.is_grad_enabled() or decay.rise is None:
-        a = _times(score_pairs(q, k, decay), gain)
-        return a, _times(q, gain if decay is None else decay.start.unsqueeze(4) * gain)
-    # The same to a rounding, with one pass over the queries.
-    of_q, of_k = unit(q, decay.half), unit(k, decay.half)
-    q.mul_((decay.fall / of_q).unsqueeze(4) * gain)
-    a = (q.flatten(3, 4) @ (k * (decay.rise / of_k)).transpose(-1, -2)).view(*q.shape[:5], -1)
-    if decay.half != 1.0:
-        a, q = a.mul_(of_q * of_k), q.div_(decay.half / of_q)
-    # What lies above the diagonal may be infinite.
-    return a.masked_fill_(_causal(q).unsqueeze(1) == 0, 0.0), q
 
 
 def products(x: torch.Tensor) -> torch.Tensor:
@@ -77,7 +25,7 @@ def products(x: torch.Tensor) -> torch.Tensor:
     return (x.flatten(3, 4) if x.ndim == 6 else x).flatten(0, 2)
 
 
-def read(a: torch.Tensor, v: torch.Tensor, q: torch.Tensor, before: torch.Tensor, decay: Decay | None) -> torch.Tensor:
+def _read(a: torch.Tensor, v: torch.Tensor, q: torch.Tensor, before: torch.Tensor, decay: Decay | None) -> torch.Tensor:
     """Scores a [B,H,N,C,G,C] over v [B,H,N,C,V], which decays by value channel, plus q over the state before."""
     if decay is None:
         o = torch.bmm(products(a), products(v)).baddbmm_(products(q), products(before))
@@ -130,31 +78,35 @@ def enter(
     return before, after.squeeze(2)
 
 
-def _segment(chunk, scale, rows, state, out, q, k, v, g, gv):
-    """One segment: q [B,T,HQ,K], k [B,T,H,K], v, gv [B,T,H,V], g per head or per channel, state [B,H,K,V]."""
-    if out is not None and gv is None:
+def _segment(chunk, scale, rows, state, out, q, k, v, g, gv, beta):
+    """One segment: q [B,T,HQ,K], k [B,T,H,K], v, gv [B,T,H,V], g like k or beta [B,T,H], state [B,H,K,V]."""
+    if out is not None and gv is None and beta is None:
         last = forward(chunk, scale, state, out, q, k, v, g)
         if last is not None:
             return out, last
     T, H = q.shape[1], k.shape[2]
     C = min(chunk, T)
     N, short = -(-T // C), -T % C
-    k, v, g, gv = (None if x is None else head_major(x, short).unflatten(2, (N, C)) for x in (k, v, g, gv))
+    k, v, g, gv, beta = (None if x is None else head_major(x, short).unflatten(2, (N, C)) for x in (k, v, g, gv, beta))
     decay, decay_v = make_decay(g), make_decay(gv)
-    before, state = enter(k, v, decay, state, decay_v)
+    if beta is None:
+        before, state = enter(k, v, decay, state, decay_v)
+    else:
+        v, before, state = delta.enter(k, v, beta, g, decay, state)
     a, q = scores(pack(q, H, C), k, decay, scale)
-    o = unpack(read(a, v, q, before, decay_v), T)
+    o = unpack(_read(a, v, q, before, decay_v), T)
     return o.flatten(2, 3) if out is None else out.unflatten(2, (H, -1)).copy_(o), state
 
 
-def _plan(q, k, v, g, gv, state, cu_seqlens, scale, chunk):
-    body, inputs = partial(_segment, chunk, scale), [q, k, v, g, gv]
+def _plan(q, k, v, g, gv, beta, state, cu_seqlens, scale, chunk):
+    body, inputs = partial(_segment, chunk, scale), [q, k, v, g, gv, beta]
     return Plan(body, _CHUNKS * chunk, v.shape[-1], state, inputs, [0] * len(inputs), cu_seqlens)
 
 
-_additive = define(
-    "additive",
-    "Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? gv, Tensor state, Tensor? cu_seqlens, float scale, int chunk",
+_recurrence = define(
+    "recurrence",
+    "Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? gv, Tensor? beta, Tensor state, Tensor? cu_seqlens, float scale, "
+    "int chunk",
     _plan,
 )
 
@@ -170,24 +122,26 @@ def recurrence(
     chunk: int,
     gv: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
+    beta: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q [B,T,HQ,K], k [B,T,H,K], v [B,T,H,V] -> o [B,T,HQ,V], state [N,H,K,V], N the batch or packed sequences.
 
-    Log decays g [B,T,H] or [B,T,H,K] and gv [B,T,H,V], or None. Computes in float32 (float64 for float64 inputs)
-    and returns o in the dtype of v.
+    Log decays g [B,T,H] or [B,T,H,K] and gv [B,T,H,V], or None; with beta [B,T,H], and then without gv, the delta rule.
+    Computes in float32 (float64 for float64 inputs) and returns o in the dtype of v.
     """
     dtype, (B, T, H, K), V = v.dtype, k.shape, v.shape[-1]
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
-    q, k, v, g, gv = (None if x is None else x.to(work) for x in (q, k, v, g, gv))
+    q, k, v, g, gv, beta = (None if x is None else x.to(work) for x in (q, k, v, g, gv, beta))
     N = B if cu_seqlens is None else len(cu_seqlens) - 1
     state = q.new_zeros(N, H, K, V) if state is None else state.to(work)
     if T == 0 or B == 0:
         return q.new_zeros(B, T, q.shape[2], V).to(dtype), state.clone()
     if T == 1 and cu_seqlens is None and not torch.is_grad_enabled():
-        o, state = step(q[:, 0] * scale, k[:, 0], v[:, 0], *(None if x is None else x[:, 0] for x in (g, gv)), state)
+        q, k, v, g, gv, beta = (None if x is None else x[:, 0] for x in (q * scale, k, v, g, gv, beta))
+        o, state = step(q, k, v, g, gv, state) if beta is None else delta.step(q, k, v, beta, g, state)
         o = o.unsqueeze(1)
     else:
-        o, state, _ = _additive(q, k, v, g, gv, state, cu_seqlens, scale, chunk)
+        o, state, _ = _recurrence(q, k, v, g, gv, beta, state, cu_seqlens, scale, chunk)
     return o.to(dtype), state
 
 

@@ -1,4 +1,4 @@
-"""Chunked delta rule: the additive recurrence over values that tokens of a chunk correct for each other, in segments.
+"""The delta rule in chunks: values that tokens correct for each other, after which the recurrence is additive.
 
 Shapes: B batch, T time, HQ query heads, H key/value heads, G query heads per key/value head, K key width, V value
 width, N chunks of C tokens.
@@ -8,17 +8,10 @@ u. Within a chunk u_i needs u_j of earlier rows only, (I + A) u = beta (v - k h)
 (arXiv 2406.06484, section 3.2, and 2412.06464, appendix A).
 """
 
-from functools import partial
-
 import torch
 
-from liger_ops._torch.additive import read, score_pairs, scores
 from liger_ops._torch.decay import Decay, make_decay
-from liger_ops._torch.layout import full_precision, head_major, pack, unpack
-from liger_ops._torch.segments import Plan, define
-
-# Chunks of a segment: its states stay in a core's cache, and its dispatch costs little beside it.
-_CHUNKS = 64
+from liger_ops._torch.scores import score_pairs
 
 
 def _corrected(
@@ -53,62 +46,17 @@ def _through(
     return values, before, state.unflatten(0, heads)
 
 
-def _segment(chunk, scale, rows, state, out, q, k, v, beta, g):
-    """One segment: q [B,T,HQ,K], k [B,T,H,K], v [B,T,H,V], beta [B,T,H], g per head or per channel, state [B,H,K,V]."""
-    T, H = q.shape[1], k.shape[2]
-    C = min(chunk, T)
-    N, short = -(-T // C), -T % C
-    k, v, beta, g = (None if x is None else head_major(x, short).unflatten(2, (N, C)) for x in (k, v, beta, g))
-    decay = make_decay(g)
-    u, taken = _corrected(k, v, beta, g)
-    u, before, state = _through(k, u, taken, decay, state)
-    a, q = scores(pack(q, H, C), k, decay, scale)
-    o = unpack(read(a, u, q, before, None), T)
-    return o.flatten(2, 3) if out is None else out.unflatten(2, (H, -1)).copy_(o), state
-
-
-def _plan(q, k, v, beta, g, state, cu_seqlens, scale, chunk):
-    body, inputs = partial(_segment, chunk, scale), [q, k, v, beta, g]
-    return Plan(body, _CHUNKS * chunk, v.shape[-1], state, inputs, [0] * len(inputs), cu_seqlens)
-
-
-_delta = define(
-    "delta",
-    "Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? g, Tensor state, Tensor? cu_seqlens, float scale, int chunk",
-    _plan,
-)
-
-
-@full_precision
-def recurrence(
-    q: torch.Tensor,
+def enter(
     k: torch.Tensor,
     v: torch.Tensor,
     beta: torch.Tensor,
     g: torch.Tensor | None,
-    scale: float,
-    state: torch.Tensor | None,
-    chunk: int,
-    cu_seqlens: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """q [B,T,HQ,K], k [B,T,H,K], v [B,T,H,V], beta [B,T,H] -> o [B,T,HQ,V], state [N,H,K,V], N batch or sequences.
-
-    Log decays g [B,T,H] or [B,T,H,K], or None. Computes in float32 (float64 for float64 inputs) and returns o in the
-    dtype of v.
-    """
-    dtype, (B, T, H, K), V = v.dtype, k.shape, v.shape[-1]
-    work = torch.float64 if q.dtype == torch.float64 else torch.float32
-    q, k, v, beta, g = (None if x is None else x.to(work) for x in (q, k, v, beta, g))
-    N = B if cu_seqlens is None else len(cu_seqlens) - 1
-    state = q.new_zeros(N, H, K, V) if state is None else state.to(work)
-    if T == 0 or B == 0:
-        return q.new_zeros(B, T, q.shape[2], V).to(dtype), state.clone()
-    if T == 1 and cu_seqlens is None and not torch.is_grad_enabled():
-        o, state = step(q[:, 0] * scale, k[:, 0], v[:, 0], beta[:, 0], g if g is None else g[:, 0], state)
-        o = o.unsqueeze(1)
-    else:
-        o, state, _ = _delta(q, k, v, beta, g, state, cu_seqlens, scale, chunk)
-    return o.to(dtype), state
+    decay: Decay | None,
+    state: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `additive.enter`, behind the corrected values: k [B,H,N,C,K], v [B,H,N,C,V], beta and g like them."""
+    u, taken = _corrected(k, v, beta, g)
+    return _through(k, u, taken, decay, state)
 
 
 def step(q, k, v, beta, g, state):

@@ -117,19 +117,23 @@ SAMPLES = {
         *(leaf(B, H, 2, D), leaf(B, H, 2, D), torch.arange(2).expand(B, 2).contiguous()),
         *(torch.ones(B, T + 16, dtype=torch.bool), torch.zeros(32, 48), torch.zeros(1), 0, 0.3, True),
     ),
-    "additive": lambda: (*inputs(), (-torch.rand(B, T, H)).requires_grad_(), None, leaf(B, H, D, D), None, 0.3, 32),
-    "additive, packed": lambda: (
+    "recurrence": lambda: (
+        *(*inputs(), (-torch.rand(B, T, H)).requires_grad_()),
+        *(None, None, leaf(B, H, D, D), None, 0.3, 32),
+    ),
+    "recurrence, packed": lambda: (
         *(x[:1].detach().requires_grad_() for x in inputs()),
-        *(None, (-torch.rand(1, T, H, D)).requires_grad_(), leaf(4, H, D, D)),
+        *(None, (-torch.rand(1, T, H, D)).requires_grad_(), None, leaf(4, H, D, D)),
         *(torch.tensor([0, 40, 40, 41, T]), 0.3, 16),
     ),
-    "delta": lambda: (
-        *(*inputs(), torch.rand(B, T, H).requires_grad_(), (-torch.rand(B, T, H, D)).requires_grad_()),
+    "recurrence, delta rule": lambda: (
+        *(*inputs(), (-torch.rand(B, T, H, D)).requires_grad_(), None, torch.rand(B, T, H).requires_grad_()),
         *(leaf(B, H, D, D), None, 0.3, 16),
     ),
-    "delta, packed": lambda: (
+    "recurrence, delta rule, packed": lambda: (
         *(x[:1].detach().requires_grad_() for x in inputs()),
-        *(torch.rand(1, T, H).requires_grad_(), None, leaf(4, H, D, D), torch.tensor([0, 40, 40, 41, T]), 0.3, 32),
+        *(None, None, torch.rand(1, T, H).requires_grad_(), leaf(4, H, D, D)),
+        *(torch.tensor([0, 40, 40, 41, T]), 0.3, 32),
     ),
     "joint": lambda: (
         *(leaf(B, T, HQ, D), leaf(B, T + 16, H, D), leaf(B, T + 16, H, D)),
@@ -148,13 +152,13 @@ def test_opcheck(name):
 def test_a_second_derivative_names_itself():
     q, k, v = inputs()
     o, _ = chunk_simple_gla(q, k, v)
-    with pytest.raises(RuntimeError, match="liger_ops::additive_backward: expected one differentiation"):
+    with pytest.raises(RuntimeError, match="liger_ops::recurrence_backward: expected one differentiation"):
         torch.autograd.grad(o.square().sum(), q, create_graph=True)
     o, _ = chunk_delta_rule(q, k, v, torch.rand(B, T, H))
-    with pytest.raises(RuntimeError, match="liger_ops::delta_backward: expected one differentiation"):
+    with pytest.raises(RuntimeError, match="liger_ops::recurrence_backward: expected one differentiation"):
         torch.autograd.grad(o.square().sum(), q, create_graph=True)
 
 
 def test_every_op_is_in_one_library():
     assert liger_ops.__name__ == "liger_ops"
-    assert {"additive", "delta", "joint", "window"} <= set(dir(torch.ops.liger_ops))
+    assert {"joint", "recurrence", "window"} <= set(dir(torch.ops.liger_ops))
