@@ -41,7 +41,8 @@ class LigerAttention(nn.Module):
 
     forward(x [B,T,hidden]) returns (y [B,T,hidden], state); pass the state back to continue. mask [B,T] bool marks
     real tokens: padding may stand left, and right too where no state is passed on (padding takes room in the window).
-    position_embeddings (cos, sin), each [B,T,D], override the built-in RoPE.
+    position_embeddings (cos, sin), each [B,T,D], override the built-in RoPE. router_logits is a list that takes in the
+    logits [B*T,memories], which `load_balancing_loss` wants.
     """
 
     recurs, windows = True, True
@@ -124,6 +125,7 @@ class LigerAttention(nn.Module):
         mask: torch.Tensor | None = None,
         state: LigerState | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        router_logits: list[torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, LigerState]:
         q, k, v = self.project(x)
         if state is None:
@@ -135,7 +137,8 @@ class LigerAttention(nn.Module):
             position_embeddings = rotary_tables(position.clamp(min=0), self.head_dim, self.rope_theta)
         o, after = self.mixer(q, k, v, mask, state, position_embeddings)
         if self.memories is not None:
-            more, after.memories = self.memories(x, q, mask, state.memories, self._norm_key, self._recurrence)
+            given = x, q, mask, state.memories, self._norm_key, self._recurrence, router_logits
+            more, after.memories = self.memories(*given)
             o = o + more.to(o.dtype)
         return self.o_proj(o.flatten(2).to(x.dtype)), after
 

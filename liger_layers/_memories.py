@@ -60,13 +60,18 @@ class RoutedMemories(nn.Module):
         state: torch.Tensor,
         norm_key: Callable[[torch.Tensor], torch.Tensor],
         recurrence: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+        router_logits: list[torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """x [B,T,hidden], q [B,T,HQ,D], mask [B,T], state [B,M,H,D,...] -> o [B,T,HQ,D], state.
 
-        recurrence(q, k, v, mask, state, cu_seqlens=, max_seqlen=) runs all memories at once.
+        recurrence(q, k, v, mask, state, cu_seqlens=, max_seqlen=) runs all memories at once. router_logits is a list
+        that takes in the logits [B*T,M].
         """
         B, T = x.shape[:2]
-        weights, chosen = route(self.router(x.flatten(0, 1)).view(B, T, -1), self.top_k)
+        logits = self.router(x.flatten(0, 1))
+        if router_logits is not None:
+            router_logits.append(logits)
+        weights, chosen = route(logits.view(B, T, self.count), self.top_k)
         if T == 1:
             entries, packing = one_token(chosen, self.count, mask), {}
         else:

@@ -199,6 +199,8 @@ class MixtureOfMemories(nn.Module):
             _checks.fail("mask", f"bool [{B}, {T}]", f"{mask.dtype} {tuple(mask.shape)}")
         _checks.check_cu_seqlens(cu_seqlens, B, T, longest=T)
         sequences = B if cu_seqlens is None else len(cu_seqlens) - 1
+        if state is not None and not isinstance(state, MemoryState):
+            _checks.fail("state", "a MemoryState", type(state).__name__)
         if state is not None:
             wanted = self.initial_state(sequences, torch.device("meta"), x.dtype)
             shapes = [[None if x is None else x.shape for x in (*s.memories, s.inputs)] for s in (state, wanted)]
@@ -219,7 +221,7 @@ def _check_options(hidden_size, num_heads, num_kv_heads, head_dim, memories, top
         _checks.fail("rule", f"one of {', '.join(UPDATE_RULES)}", repr(rule))
     _checks.check_positive("num_heads", num_heads)
     _checks.check_positive("memories", memories, 0)
-    if memories and not 1 <= top_k <= memories:
+    if memories and (isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= memories):
         _checks.fail("top_k", f"a number from 1 to memories = {memories}", top_k)
     if not memories and not shared:
         _checks.fail("shared", "True when memories is 0", shared)

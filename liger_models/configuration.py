@@ -50,7 +50,7 @@ class LigerConfig:
         if self.memories and self.top_k > self.memories:
             raise ValueError(f"top_k: expected an integer from 1 to {self.memories} memories, got {self.top_k}")
         for name in ("mix", "router_aux_loss_coef"):
-            if not 0 <= getattr(self, name) < math.inf:
+            if not isinstance(getattr(self, name), (int, float)) or not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a weight >= 0, got {getattr(self, name)!r}")
         for name in ("learn_mix", "normalize"):
             if not isinstance(getattr(self, name), bool):

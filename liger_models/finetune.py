@@ -197,11 +197,9 @@ def _train(model, blocks, recipe: Recipe, folder: Path, last: str | None, seed: 
     whole = None
     if recipe.features and isinstance(model, LigerMixin):
         whole = ["feature_map", "mix"] if model.config.liger["learn_mix"] else ["feature_map"]
-    routed = isinstance(model, LigerMixin) and model.config.liger["memories"] > 0
+    routed = isinstance(model, LigerMixin) and any("memories.router" in name for name, _ in model.named_modules())
     if routed:
         whole = [*(whole or []), "memories.router", "memories.mix"]
-        # Their load is to be balanced while they learn.
-        model.config.output_router_logits = True
     torch.manual_seed(seed)
     with _quiet_peft():
         adapted = get_peft_model(
@@ -239,15 +237,20 @@ def _train(model, blocks, recipe: Recipe, folder: Path, last: str | None, seed: 
         data_collator=default_data_collator,
         callbacks=[interrupt],
     )
-    done = False
+    done, told = False, vars(model.config).get("output_router_logits")
     try:
+        if routed:
+            # The load of memories is to be balanced while they learn.
+            model.config.output_router_logits = True
         with interrupt.listening(), _quiet_peft():
             trainer.train(resume_from_checkpoint=last)
         done = not interrupt.asked
     finally:
         model = adapted.merge_and_unload() if done else adapted.unload()
-        if routed:
+        if routed and told is None:
             del model.config.output_router_logits
+        elif routed:
+            model.config.output_router_logits = told
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trainable)
     if not done:

@@ -60,11 +60,12 @@ class LinearizedAttention(LigerAttention):
         attention_mask: torch.Tensor | None = None,
         past_key_values=None,
         liger_mask: torch.Tensor | None = None,
+        liger_router_logits: list[torch.Tensor] | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, None]:
         layer: LigerCacheLayer | None = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         state = None if layer is None or layer.state is None else layer.state.map(lambda x: x.to(hidden_states.device))
-        out, state = super().forward(hidden_states, liger_mask, state, position_embeddings)
+        out, state = super().forward(hidden_states, liger_mask, state, position_embeddings, liger_router_logits)
         if layer is not None:
             layer.store(state, hidden_states.shape[1])
         return out, None
@@ -147,17 +148,12 @@ def _with_routers(forward):
         if output_router_logits is None:
             output_router_logits = getattr(self.config, "output_router_logits", False)
         liger = self.config.liger
-        if not output_router_logits or not liger["memories"]:
+        if not output_router_logits or not liger["memories"] or len(liger["keep"]) == self.config.num_hidden_layers:
             return forward(self, *args, **kwargs)
-        given = inspect.signature(forward).bind(self, *args, **kwargs).arguments
-        logits = []
-        routers = [m.memories.router for m in self.modules() if isinstance(m, LinearizedAttention)]
-        hooks = [router.register_forward_hook(lambda _, __, out: logits.append(out)) for router in routers]
-        try:
-            out = forward(self, *args, **{**kwargs, "return_dict": True})
-        finally:
-            for hook in hooks:
-                hook.remove()
+        given, logits = inspect.signature(forward).bind(self, *args, **kwargs).arguments, []
+        out = forward(self, *args, **{**kwargs, "return_dict": True}, liger_router_logits=logits)
+        if torch.is_grad_enabled() and out.logits.requires_grad and not logits[0].requires_grad:
+            raise RuntimeError("aux_loss: expected non-reentrant gradient checkpointing, which reentrant one cuts off")
         mask = given.get("attention_mask")
         tokens = len(logits[0]) // out.logits.shape[0]
         aux = load_balancing_loss(logits, liger["top_k"], None if mask is None else mask[:, -tokens:])

@@ -58,7 +58,7 @@ def check_qkv(
     S, H = k.shape[1:3]
     if k.shape != (B, T if same_length else S, H, K):
         fail(key, f"[{B}, {T if same_length else 'S'}, H, {K}] to match {query} {tuple(q.shape)}", tuple(k.shape))
-    if more_values and H and v.shape[:2] == k.shape[:2] and v.shape[2] % H == 0:
+    if more_values and H and v.shape[2] and v.shape[:2] == k.shape[:2] and v.shape[2] % H == 0:
         # Heads of the state; queries of fewer heads are shared among them.
         H = v.shape[2] if not HQ or v.shape[2] % HQ else HQ
     elif v.shape[:3] != k.shape[:3]:
@@ -84,8 +84,10 @@ def check_like(name: str, x: torch.Tensor, k: torch.Tensor, tail: str) -> None:
         fail(name, f"{k.dtype} on {k.device} as k", f"{x.dtype} on {x.device}")
 
 
-def check_decay(g: torch.Tensor | None, k: torch.Tensor, ranks: tuple[int, ...], name: str = "g") -> None:
-    """g is a log decay <= 0 of one of the given ranks: 1 [H], 3 [B,T,H], 4 [B,T,H,K]."""
+def check_decay(
+    g: torch.Tensor | None, k: torch.Tensor, ranks: tuple[int, ...], name: str = "g", raw: bool = False
+) -> None:
+    """g is a log decay <= 0, or raw any number, of one of the given ranks: 1 [H], 3 [B,T,H], 4 [B,T,H,K]."""
     if g is None:
         return
     check_tensor(name, g)
@@ -96,7 +98,9 @@ def check_decay(g: torch.Tensor | None, k: torch.Tensor, ranks: tuple[int, ...],
         fail(name, f"shape {wanted}", tuple(g.shape))
     if g.device != k.device or not g.is_floating_point():
         fail(name, f"a floating tensor on {k.device}", f"{g.dtype} on {g.device}")
-    if g.device.type == "cpu" and not torch.compiler.is_compiling() and g.numel() and not g.detach().amax() <= 0:
+    if raw or g.device.type != "cpu" or torch.compiler.is_compiling() or not g.numel():
+        return
+    if not g.detach().amax() <= 0:
         fail(name, "log decays <= 0", f"a maximum of {g.detach().amax().item():.4g}")
 
 

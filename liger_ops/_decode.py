@@ -56,6 +56,8 @@ def gated_step(
         _checks.fail("normalize", "False with gv or u", True)
     if beta is not None:
         _checks.check_tensor("beta", beta)
+        if beta.ndim != 2:
+            _checks.fail("beta", f"shape {list(v.shape[:2])}", tuple(beta.shape))
         if normalize or u is not None or gv is not None:
             _checks.fail("beta", "None with gv, u or normalize", tuple(beta.shape))
         _checks.check_strength(beta.unsqueeze(1), v.unsqueeze(1), live)

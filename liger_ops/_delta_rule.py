@@ -4,21 +4,21 @@ Shapes: B batch, T time, HQ query heads, HK key heads, H value heads (a multiple
 N sequences.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
-from liger_ops import _checks
-from liger_ops._packed import on_triton, recurrence
+from liger_ops import _checks, _packed
 from liger_ops._sequences import in_order
 
 
 def _gate(g, A_log, dt_bias, lower_bound, k):
     """The log decay of a raw gate g: -exp(A_log) softplus(g + dt_bias), or lower_bound sigmoid(exp(A_log) ...)."""
     H = k.shape[2]
-    _checks.check_tensor("g", g)
     if A_log is None and lower_bound is None:
         _checks.fail("A_log", f"a tensor [{H}] with use_gate_in_kernel", None)
-    for name, x, size in (("A_log", A_log, H), ("dt_bias", dt_bias, g[:1, :1].numel())):
+    for name, x, size in (("A_log", A_log, H), ("dt_bias", dt_bias, math.prod(g.shape[2:]))):
         if x is not None and (not isinstance(x, torch.Tensor) or x.numel() != size):
             _checks.fail(name, f"a tensor of {size} numbers", getattr(x, "shape", type(x).__name__))
     g = g if g.dtype == torch.float64 else g.float()
@@ -26,26 +26,38 @@ def _gate(g, A_log, dt_bias, lower_bound, k):
     rate = 1.0 if A_log is None else A_log.to(g.dtype).exp().view(-1, *[1] * (g.ndim - 3))
     if lower_bound is None:
         return -rate * F.softplus(g)
-    if not -torch.inf < lower_bound < 0:
+    if not isinstance(lower_bound, (int, float)) or not -torch.inf < lower_bound < 0:
         _checks.fail("lower_bound", "a number < 0", lower_bound)
     return lower_bound * torch.sigmoid(rate * g)
 
 
-def _unit_length(x):
-    """x / sqrt(|x|^2 + 1e-6) over the last dimension; kernels want the dtype of x back, anything else float32."""
-    y = x if x.dtype == torch.float64 else x.float()
-    y = y * (y.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
-    return y.to(x.dtype) if on_triton(x) else y
+def _with_unit_keys(q, k, v, beta, g, state, scale, chunk_size, cu_seqlens):
+    """The recurrence for q and k of length 1; o in the dtype of v."""
+    kind = q.dtype
+    # Once each, so that what their gradients are the sum of is rounded only as a whole.
+    q, k = (x if kind == torch.float64 else x.float() for x in (q, k))
+    long_q, long_k = ((x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
+    if q.dtype == kind or not _packed.on_triton(q):
+        arguments = q / long_q, k / long_k, v, g, scale, state, chunk_size, None, cu_seqlens, beta
+        return _packed.recurrence(*arguments)
+    # A key rounded to length 1 in halves is longer or shorter, which strengths near 2 let grow: what belongs to its
+    # length goes to values and strengths, that of a query to the output, all in float32.
+    strength = beta.float() / long_k.squeeze(-1).square()
+    arguments = q, k, v * long_k, g, scale, state, chunk_size, None, cu_seqlens, strength, kind
+    o, state = _packed.recurrence(*arguments)
+    return (o / long_q).to(v.dtype), state
 
 
 def _strength(beta, sigmoid, doubled, v):
+    if doubled and not sigmoid:
+        _checks.fail("allow_neg_eigval", "False without use_beta_sigmoid_in_kernel", True)
     if beta is None:
         return v.new_ones(v.shape[:3])
     _checks.check_tensor("beta", beta)
     if not sigmoid:
-        if doubled:
-            _checks.fail("allow_neg_eigval", "False without use_beta_sigmoid_in_kernel", True)
         return beta
+    if not beta.is_floating_point():
+        _checks.fail("beta", "a floating tensor", beta.dtype)
     return (beta if beta.dtype == torch.float64 else beta.float()).sigmoid() * (2.0 if doubled else 1.0)
 
 
@@ -62,6 +74,7 @@ def _run(
     cu_seqlens_cpu=None,
     *,
     ranks=(),
+    gate_name="g",
     use_qk_l2norm_in_kernel=False,
     use_gate_in_kernel=False,
     A_log=None,
@@ -77,15 +90,15 @@ def _run(
     """Check, give every head of the state its key and query, and run every sequence."""
     _checks.check_qkv(q, k, v, more_values=True)
     scale = _checks.as_scale(scale, q.shape[-1])
-    if use_qk_l2norm_in_kernel:
-        q, k = _unit_length(q), _unit_length(k)
     H = v.shape[2]
     k = k if k.shape[2] == H else k.repeat_interleave(H // k.shape[2], 2)
     q = q if q.shape[2] >= H else q.repeat_interleave(H // q.shape[2], 2)
     if use_gate_in_kernel:
+        _checks.check_tensor("g", g)
+        _checks.check_decay(g, k, ranks, gate_name, raw=True)
         g = _gate(g, A_log, dt_bias, lower_bound, k)
     beta = _strength(beta, use_beta_sigmoid_in_kernel, allow_neg_eigval, v)
-    _checks.check_decay(g, k, ranks)
+    _checks.check_decay(g, k, ranks, gate_name)
     _checks.check_strength(beta, v)
     _checks.check_cu_seqlens(cu_seqlens, *q.shape[:2], cu_seqlens_cpu, max_seqlen)
     state = _checks.keys_first(initial_state, state_v_first)
@@ -93,7 +106,9 @@ def _run(
     _checks.check_chunk_size(chunk_size)
 
     def core(q, k, v, beta, g, state, cu_seqlens):
-        return recurrence(q, k, v, g, scale, state, chunk_size, None, cu_seqlens, beta)
+        if use_qk_l2norm_in_kernel:
+            return _with_unit_keys(q, k, v, beta, g, state, scale, chunk_size, cu_seqlens)
+        return _packed.recurrence(q, k, v, g, scale, state, chunk_size, None, cu_seqlens, beta)
 
     o, state = in_order(core, (q, k, v, beta, g), state, cu_seqlens, reverse)
     if not output_final_state:
@@ -214,13 +229,15 @@ def fused_recurrent_gated_delta_rule(
     gk [B,T,H,K] decays key channels instead of g, or beside it. Values have no decay here: gv is None.
     """
     if gv is not None:
-        _checks.fail("gv", "None (the delta rule decays keys, not values)", tuple(gv.shape))
+        _checks.fail("gv", "None (the delta rule decays keys, not values)", type(gv).__name__)
     if g is not None and gk is not None:
+        _checks.check_tensor("g", g)
         _checks.check_tensor("gk", gk)
         if gk.shape[:3] != g.shape:
             _checks.fail("gk", f"[{', '.join(map(str, g.shape))}, K] beside g", tuple(gk.shape))
         gk = gk + g.unsqueeze(-1)
-    options |= dict(use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, ranks=(3,) if gk is None else (4,))
+    options |= dict(use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel)
+    options |= dict(ranks=(3,)) if gk is None else dict(ranks=(4,), gate_name="gk")
     flags = (scale, initial_state, output_final_state, cu_seqlens)
     return _run(q, k, v, g if gk is None else gk, beta, *flags, **options)
 

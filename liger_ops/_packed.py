@@ -9,7 +9,7 @@ import importlib.util
 import torch
 
 from liger_ops._torch import additive, delta
-from liger_ops._torch.layout import full_precision
+from liger_ops._torch.layout import full_precision, refuse_tangents
 
 # A per-channel gate costs an exponential per row, column and channel of a chunk, the others one per row and column.
 CHUNK_PER_CHANNEL = 16
@@ -51,7 +51,10 @@ def _packed(
     cu_seqlens: torch.Tensor | None,
     scale: float,
     chunk: int | None,
+    halves: torch.dtype | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """halves: q and k are float32 for the sake of their gradients, and hold numbers of that dtype."""
+    q, k = (q, k) if halves is None else (q.to(halves), k.to(halves))
     both = g is not None and gv is not None
     if both or (gv is None and cu_seqlens is None and q.shape[1] <= _FEW and k.shape[-1] <= WIDEST):
         from liger_ops._triton.recurrent import forward
@@ -72,7 +75,7 @@ def _packed(
 
 
 @_packed.register_fake
-def _(q, k, v, g, gv, beta, state, cu_seqlens, scale, chunk):
+def _(q, k, v, g, gv, beta, state, cu_seqlens, scale, chunk, halves):
     return v.new_empty(*q.shape[:3], v.shape[-1]), torch.empty_like(state, memory_format=torch.contiguous_format)
 
 
@@ -90,13 +93,16 @@ def _packed_backward(
     cu_seqlens: torch.Tensor | None,
     scale: float,
     chunk: int | None,
+    halves: torch.dtype | None,
     gate: bool,
 ) -> list[torch.Tensor]:
     """Gradients of q, k, v, beta if there is one, and state, and of the gate, g or gv, if wanted."""
+    kind = q.dtype
+    q, k = (q, k) if halves is None else (q.to(halves), k.to(halves))
     if beta is not None:
         from liger_ops._triton.delta import backward
 
-        *found, dgate, dfirst = backward(do, dstate, q, k, v, beta, g, state, cu_seqlens, scale, chunk, gate)
+        *found, dgate, dfirst = backward(do, dstate, q, k, v, beta, g, state, cu_seqlens, scale, chunk, gate, kind)
         return [*found, dfirst] + ([dgate] if gate else [])
     from liger_ops._triton import additive as kernels
 
@@ -106,13 +112,13 @@ def _packed_backward(
 
 
 @_packed_backward.register_fake
-def _(do, dstate, q, k, v, g, gv, beta, state, cu_seqlens, scale, chunk, gate):
+def _(do, dstate, q, k, v, g, gv, beta, state, cu_seqlens, scale, chunk, halves, gate):
     given = q, k, v, *(() if beta is None else (beta,)), state, *((g if gv is None else gv,) if gate else ())
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in given]
 
 
 def _setup(ctx, inputs, output):
-    *tensors, ctx.scale, ctx.chunk = inputs
+    *tensors, ctx.scale, ctx.chunk, ctx.halves = inputs
     ctx.save_for_backward(*tensors)
 
 
@@ -121,11 +127,11 @@ def _differentiate(ctx, do, dstate):
         raise RuntimeError("liger_ops::packed_backward: expected one differentiation, got create_graph=True")
     gate = any(ctx.needs_input_grad[3:5])
     held = ctx.saved_tensors
-    dq, dk, dv, *found = _packed_backward(do, dstate, *held, ctx.scale, ctx.chunk, gate)
+    dq, dk, dv, *found = _packed_backward(do, dstate, *held, ctx.scale, ctx.chunk, ctx.halves, gate)
     dbeta = None if held[5] is None else found.pop(0)
     dfirst, *dg = found
     gates = [dg[0] if need else None for need in ctx.needs_input_grad[3:5]]
-    return dq, dk, dv, *gates, dbeta, dfirst, None, None, None
+    return dq, dk, dv, *gates, dbeta, dfirst, None, None, None, None
 
 
 _packed.register_autograd(_differentiate, setup_context=_setup)
@@ -179,11 +185,13 @@ def recurrence(
     gv: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
     beta: torch.Tensor | None = None,
+    halves: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q [B,T,HQ,K], k [B,T,H,K], v [B,T,H,V] -> o [B,T,HQ,V] in the dtype of v, and the last state [N,H,K,V].
 
     Log decays g [B,T,H] or [B,T,H,K] and gv [B,T,H,V], or None; cu_seqlens [N+1] packs sequences into batch 1. With
-    beta [B,T,H], and then without gv, the delta rule.
+    beta [B,T,H], and then without gv, the delta rule; float32 q and k then may hold numbers of `halves`, which is what
+    kernels multiply, with gradients in float32.
     """
     (B, T, H, K), V = k.shape, v.shape[-1]
     N = B if cu_seqlens is None else len(cu_seqlens) - 1
@@ -194,4 +202,5 @@ def recurrence(
         state = q.new_zeros(N, H, K, V, dtype=torch.float32)
     if not (kernels and T and B):
         return additive.recurrence(q, k, v, g, scale, state, default_chunk(g, chunk), gv, cu_seqlens, beta)
-    return _packed(q, k, v, g, gv, beta, state.float(), cu_seqlens, scale, chunk)
+    refuse_tangents("packed", (q, k, v, g, gv, beta, state))
+    return _packed(q, k, v, g, gv, beta, state.float(), cu_seqlens, scale, chunk, halves)

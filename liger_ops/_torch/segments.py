@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from liger_ops._torch.layout import full_precision
+from liger_ops._torch.layout import full_precision, refuse_tangents
 
 _LIBRARY = torch.library.Library("liger_ops", "FRAGMENT")
 # body(rows, state, out, *inputs) -> (o, state): fills out [B,rows,HQ,U] if given, otherwise returns a new o.
@@ -166,6 +166,10 @@ def define(name: str, arguments: str, plan: Callable[..., Plan]) -> Callable[...
             raise RuntimeError(f"liger_ops::{name}_backward: expected one differentiation, got create_graph=True")
         return backward_op.default.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
+    def public(*args):
+        refuse_tangents(name, args)
+        return op(*args)
+
     torch.library.register_autograd(f"liger_ops::{name}", differentiate, setup_context=setup, lib=_LIBRARY)
     _LIBRARY.impl(f"{name}_backward", once, "Autograd", with_keyset=True)
-    return op
+    return public

@@ -169,12 +169,15 @@ def values_backward(do, dstate, q, k, v, gv, state, cu_seqlens, scale, chunk, ga
     return dq, dk, dv, dgv, dfirst.transpose(-1, -2).contiguous()
 
 
-def differentiate(x: Call, h, dh, do, scale, gate_gradient):
-    """The gradients of queries, keys and, if wanted, gates [S,H,1 or K]. That of the queries needs neither q nor dh."""
+def differentiate(x: Call, h, dh, do, scale, gate_gradient, kind=None):
+    """The gradients of queries, keys and, if wanted, gates [S,H,1 or K]. That of the queries needs neither q nor dh.
+
+    Those of queries and keys in dtype kind, or as they are.
+    """
     H, G, K, V, KG = x.sizes
     tokens, count = len(x.q), len(h)
     da, *own = _own_gradients(x, do, scale) if x.per_channel else (x.q, x.q, x.k)
-    dq, dk, dg = torch.empty_like(x.q), torch.empty_like(x.k), x.q
+    dq, dk, dg = torch.empty_like(x.q, dtype=kind), torch.empty_like(x.k, dtype=kind), x.q
     if gate_gradient:
         # Per head a part for every block of channels, as many as the configuration has.
         dg = torch.empty_like(x.g) if x.per_channel else x.g.new_empty(cdiv(K, 16), tokens, H)

@@ -86,8 +86,8 @@ def forward(q, k, v, beta, g, state, cu_seqlens, scale, chunk):
     return o, held.last
 
 
-def backward(do, dstate, q, k, v, beta, g, state, cu_seqlens, scale, chunk, gate_gradient):
-    """The gradients of q, k, v, beta, g (None unless gate_gradient) and the initial state."""
+def backward(do, dstate, q, k, v, beta, g, state, cu_seqlens, scale, chunk, gate_gradient, kind=None):
+    """The gradients of q, k (both in dtype kind, or as they are), v, beta, g (None unless gate_gradient) and state."""
     x, weights = _prepare(q, k, v, beta, g, cu_seqlens, chunk)
     H, G = x.sizes[:2]
     do = do.contiguous().flatten(0, 1)
@@ -98,9 +98,11 @@ def backward(do, dstate, q, k, v, beta, g, state, cu_seqlens, scale, chunk, gate
     dh, dv, _, dfirst = _states(x, own, taken, weights, dstate.contiguous(), do, scale)
 
     asked = torch.cat([x.q.unflatten(1, (H, G)), x.k.unsqueeze(2)], 2).flatten(1, 2)
-    told = torch.cat([do.unflatten(1, (H, G)), dv.to(do.dtype).unsqueeze(2)], 2).flatten(1, 2)
+    # float16 does not reach as far as the errors' gradients may.
+    kind = torch.bfloat16 if do.dtype == torch.bfloat16 else torch.float32
+    told = torch.cat([do.to(kind).unflatten(1, (H, G)), dv.to(kind).unsqueeze(2)], 2).flatten(1, 2)
     both = x._replace(q=asked, constants={**x.constants, "STRICT": True})
-    dq, dk, dg = differentiate(both, h, dh, told, scale, gate_gradient)
+    dq, dk, dg = differentiate(both, h, dh, told, scale, gate_gradient, kind)
     dq = dq.unflatten(1, (H, G + 1))[:, :, :G].reshape(q.shape)
     dbeta = (values_gradient(both, dh, told, scale) * e).sum(-1)
     dg = dg.view(g.shape).to(g.dtype) if gate_gradient else None

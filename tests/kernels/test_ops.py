@@ -5,6 +5,7 @@ import torch
 
 import liger_ops
 from liger_ops import _checks, _packed
+from tests.kernels.cases import distances
 from tests.kernels.interpreter import mend_rounding, sanitized
 
 mend_rounding()
@@ -148,7 +149,7 @@ def test_the_compiler_sees_one_op(gate, monkeypatch):
     g = {"none": None, "head": decay(1, T, H), "channel": decay(1, T, H, K)}[gate]
     q, k, v = torch.randn(1, T, HQ, K), torch.randn(1, T, H, K), torch.randn(1, T, H, V)
     leaves = [x if x is None else x.requires_grad_() for x in (q, k, v, g, torch.randn(3, H, K, V))]
-    args = *leaves, torch.tensor([0, 20, 20, T]), K**-0.5, None
+    args = *leaves, torch.tensor([0, 20, 20, T]), K**-0.5, None, None
     strength = torch.rand(1, T, H).requires_grad_()
     for beta in (None, strength):
         torch.library.opcheck(torch.ops.liger_ops.packed.default, (*args[:4], None, beta, *args[4:]))
@@ -304,6 +305,41 @@ def test_slots_on_the_kernels(name, gate, lengths, monkeypatch):
     use_kernels(monkeypatch)
     for n, (x, y) in enumerate(zip(call(), wanted, strict=True)):
         assert (x - y).norm() <= 5e-6 * y.norm(), n
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gate", ["none", "head", "channel"])
+@pytest.mark.parametrize("tokens", [3, 70])
+def test_keys_of_length_one_are_not_rounded(tokens, gate, dtype, monkeypatch):
+    """Nor do queries, and at a strength of 2 nothing that a rounded key is too long grows."""
+    use_kernels(monkeypatch)
+    q, k, v = (torch.randn(1, tokens, n, d).to(dtype) for n, d in ((HQ, 16), (H, 16), (H, V)))
+    q, k = 3 * q, 3 * k[:, :1] + k / 64
+    beta = torch.full((1, tokens, H), 2.0)
+    g = {"none": None, "head": decay(1, tokens, H) / 99, "channel": decay(1, tokens, H, 16) / 99}[gate]
+    do = torch.randn(1, tokens, HQ, V)
+
+    def unit(x):
+        return x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+
+    def run(kind, call):
+        leaves = [x if x is None else x.to(kind).requires_grad_() for x in (q, k, v)]
+        o, last = call(*leaves)
+        return dict(zip(("o", "last", *"qkv"), (o, last, *torch.autograd.grad(o, leaves, do.to(o.dtype))), strict=True))
+
+    def ours(*x):
+        name = {"none": "chunk_delta_rule", "head": "chunk_gated_delta_rule", "channel": "chunk_kda"}[gate]
+        gates = dict(beta=beta) if g is None else dict(g=g, beta=beta)
+        return getattr(liger_ops, name)(*x, **gates, use_qk_l2norm_in_kernel=True, output_final_state=True)
+
+    def exact(q, k, v):
+        return liger_ops.naive_delta_rule(unit(q), unit(k), v, beta.double(), g if g is None else g.double())
+
+    true = run(torch.float64, exact)
+    found = run(dtype, ours)
+    far, floor = distances(found, true), distances({n: x.to(dtype) for n, x in true.items()}, true)
+    assert far["last"] <= 1e-3, far["last"]
+    assert all(far[n] <= 2 * floor[n] for n in ("o", *"qkv")), {n: far[n] / floor[n] for n in far}
 
 
 def test_the_gate_may_be_the_query(monkeypatch):

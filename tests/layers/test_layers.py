@@ -67,6 +67,12 @@ def test_pieces_equal_the_whole(layer, recording):
         assert state.position.tolist() == [40, 40]
 
 
+@pytest.mark.parametrize("shape", [(3, 0), (0, 37), (0, 1)])
+def test_nothing_to_do(layer, shape):
+    y, state = layer(torch.randn(*shape, width(layer)))
+    assert y.shape == (*shape, width(layer)) and len(state.position) == shape[0]
+
+
 def test_left_padding_changes_nothing(layer):
     x = torch.randn(1, 25, width(layer))
     alone, _ = layer(x)

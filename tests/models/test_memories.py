@@ -1,5 +1,7 @@
 """Converted models with memories that erase, and with many of them."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -81,6 +83,31 @@ def test_routers_tell_what_they_did():
     assert "aux_loss" not in linearize_tiny(tiny(), window=8)(x, output_router_logits=True)
 
 
+def test_no_layer_left_to_route():
+    model = linearize_tiny(tiny(), memories=2, keep=[0, 1, 2])
+    assert "aux_loss" not in model(ids(1, 9), output_router_logits=True)
+    finetune(model, tiny_tokenizer(), TEXT, steps=1, length=32)
+
+
+def test_routers_of_several_threads_do_not_mix():
+    model = stir(linearize_tiny(tiny(), window=8, memories=3))
+
+    def call(n):
+        with torch.no_grad():
+            return [len(x) for x in model(ids(1, 10 + n), output_router_logits=True).router_logits]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(call, range(12))) == [[10 + n] * 3 for n in range(12)]
+
+
+def test_a_router_that_nobody_could_train_says_so():
+    model = linearize_tiny(tiny(), window=8, memories=3).train()
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    with pytest.raises(RuntimeError, match="aux_loss: expected non-reentrant gradient checkpointing"):
+        model(ids(1, 9), output_router_logits=True)
+
+
 def test_fine_tuning_drives_memories_apart():
     torch.manual_seed(0)
     model = linearize_tiny(tiny(scale=1.0), window=8, memories=3)
@@ -94,6 +121,9 @@ def test_fine_tuning_drives_memories_apart():
             assert not torch.equal(memories.get_parameter(name), before[prefix + name]), name
         assert not torch.equal(*memories.v_proj.weight.chunk(3)[:2])
     assert "output_router_logits" not in model.config.to_dict()
+    model.config.output_router_logits = False
+    finetune(model, tiny_tokenizer(), TEXT, steps=1, length=32)
+    assert model.config.output_router_logits is False
 
 
 def test_the_window_alone_is_without_memories_too():

@@ -329,6 +329,15 @@ def bad(**changes):
         (dict(q=torch.randn(2, 9, 0, 8)), "q: expected a positive multiple"),
         (dict(initial_state=torch.randn(2, 2, 8, 9)), "initial_state: expected shape"),
         (dict(cu_seqlens=torch.tensor([0, 9])), "cu_seqlens: expected batch 1"),
+        (dict(v=torch.randn(2, 9, 0, 8)), r"v: expected \[2, 9, a multiple of 2, V\]"),
+        (dict(use_gate_in_kernel=True, A_log=torch.zeros(2), g=torch.randn(2, 9, 3)), r"g: expected shape \[2, 9, 2\]"),
+        (dict(use_gate_in_kernel=True, A_log=torch.zeros(2), g=torch.randn(2)), r"g: expected shape \[2, 9, 2\]"),
+        (dict(use_gate_in_kernel=True, lower_bound="a"), "lower_bound: expected a number < 0"),
+        (
+            dict(use_beta_sigmoid_in_kernel=True, beta=torch.ones(2, 9, 2, dtype=torch.long)),
+            "beta: expected a floating",
+        ),
+        (dict(allow_neg_eigval=True, beta=None), "allow_neg_eigval: expected False"),
         (dict(allow_neg_eigval=True), "allow_neg_eigval: expected False without use_beta_sigmoid_in_kernel"),
         (dict(use_gate_in_kernel=True), r"A_log: expected a tensor \[2\] with use_gate_in_kernel, got None"),
         (dict(use_gate_in_kernel=True, A_log=torch.zeros(3)), "A_log: expected a tensor of 2 numbers"),
@@ -344,6 +353,15 @@ def test_bad_arguments_are_named(changes, message):
 def test_values_have_no_decay():
     with pytest.raises(ValueError, match="gv: expected None"):
         fused_recurrent_gated_delta_rule(**bad(gv=-torch.rand(2, 9, 2, 8)))
+    with pytest.raises(ValueError, match=r"gk: expected shape \[2, 9, 2, 8\]"):
+        fused_recurrent_gated_delta_rule(**bad(g=None, gk=-torch.rand(2, 9, 2)))
+
+
+def test_a_raw_gate_of_no_tokens():
+    for B, T in ((2, 0), (0, 9)):
+        x, g, beta = torch.randn(B, T, 2, 8), torch.randn(B, T, 2, 8), torch.rand(B, T, 2)
+        options = dict(use_gate_in_kernel=True, A_log=torch.zeros(2), dt_bias=torch.zeros(16))
+        assert chunk_kda(x, x, x, g, beta, **options)[0].shape == x.shape
 
 
 def test_nothing_depends_on_strides_or_on_what_else_wants_a_gradient():
