@@ -164,18 +164,13 @@ def test_a_second_derivative_names_itself():
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")
 def test_forward_mode_names_itself():
     """Nothing answers with a tangent of zero."""
-    q, k, v = (x.detach() for x in inputs())
-    features = torch.randn(B, T, HQ, D), torch.randn(B, T, H, D)
-    calls = {
-        "recurrence": lambda q: chunk_simple_gla(q, k, v)[0],
-        "window": lambda q: sliding_window_attention(q, k, v, 16),
-        "joint": lambda q: liger_attention(q, k, v, *features, None, window=16)[0],
-    }
-    for name, call in calls.items():
+    for name, case in (("recurrence", simple_gla), ("recurrence", erasing), ("window", window), ("joint", joint)):
+        op, leaves = case()
+        q, *others = (x.detach() for x in leaves)
         with forward_ad.dual_level():
             with pytest.raises(RuntimeError, match=f"liger_ops::{name}: expected reverse-mode differentiation"):
-                call(forward_ad.make_dual(q, q))
-            assert call(q).isfinite().all()
+                op(forward_ad.make_dual(q, q), *others)
+            assert op(q, *others)[0].isfinite().all()
 
 
 def test_every_op_is_in_one_library():
