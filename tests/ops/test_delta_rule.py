@@ -111,7 +111,7 @@ def cases(draw, packed=None, magnitudes=MAGNITUDES, max_length=70):
     return Case(torch.randn(B, T, HQ, K), k, torch.randn(B, T, H, V), beta, g, state, bounds)
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(cases())
 def test_output_state_and_every_gradient_match_naive_float64(case):
     check(case)
@@ -121,7 +121,7 @@ def test_output_state_and_every_gradient_match_naive_float64(case):
 @pytest.mark.parametrize("kind", ["spread", "parallel"])
 @pytest.mark.parametrize("size", [-1.0, 1.0, 2.0])
 def test_keys_and_strengths_at_their_extremes_over_several_chunks(gate, kind, size):
-    B, T, H, K, V = 1, 300, 2, 32, 20
+    B, T, H, K, V = 1, 200, 2, 32, 20
     g = decay(gate, -1e-3, B, T, H, K)
     q, k, v, beta = torch.randn(B, T, 4, K), keys(kind, B, T, H, K), torch.randn(B, T, H, V), strengths(size, B, T, H)
     check(Case(q, k, v, beta, g), parallel=kind == "parallel")
@@ -232,8 +232,8 @@ def test_no_rows_and_no_tokens():
 
 
 @pytest.mark.parametrize("strength", [1.0, 2.0])
-def test_a_hundred_thousand_steps_do_not_drift(strength):
-    T, K = 100_000, 4
+def test_twenty_thousand_steps_do_not_drift(strength):
+    T, K = 20_000, 4
     k, v = keys("spread", 1, T, 1, K), torch.randn(1, T, 1, 2)
     beta = strengths(strength, 1, T, 1)
     # Reflections keep every rounding, and what they add, for ever.
