@@ -4,9 +4,11 @@ Shapes: B batch, T time, HQ query heads, H key/value heads, K key width, V value
 """
 
 import itertools
-from typing import NoReturn
+from collections.abc import Iterable
+from typing import Any, NoReturn
 
 import torch
+from torch.autograd import forward_ad
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -18,6 +20,14 @@ def fail(name: str, expected: str, given: object) -> NoReturn:
 def check_tensor(name: str, x: object) -> None:
     if not isinstance(x, torch.Tensor):
         fail(name, "a tensor", type(x).__name__)
+
+
+def refuse_tangents(name: str, tensors: Iterable[Any]) -> None:
+    """RuntimeError for forward-mode differentiation, which ops of torch.library would answer with nothing."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors if isinstance(x, torch.Tensor)):
+        raise RuntimeError(f"liger_ops::{name}: expected reverse-mode differentiation, got forward-mode tangents")
 
 
 def as_scale(scale: float | None, width: int) -> float:

@@ -8,8 +8,9 @@ import importlib.util
 
 import torch
 
+from liger_ops import _checks
 from liger_ops._torch import additive, delta
-from liger_ops._torch.layout import full_precision, refuse_tangents
+from liger_ops._torch.layout import full_precision
 
 # A per-channel gate costs an exponential per row, column and channel of a chunk, the others one per row and column.
 CHUNK_PER_CHANNEL = 16
@@ -202,5 +203,5 @@ def recurrence(
         state = q.new_zeros(N, H, K, V, dtype=torch.float32)
     if not (kernels and T and B):
         return additive.recurrence(q, k, v, g, scale, state, default_chunk(g, chunk), gv, cu_seqlens, beta)
-    refuse_tangents("packed", (q, k, v, g, gv, beta, state))
+    _checks.refuse_tangents("packed", (q, k, v, g, gv, beta, state))
     return _packed(q, k, v, g, gv, beta, state.float(), cu_seqlens, scale, chunk, halves)

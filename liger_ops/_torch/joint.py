@@ -9,8 +9,10 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from liger_ops._torch import additive
+from liger_ops._torch.additive import enter, products
+from liger_ops._torch.decay import make_decay
 from liger_ops._torch.layout import divide, full_precision, head_major, head_major_ones, pack
+from liger_ops._torch.scores import scores
 from liger_ops._torch.segments import Plan, define
 from liger_ops._torch.window import LOG2, MASKED, Sinks, Window, attend, rows_at_once, weigh
 
@@ -33,18 +35,18 @@ def _segment(first, scale, rows, state, out, q, k, v, sink_k, sink_v, sink_colum
         k_far = k_far * enters.to(k.dtype)
         g = None if g is None else g.masked_fill(~(enters if g.ndim == 4 else enters.squeeze(-1)), 0.0)
     k_far, v_far, g = (x if x is None else x.contiguous().unflatten(2, (N, C)) for x in (k_far, v[:, :, : N * C], g))
-    decay = additive.make_decay(g)
-    before, state = additive.enter(k_far, v_far, decay, state)
+    decay = make_decay(g)
+    before, state = enter(k_far, v_far, decay, state)
     # In units of the window's largest weight, which keeps both factors inside float32.
     q_far = pack(q_log, H, C).mul_(LOG2).sub_(weights.top).clamp_(max=MAX_LOG * LOG2).exp2_()
-    scores, q_far = additive.scores(q_far, k_far, decay, mix)
+    far, q_far = scores(q_far, k_far, decay, mix)
     # A key that has left the window of a row is one that its recurrence has let in: their columns complement.
     if torch.is_grad_enabled():
-        weights = weights._replace(near=weights.near + F.pad(scores, (0, weights.near.shape[-1] - C)))
+        weights = weights._replace(near=weights.near + F.pad(far, (0, weights.near.shape[-1] - C)))
     else:
-        weights.near[..., :C] += scores
+        weights.near[..., :C] += far
     o = attend(weights, v, sink_v)
-    o.view(B * H * N, -1, o.shape[-1]).baddbmm_(additive.products(q_far), additive.products(before))
+    o.view(B * H * N, -1, o.shape[-1]).baddbmm_(products(q_far), products(before))
     return divide(o, T, out), state
 
 

@@ -4,13 +4,11 @@ Shapes: B batch, T time, HQ query heads, H key/value heads, G query heads per ke
 Every function that packs returns a copy, even where the layout is already right: callers work on it in place.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import wraps
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.autograd import forward_ad
 
 # Freed once, so large a block makes glibc keep what is freed later, as in any process that has loaded a model. Until
 # then it hands the temporaries of every call back to the system, and a fifth to a half of the time goes to page faults.
@@ -32,14 +30,6 @@ def full_precision(function: Callable) -> Callable:
             return function(*args, **kwargs)
 
     return call
-
-
-def refuse_tangents(name: str, tensors: Iterable[Any]) -> None:
-    """RuntimeError for forward-mode differentiation, which ops of torch.library would answer with nothing."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
-        return
-    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors if isinstance(x, torch.Tensor)):
-        raise RuntimeError(f"liger_ops::{name}: expected reverse-mode differentiation, got forward-mode tangents")
 
 
 def pack(x: torch.Tensor, num_kv_heads: int, size: int) -> torch.Tensor:

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from liger_ops._torch.layout import full_precision, refuse_tangents
+from liger_ops import _checks
+from liger_ops._torch.layout import full_precision
 
 _LIBRARY = torch.library.Library("liger_ops", "FRAGMENT")
 # body(rows, state, out, *inputs) -> (o, state): fills out [B,rows,HQ,U] if given, otherwise returns a new o.
@@ -167,7 +168,7 @@ def define(name: str, arguments: str, plan: Callable[..., Plan]) -> Callable[...
         return backward_op.default.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     def public(*args):
-        refuse_tangents(name, args)
+        _checks.refuse_tangents(name, args)
         return op(*args)
 
     torch.library.register_autograd(f"liger_ops::{name}", differentiate, setup_context=setup, lib=_LIBRARY)

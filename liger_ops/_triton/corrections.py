@@ -184,13 +184,15 @@ def corrected_states_kernel(
     BG: tl.constexpr,
     GATED: tl.constexpr,
     REVERSE: tl.constexpr,
+    KEEP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """e = x - y h [S,H,V] and the states h [chunks,H,K,V] that chunks start from: x [S,H,V], y and k [S,H,K].
 
-    Forwards a chunk adds k^T u to its decayed state, where u = beta e. REVERSE: k^T e and, of every query head,
-    scale q^T do; rows decay on their way to the chunk's start. A program holds all WIDTH >= K channels of the key,
-    which every error wants, and works on BK of them at a time: operands of more would not fit beside it.
+    Forwards a chunk adds k^T u to its decayed state, where u = beta e; e is stored only to KEEP it. REVERSE: k^T e and,
+    of every query head, scale q^T do; rows decay on their way to the chunk's start. A program holds all WIDTH >= K
+    channels of the key, which every error wants, and works on BK of them at a time: operands of more would not fit
+    beside it.
     """
     i_v, i_nh = tl.program_id(1), tl.program_id(0).to(tl.int64)
     i_n, i_h = i_nh // H, i_nh % H
@@ -214,7 +216,8 @@ def corrected_states_kernel(
         for i_k in range(NB):
             o_k = i_k * BK + tl.arange(0, BK)
             b_e -= dot(load_rows(y, i_t, i_h, H, K, o_r, o_k, m_r), take(b_h, i_k), PRECISION)
-        store_rows(e, b_e, i_t, i_h, H, V, o_r, o_v, m_r)
+        if KEEP:
+            store_rows(e, b_e, i_t, i_h, H, V, o_r, o_v, m_r)
         if not REVERSE:
             b_e *= load_weights(beta, i_t, i_h, H, o_r, m_r)[:, None]
             store_rows(u, b_e, i_t, i_h, H, V, o_r, o_v, m_r)

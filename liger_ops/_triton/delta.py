@@ -18,7 +18,9 @@ from liger_ops._triton.launch import block, launch, precision
 
 
 class _Held(NamedTuple):
-    """The inverse m [S,H,C], states h [chunks,H,K,V] before chunks, errors e and values u = beta e [S,H,V], last."""
+    """The inverse m [S,H,C], states h [chunks,H,K,V] before chunks, errors e (or, not kept, anything) and values
+    u = beta e [S,H,V], last.
+    """
 
     m: torch.Tensor
     h: torch.Tensor
@@ -50,23 +52,27 @@ def _mixed(x: Call, m, rows, beta, sign=1.0, transposed=False, decayed=False) ->
     return y
 
 
-def _states(x: Call, rows, taken, beta, first, do=None, scale=1.0):
-    """States at the bounds of chunks, errors and corrected values, and the last state; with do backwards in time."""
+def _states(x: Call, rows, taken, beta, first, do=None, scale=1.0, keep=True):
+    """States at the bounds of chunks, errors (if to be kept) and corrected values, and the last state.
+
+    With do backwards in time; the corrected values mean nothing then.
+    """
     H, G, K, V, KG = x.sizes
     kept = torch.bfloat16 if x.k.dtype == torch.bfloat16 else torch.float32
     h = x.k.new_empty(len(x.chunks.chunks), H, K, V, dtype=kept)
-    e, last = torch.empty_like(rows), torch.empty_like(first)
-    u = e if do is not None else torch.empty_like(rows)
+    u, last = torch.empty_like(rows), torch.empty_like(first)
+    e = torch.empty_like(rows) if keep and do is None else u
     args = x.k, rows, taken, beta, x.gate(), x.q, x.q if do is None else do, first, h, e, u, last
     args = *args, x.chunks.sequences, scale, H, G, K, V, KG
-    constants = {**x.constants, "REVERSE": do is not None, "WIDTH": block(K, 256)}
+    constants = {**x.constants, "REVERSE": do is not None, "KEEP": keep, "WIDTH": block(K, 256)}
     launch(corrections.corrected_states_kernel, lambda c: (len(first) * H, cdiv(V, c.BV)), K, V, *args, **constants)
     return h, e, u, last
 
 
-def _forward(x: Call, beta, state) -> _Held:
+def _forward(x: Call, beta, state, keep: bool) -> _Held:
     m = _inverse(x, beta)
-    h, e, u, last = _states(x, _mixed(x, m, x.v, beta), _mixed(x, m, x.k, beta, decayed=True), beta, state)
+    rows, taken = _mixed(x, m, x.v, beta), _mixed(x, m, x.k, beta, decayed=True)
+    h, e, u, last = _states(x, rows, taken, beta, state, keep=keep)
     return _Held(m, h, e, u, last)
 
 
@@ -80,7 +86,7 @@ def _prepare(q, k, v, beta, g, cu_seqlens, chunk) -> tuple[Call, torch.Tensor]:
 def forward(q, k, v, beta, g, state, cu_seqlens, scale, chunk):
     """q [B,T,HQ,K], k [B,T,H,K], v [B,T,H,V], beta [B,T,H], g like beta or k or None, state [N,H,K,V] -> o, last."""
     x, beta = _prepare(q, k, v, beta, g, cu_seqlens, chunk)
-    held = _forward(x, beta, state.contiguous())
+    held = _forward(x, beta, state.contiguous(), keep=False)
     o = v.new_empty(*q.shape[:3], v.shape[-1])
     read(x._replace(v=held.u), held.h, scale, o)
     return o, held.last
@@ -91,7 +97,7 @@ def backward(do, dstate, q, k, v, beta, g, state, cu_seqlens, scale, chunk, gate
     x, weights = _prepare(q, k, v, beta, g, cu_seqlens, chunk)
     H, G = x.sizes[:2]
     do = do.contiguous().flatten(0, 1)
-    m, h, e, u, _ = _forward(x, weights, state.contiguous())
+    m, h, e, u, _ = _forward(x, weights, state.contiguous(), keep=True)
     x = x._replace(v=u)
     own = _mixed(x, m, values_gradient(x, h, do, scale, alone=True), weights, -1.0, transposed=True)
     taken = _mixed(x, m, x.k, weights, transposed=True, decayed=True)
