@@ -1,9 +1,10 @@
-"""Linearize pretrained Transformers. Importing this package registers the linearized models with transformers."""
+"""Linearize pretrained Transformers, or train small decoders. Importing this registers the models with transformers."""
 
 from liger_models.cache import LigerCacheLayer, cache_bytes, make_cache
 from liger_models.configuration import PRESETS, LigerConfig
 from liger_models.evaluation import evaluate, perplexity
 from liger_models.finetune import finetune
+from liger_models.from_scratch import LigerForCausalLM, LigerModelConfig
 from liger_models.linearize import linearize
 from liger_models.modeling import FAMILIES
 
@@ -12,6 +13,8 @@ __all__ = [
     "PRESETS",
     "LigerCacheLayer",
     "LigerConfig",
+    "LigerForCausalLM",
+    "LigerModelConfig",
     "cache_bytes",
     "evaluate",
     "finetune",

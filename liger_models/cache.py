@@ -9,11 +9,11 @@ import torch
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
-from liger_layers import LigerState
+from liger_layers import LigerState, MemoryState
 
 
 class LigerCacheLayer(CacheLayerMixin):
-    """One layer's LigerState and the number of columns, padding included, that it has seen."""
+    """One layer's state and the number of columns, padding included, that it has seen."""
 
     # Kept layers may slide or not, and masks take their size from the first layer of their own kind.
     is_sliding = False
@@ -22,10 +22,10 @@ class LigerCacheLayer(CacheLayerMixin):
 
     def __init__(self):
         super().__init__()
-        self.state: LigerState | None = None
+        self.state: LigerState | MemoryState | None = None
         self.seen = 0
 
-    def store(self, state: LigerState, tokens: int) -> None:
+    def store(self, state: LigerState | MemoryState, tokens: int) -> None:
         self.state = state.map(torch.Tensor.detach) if not torch.is_grad_enabled() else state
         self.seen += tokens
         self.is_initialized = True
@@ -76,13 +76,14 @@ class LigerCacheLayer(CacheLayerMixin):
 
 
 def make_cache(config: PreTrainedConfig) -> DynamicCache:
-    """An empty cache for a linearized model: constant-size layers, and growing ones where full attention was kept."""
+    """An empty cache for a model of this package: constant-size layers, growing ones where full attention was kept."""
     return fit_cache(DynamicCache(config=config), config)
 
 
 def fit_cache(cache: DynamicCache, config: PreTrainedConfig) -> DynamicCache:
     """Put Liger layers where an empty cache, however it was made, has others; ValueError if it already holds tokens."""
-    depth, keep = config.num_hidden_layers, set(config.liger["keep"])
+    # Only linearized models keep layers of full attention.
+    depth, keep = config.num_hidden_layers, set(config.liger["keep"]) if hasattr(config, "liger") else set()
     ours = [isinstance(layer, LigerCacheLayer) for layer in cache.layers]
     if len(ours) == depth and all(mine or i in keep for i, mine in enumerate(ours)):
         return cache
@@ -97,6 +98,21 @@ def fit_cache(cache: DynamicCache, config: PreTrainedConfig) -> DynamicCache:
     cache.layers = [plain[i] if i in keep else LigerCacheLayer() for i in range(depth)]
     cache.layer_class_to_replicate = None
     return cache
+
+
+class ConstantCacheMixin:
+    """How a causal LM whose layers hold states, not keys and values, generates."""
+
+    # Assisted decoding must roll the cache back, which a recurrent state cannot do; transformers refuses on this flag.
+    _is_stateful = True
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
+            model_kwargs["past_key_values"] = make_cache(self.config)
+
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values=None, **kwargs):
+        return attention_mask
 
 
 def cache_bytes(cache: DynamicCache) -> int:

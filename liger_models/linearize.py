@@ -93,7 +93,7 @@ def check_architecture(model: PreTrainedModel) -> None:
         reason = "it uses ALiBi position biases, which the window branch does not have"
     elif config.model_type not in FAMILIES:
         reason = f"its architecture {config.model_type!r} is not in the list"
-    elif not isinstance(model, FAMILIES[config.model_type][1].__mro__[2]):
+    elif not isinstance(model, FAMILIES[config.model_type][1].__bases__[1]):
         reason = f"it is a {type(model).__name__}; only the causal LM of a family is linearized"
     if reason:
         raise ValueError(f"model: expected one of {', '.join(FAMILIES)}, got {type(model).__name__}: {reason}")

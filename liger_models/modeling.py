@@ -27,7 +27,7 @@ from transformers import (
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from liger_layers import LigerAttention, load_balancing_loss
-from liger_models.cache import LigerCacheLayer, fit_cache, make_cache
+from liger_models.cache import ConstantCacheMixin, LigerCacheLayer, fit_cache, make_cache
 from liger_models.configuration import LigerConfig
 
 PREFIX = "liger_"
@@ -71,7 +71,7 @@ class LinearizedAttention(LigerAttention):
         return out, None
 
 
-def _refuse_packing(position: torch.Tensor | None, mask: torch.Tensor | None) -> None:
+def refuse_packing(position: torch.Tensor | None, mask: torch.Tensor | None) -> None:
     """ValueError if positions start again within a row: the recurrence would carry one document into the next."""
     if position is None or position.ndim != 2 or position.shape[1] < 2 or torch.compiler.is_compiling():
         return
@@ -94,7 +94,7 @@ def _before_decoder(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple
         kwargs["liger_mask"] = mask[:, -tokens.shape[1] :].bool()
     elif mask is not None:
         raise ValueError("attention_mask: expected [batch, tokens] marking padding, got a prepared attention pattern")
-    _refuse_packing(kwargs.get("position_ids"), kwargs.get("liger_mask"))
+    refuse_packing(kwargs.get("position_ids"), kwargs.get("liger_mask"))
     if len(module.config.liger["keep"]) == 0:
         # A mask that is already four-dimensional is passed through, so no T x T mask is built for nobody.
         kwargs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
@@ -111,11 +111,8 @@ def _before_decoder(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple
     return (), kwargs
 
 
-class LigerMixin:
+class LigerMixin(ConstantCacheMixin):
     """Behaviour every linearized causal LM adds to its family's class."""
-
-    # Assisted decoding must roll the cache back, which a recurrent state cannot do; transformers refuses on this flag.
-    _is_stateful = True
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
@@ -126,14 +123,6 @@ class LigerMixin:
         super().__init_subclass__(**kwargs)
         if LigerMixin in cls.__bases__:
             cls.forward = _with_routers(cls.forward)
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
-            model_kwargs["past_key_values"] = make_cache(self.config)
-
-    @staticmethod
-    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values=None, **kwargs):
-        return attention_mask
 
 
 def _with_routers(forward):

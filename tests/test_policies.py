@@ -25,8 +25,8 @@ PUBLIC = {
     "sliding_window_attention",
     liger_layers: "FEATURE_MAPS GATES Gate GatedRecurrence LigerAttention LigerState LinearMixer MemoryState "
     "MixtureOfMemories SlidingWindowAttention Softmax SoftmaxKernel UPDATE_RULES load_balancing_loss register_gate",
-    liger_models: "FAMILIES LigerCacheLayer LigerConfig PRESETS cache_bytes evaluate finetune linearize make_cache "
-    "perplexity",
+    liger_models: "FAMILIES LigerCacheLayer LigerConfig LigerForCausalLM LigerModelConfig PRESETS cache_bytes evaluate "
+    "finetune linearize make_cache perplexity",
 }
 
 

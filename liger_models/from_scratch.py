@@ -1,0 +1,340 @@
+"""A small decoder of liger_layers' mixers that trains from random weights: config, model and causal LM.
+
+Shapes: B batch, T time, S tokens seen before and now, M memories.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Cache, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts, MixtralSparseMoeBlock, MixtralTopKRouter
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from liger_layers import (
+    UPDATE_RULES,
+    GatedRecurrence,
+    LigerAttention,
+    LinearMixer,
+    MixtureOfMemories,
+    SlidingWindowAttention,
+    load_balancing_loss,
+)
+from liger_models.cache import ConstantCacheMixin, fit_cache, make_cache
+from liger_models.modeling import refuse_packing
+
+_ATTENTIONS = {"liger": LigerAttention, "window": SlidingWindowAttention, "recurrence": GatedRecurrence}
+MIXERS = (*UPDATE_RULES, "mom", *_ATTENTIONS)
+_MLPS = {"dense": LlamaMLP, "moe": MixtralSparseMoeBlock}
+# Arguments of mixers that the config has fields for, or that make no sense there.
+_SETTLED = set("hidden_size num_heads num_kv_heads head_dim memories top_k conv_size layer_idx num_layers".split())
+_SETTLED.add("projections")
+
+
+class LigerModelConfig(PreTrainedConfig):
+    """Sizes and mixers of a LigerForCausalLM.
+
+    mixers: a name, or a list of names that repeats over the layers. A name is an entry of liger_layers.UPDATE_RULES
+    (one linear memory), "mom" (MixtureOfMemories), "liger" (LigerAttention), "window" (SlidingWindowAttention) or
+    "recurrence" (GatedRecurrence).
+    mixer_options: further arguments of a mixer's class, by name: {"mom": {"rule": "gla"}, "window": {"sinks": 0}}.
+    memories, memories_per_token: of "mom", there called memories and top_k, which is a name of generation here.
+    conv_size: taps of the short convolution of linear memories; 0 for none.
+    mlp: "dense" (Llama's) or "moe" (Mixtral's, experts_per_token of num_experts).
+    intermediate_size: width of the MLP, or of one expert; 4 * hidden_size if None.
+    num_key_value_heads, head_dim: num_attention_heads and hidden_size / num_attention_heads if None.
+    router_aux_loss_coef: weight of load_balancing_loss, which joins the loss where output_router_logits is true.
+
+    Raises:
+        ValueError: names the argument, what was expected and what was given; here or when a model is built.
+    """
+
+    model_type = "liger"
+    keys_to_ignore_at_inference = ("past_key_values",)
+    attribute_map = {"num_local_experts": "num_experts", "num_experts_per_tok": "experts_per_token"}  # noqa: RUF012
+
+    vocab_size: int = 32000
+    hidden_size: int = 512
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    mixers: str | list[str] = "mom"
+    mixer_options: dict[str, dict[str, Any]] | None = None
+    memories: int = 4
+    memories_per_token: int = 2
+    conv_size: int = 4
+    mlp: str = "dense"
+    intermediate_size: int | None = None
+    num_experts: int = 8
+    experts_per_token: int = 2
+    router_jitter_noise: float = 0.0
+    hidden_act: str = "silu"
+    mlp_bias: bool = False
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    output_router_logits: bool = False
+    router_aux_loss_coef: float = 0.001
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
+        super().__post_init__(**kwargs)
+        self.check()
+
+    @property
+    def layer_mixers(self) -> list[str]:
+        """The mixer of every layer."""
+        pattern = [self.mixers] if isinstance(self.mixers, str) else list(self.mixers)
+        return pattern * (self.num_hidden_layers // max(len(pattern), 1))
+
+    def check(self) -> None:
+        """ValueError for a size or a name that cannot be."""
+        counts = "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size"
+        for name in (*counts.split(), "num_experts", "experts_per_token"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            wanted = f"a multiple of num_attention_heads {self.num_attention_heads} without head_dim"
+            raise ValueError(f"hidden_size: expected {wanted}, got {self.hidden_size}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            wanted = f"a multiple of num_key_value_heads {self.num_key_value_heads}"
+            raise ValueError(f"num_attention_heads: expected {wanted}, got {self.num_attention_heads}")
+        if len(self.layer_mixers) != self.num_hidden_layers:
+            wanted = f"a name, or names that repeat to num_hidden_layers {self.num_hidden_layers}"
+            raise ValueError(f"mixers: expected {wanted}, got {self.mixers!r}")
+        options = self.mixer_options or {}
+        choices = (
+            ("mixers", self.layer_mixers, MIXERS),
+            ("mixer_options", options, MIXERS),
+            ("mlp", [self.mlp], _MLPS),
+        )
+        for name, given, known in choices:
+            if unknown := [x for x in given if x not in known]:
+                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {unknown[0]!r}")
+        for mixer, further in options.items():
+            if unknown := [x for x in further if x not in _known_options(mixer)]:
+                wanted = f"one of {', '.join(_known_options(mixer))}"
+                raise ValueError(f"mixer_options[{mixer!r}]: expected {wanted}, got {unknown[0]!r}")
+        if self.experts_per_token > self.num_experts:
+            wanted = f"at most num_experts {self.num_experts}"
+            raise ValueError(f"experts_per_token: expected {wanted}, got {self.experts_per_token}")
+
+
+def _known_options(mixer: str) -> list[str]:
+    """The arguments of a mixer's class that the config does not settle."""
+    settled = _SETTLED | {"rule", "shared"} if mixer in UPDATE_RULES else _SETTLED
+    parameters = inspect.signature(_ATTENTIONS.get(mixer, MixtureOfMemories)).parameters
+    return [name for name in parameters if name not in settled]
+
+
+def make_mixer(config: LigerModelConfig, index: int) -> nn.Module:
+    """The mixer of layer `index`: forward(x [B,T,hidden], mask, state) returns (y [B,T,hidden], state)."""
+    name = config.layer_mixers[index]
+    options = dict(head_dim=config.head_dim, num_kv_heads=config.num_key_value_heads)
+    mixer = _ATTENTIONS.get(name)
+    if mixer is None:
+        mixer = MixtureOfMemories if name == "mom" else LinearMixer
+        options |= dict(conv_size=config.conv_size, layer_idx=index, num_layers=config.num_hidden_layers)
+        routed = dict(memories=config.memories, top_k=config.memories_per_token)
+        options |= routed if name == "mom" else dict(rule=name)
+    options |= (config.mixer_options or {}).get(name, {})
+    return mixer(config.hidden_size, config.num_attention_heads, **options)
+
+
+class LigerDecoderLayer(GradientCheckpointingLayer):
+    """x + mixer(norm(x)), then x + mlp(norm(x)). forward(x [B,T,hidden]) returns [B,T,hidden]."""
+
+    def __init__(self, config: LigerModelConfig, index: int):
+        super().__init__()
+        self.index = index
+        self.mixer_norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mixer = make_mixer(config, index)
+        self.mlp_norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = _MLPS[config.mlp](config)
+
+    def forward(
+        self, x: torch.Tensor, mask: torch.Tensor | None = None, past_key_values: Cache | None = None
+    ) -> torch.Tensor:
+        layer = None if past_key_values is None else past_key_values.layers[self.index]
+        state = None if layer is None or layer.state is None else layer.state.map(lambda held: held.to(x.device))
+        y, state = self.mixer(self.mixer_norm(x), mask, state)
+        if layer is not None:
+            layer.store(state, x.shape[1])
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class LigerPreTrainedModel(PreTrainedModel):
+    """Loading, saving and starting weights of the decoder."""
+
+    config_class = LigerModelConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("LigerDecoderLayer",)
+    _skip_keys_device_placement = ("past_key_values",)
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": LigerDecoderLayer,
+        "router_logits": OutputRecorder(nn.Linear, layer_name="mixer.router"),
+        "expert_logits": OutputRecorder(MixtralTopKRouter),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Normal weights as in Llama; what else a mixer holds starts where its class starts it."""
+        super()._init_weights(module)
+        if isinstance(module, MixtralTopKRouter | MixtralExperts):
+            for weight in module.parameters(recurse=False):
+                init.normal_(weight, std=self.config.initializer_range)
+        elif isinstance(module, LigerDecoderLayer):
+            with init.no_init_weights():
+                fresh = make_mixer(self.config, module.index)
+            for name, parameter in module.mixer.named_parameters():
+                owner, _, kind = name.rpartition(".")
+                if kind == "bias" or not isinstance(fresh.get_submodule(owner), nn.Linear | nn.RMSNorm):
+                    init.copy_(parameter, fresh.get_parameter(name))
+
+
+class LigerModel(LigerPreTrainedModel):
+    """Embedding, decoder layers and a last norm."""
+
+    def __init__(self, config: LigerModelConfig):
+        config.check()
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(LigerDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> MoeModelOutputWithPast:
+        """Arguments as LigerForCausalLM. Returns last_hidden_state [B,T,hidden]; router_ and expert_logits on request."""
+        if (input_ids is None) == (inputs_embeds is None):
+            given = "none" if input_ids is None else "both"
+            raise ValueError(f"input_ids, inputs_embeds: expected one of the two, got {given}")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if past_key_values is not None:
+            fit_cache(past_key_values, self.config)
+        elif use_cache and not self.training:
+            # Nobody reads a cache while training.
+            past_key_values = make_cache(self.config)
+        mask = _padding(attention_mask, x, 0 if past_key_values is None else past_key_values.get_seq_length())
+        refuse_packing(position_ids, mask)
+        for layer in self.layers:
+            x = layer(x, mask=mask, past_key_values=past_key_values)
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+
+
+def _padding(mask: torch.Tensor | None, x: torch.Tensor, seen: int) -> torch.Tensor | None:
+    """attention_mask [B,S] or [B,T] -> [B,T] bool for the tokens at hand, x [B,T,hidden]."""
+    if mask is None:
+        return None
+    (B, T), S = x.shape[:2], seen + x.shape[1]
+    if tuple(mask.shape) not in ((B, T), (B, S)):
+        raise ValueError(f"attention_mask: expected [batch, tokens] = [{B}, {S}], got {tuple(mask.shape)}")
+    return mask[:, -T:].bool()
+
+
+class LigerForCausalLM(ConstantCacheMixin, LigerPreTrainedModel, GenerationMixin):
+    """A causal LM from random weights, whose cache does not grow (arXiv 2502.13685 with mixers="mom").
+
+    forward(input_ids [B,T]) returns logits [B,T,vocab]; attention_mask [B,T] marks real tokens (padding may stand
+    left), past_key_values is a cache of `make_cache` or None. output_router_logits adds router_logits, [B*T,M] for
+    every layer that routes to M memories, and their load_balancing_loss (the experts' too, with mlp="moe") as
+    aux_loss; with labels [B,T] the loss is next-token cross entropy + router_aux_loss_coef * aux_loss.
+
+    Raises:
+        ValueError: names the argument, what was expected and what was given.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: LigerModelConfig):
+        super().__init__(config)
+        self.model = LigerModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> MoeCausalLMOutputWithPast:
+        routing = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=routing,
+            output_expert_logits=routing,
+            **kwargs,
+        )
+        x = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(x[:, kept])
+        loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        aux_loss = self._balance(outputs, attention_mask, x) if routing else None
+        if loss is not None and aux_loss is not None:
+            loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            router_logits=outputs.router_logits,
+        )
+
+    def _balance(
+        self, outputs: MoeModelOutputWithPast, attention_mask: torch.Tensor | None, x: torch.Tensor
+    ) -> torch.Tensor | None:
+        """load_balancing_loss of the memories plus that of the experts; None where nothing routes."""
+        mask = None if attention_mask is None else attention_mask[:, -x.shape[1] :].reshape(-1)
+        memories = (outputs.router_logits, self.config.memories_per_token)
+        experts = (outputs["expert_logits"], self.config.experts_per_token)
+        losses = [load_balancing_loss(logits, top_k, mask) for logits, top_k in (memories, experts) if logits]
+        return sum(losses) if losses else None
+
+
+AutoConfig.register(LigerModelConfig.model_type, LigerModelConfig)
+AutoModel.register(LigerModelConfig, LigerModel)
+AutoModelForCausalLM.register(LigerModelConfig, LigerForCausalLM)
