@@ -37,8 +37,8 @@ _ATTENTIONS = {"liger": LigerAttention, "window": SlidingWindowAttention, "recur
 MIXERS = (*UPDATE_RULES, "mom", *_ATTENTIONS)
 _MLPS = {"dense": LlamaMLP, "moe": MixtralSparseMoeBlock}
 # Arguments of mixers that the config has fields for, or that make no sense there.
-_SETTLED = set("hidden_size num_heads num_kv_heads head_dim memories top_k conv_size layer_idx num_layers".split())
-_SETTLED.add("projections")
+_SETTLED = {"hidden_size", "num_heads", "num_kv_heads", "head_dim", "memories", "top_k", "conv_size"}
+_SETTLED |= {"layer_idx", "num_layers", "projections"}
 
 
 class LigerModelConfig(PreTrainedConfig):
@@ -206,8 +206,8 @@ class LigerPreTrainedModel(PreTrainedModel):
             with init.no_init_weights():
                 fresh = make_mixer(self.config, module.index)
             for name, parameter in module.mixer.named_parameters():
-                owner, _, kind = name.rpartition(".")
-                if kind == "bias" or not isinstance(fresh.get_submodule(owner), nn.Linear | nn.RMSNorm):
+                owner = fresh.get_submodule(name.rpartition(".")[0])
+                if name == "gate_proj.bias" or not isinstance(owner, nn.Linear | nn.RMSNorm):
                     init.copy_(parameter, fresh.get_parameter(name))
 
 
@@ -235,7 +235,7 @@ class LigerModel(LigerPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs,
     ) -> MoeModelOutputWithPast:
-        """Arguments as LigerForCausalLM. Returns last_hidden_state [B,T,hidden]; router_ and expert_logits on request."""
+        """Arguments as LigerForCausalLM. Returns last_hidden_state [B,T,hidden], router_ and expert_logits if asked."""
         if (input_ids is None) == (inputs_embeds is None):
             given = "none" if input_ids is None else "both"
             raise ValueError(f"input_ids, inputs_embeds: expected one of the two, got {given}")
