@@ -197,18 +197,25 @@ class LigerPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal weights as in Llama; what else a mixer holds starts where its class starts it."""
+        """Normal weights and zero biases, as in Llama and Mixtral."""
         super()._init_weights(module)
         if isinstance(module, MixtralTopKRouter | MixtralExperts):
             for weight in module.parameters(recurse=False):
                 init.normal_(weight, std=self.config.initializer_range)
-        elif isinstance(module, LigerDecoderLayer):
-            with init.no_init_weights():
-                fresh = make_mixer(self.config, module.index)
-            for name, parameter in module.mixer.named_parameters():
-                owner = fresh.get_submodule(name.rpartition(".")[0])
-                if name == "gate_proj.bias" or not isinstance(owner, nn.Linear | nn.RMSNorm):
-                    init.copy_(parameter, fresh.get_parameter(name))
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """What a mixer holds beside weights of Linears starts where its class starts it; loaded values stay."""
+        super().initialize_weights()
+        # Not in _init_weights, which never sees modules that hold no parameters of their own.
+        for layer in self.modules():
+            if isinstance(layer, LigerDecoderLayer):
+                with init.no_init_weights():
+                    fresh = make_mixer(self.config, layer.index)
+                for name, parameter in layer.mixer.named_parameters():
+                    owner = fresh.get_submodule(name.rpartition(".")[0])
+                    if name == "gate_proj.bias" or not isinstance(owner, nn.Linear | nn.RMSNorm):
+                        init.copy_(parameter, fresh.get_parameter(name))
 
 
 class LigerModel(LigerPreTrainedModel):
