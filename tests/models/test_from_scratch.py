@@ -1,0 +1,258 @@
+"""LigerForCausalLM: every mixer trains, reloads, decodes as it prefills, and refuses what cannot be."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from liger_layers import UPDATE_RULES, load_balancing_loss
+from liger_models import LigerForCausalLM, LigerModelConfig, cache_bytes, make_cache
+
+SIZES = dict(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    initializer_range=0.2,
+    mixer_options={name: {"window": 8, "sinks": 2} for name in ("liger", "window")},
+)
+MIXERS = [*UPDATE_RULES, "mom", "liger", "window", "recurrence", ["mom", "window"]]
+FEW = ["gla", "gated_deltanet", "mom", "liger", ["mom", "window"]]
+
+
+def build(mixers="mom", **changes) -> LigerForCausalLM:
+    torch.manual_seed(0)
+    return LigerForCausalLM(LigerModelConfig(**{**SIZES, "mixers": mixers, **changes})).eval()
+
+
+def ids(rows: int, tokens: int) -> torch.Tensor:
+    return torch.randint(1, 61, (rows, tokens))
+
+
+def gradients(model, x, **options) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model(x, labels=x, **options).loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return (a - b).abs().max().item()
+
+
+@pytest.mark.parametrize("mixers", MIXERS, ids=str)
+def test_every_mixer_trains_and_every_parameter_learns(mixers):
+    model = build(mixers).train()
+    found = gradients(model, ids(2, 40))
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert set(found) == learning
+    assert all(torch.isfinite(g).all() for g in found.values())
+    # A head's decay or a router may rest on few tokens; a mixer whose gradients all vanish is not wired in.
+    assert all(found[f"model.layers.{i}.mixer.{p}_proj.weight"].abs().max() > 0 for i in (0, 1) for p in "qvo")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mixers", MIXERS, ids=str)
+def test_prefill_in_pieces_and_decode_equal_one_forward(mixers):
+    model, x = build(mixers), ids(2, 37)
+    whole = model(x, use_cache=False).logits
+    cache, parts = make_cache(model.config), []
+    for part in x.split((20, 13, 1, 1, 1, 1), 1):
+        parts.append(model(part, past_key_values=cache).logits)
+    assert difference(torch.cat(parts, 1), whole) <= 1e-3 * whole.std()
+    assert cache.get_seq_length() == 37
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mlp", ["dense", "moe"])
+@pytest.mark.parametrize("mixers", MIXERS, ids=str)
+def test_save_and_reload_bit_for_bit(mixers, mlp, tmp_path):
+    model, x = build(mixers, mlp=mlp), ids(2, 20)
+    # Starting values would hide a loader that starts anew.
+    for parameter in model.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(again) is LigerForCausalLM
+    assert AutoConfig.from_pretrained(tmp_path).to_dict() == again.config.to_dict()
+    mine, its = model.state_dict(), again.state_dict()
+    assert mine.keys() == its.keys() and all(torch.equal(mine[name], its[name]) for name in mine)
+    assert torch.equal(again(x).logits, model(x).logits)
+
+
+def test_mixers_start_where_their_classes_start(tmp_path):
+    model = build(["gated_deltanet", "rwkv6", "mom", "liger"], num_hidden_layers=4)
+
+    def check(model):
+        first, second, third, fourth = (layer.mixer for layer in model.model.layers)
+        for mixer in (first, second, third):
+            starts = torch.tensor(mixer.update.starts(mixer.sizes))
+            assert starts.abs().max() > 0
+            assert torch.equal(mixer.gate_proj.bias, starts.repeat(len(mixer.gate_proj.bias) // len(starts)))
+            for name, start in mixer.update.parameters.items():
+                assert torch.equal(mixer.rule_parameters[name], start(mixer.sizes))
+            bound = mixer.convolution.weight.shape[0] ** -0.5
+            assert 0.8 * bound < mixer.convolution.weight.abs().max() <= bound
+            assert abs(mixer.q_proj.weight.std() - 0.2) < 0.02
+        assert torch.equal(fourth.mix.weight, torch.ones(4))
+        assert torch.equal(second.norm.weight, torch.ones(8))
+
+    check(model)
+    # A checkpoint without the mixers: they must start, not hold whatever memory held.
+    kept = {name: value for name, value in model.state_dict().items() if ".mixer." not in name}
+    model.save_pretrained(tmp_path, state_dict=kept)
+    check(AutoModelForCausalLM.from_pretrained(tmp_path))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mixers", FEW, ids=str)
+def test_left_padding_changes_no_real_token(mixers):
+    model, x = build(mixers), ids(2, 30)
+    mask = torch.ones_like(x)
+    mask[1, :11] = 0
+    alone = model(x[1:, 11:], use_cache=False).logits[0]
+    scale = 1e-3 * alone.std()
+    assert difference(model(x, attention_mask=mask, use_cache=False).logits[1, 11:], alone) <= scale
+    cache = make_cache(model.config)
+    steps = [model(x[:, :25], attention_mask=mask[:, :25], past_key_values=cache).logits]
+    steps += [
+        model(x[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=cache).logits for t in range(25, 30)
+    ]
+    assert difference(torch.cat(steps, 1)[1, 11:], alone) <= scale
+
+
+@pytest.mark.parametrize("mixers", FEW, ids=str)
+def test_generation_equals_recomputing_everything(mixers):
+    model, x = build(mixers), ids(2, 12)
+    mask = torch.ones_like(x)
+    mask[0, :5] = 0
+    options = dict(attention_mask=mask, max_new_tokens=10, do_sample=False, pad_token_id=0)
+    for beams in (1, 3):
+        kept = model.generate(x, num_beams=beams, **options)
+        assert kept.shape == (2, 22)
+        assert torch.equal(kept, model.generate(x, num_beams=beams, use_cache=False, **options))
+    alone = model.generate(x[:1, 5:], max_new_tokens=10, do_sample=False, pad_token_id=0)
+    assert torch.equal(alone[0, 7:], model.generate(x, **options)[0, 12:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mixers", FEW, ids=str)
+def test_cache_bytes_do_not_grow(mixers):
+    model, sizes = build(mixers), []
+    for tokens in (3, 300):
+        cache = model(ids(1, tokens), use_cache=True).past_key_values
+        for _ in range(3):
+            model(ids(1, 1), past_key_values=cache)
+        sizes.append(cache_bytes(cache))
+    assert sizes[0] == sizes[1] > 0
+    assert model(ids(1, 3), use_cache=False).past_key_values is None
+
+
+@pytest.mark.parametrize("mlp", ["dense", "moe"])
+@pytest.mark.parametrize("mixers", FEW, ids=str)
+def test_gradient_checkpointing_gives_the_same_gradients(mixers, mlp):
+    model, x = build(mixers, mlp=mlp, router_aux_loss_coef=0.5).train(), ids(2, 20)
+    plain = gradients(model, x, output_router_logits=True)
+    model.activation_checkpointing_enable()
+    runs = []
+    model.model.layers[0].mixer.register_forward_hook(lambda *a: runs.append(1))
+    again = gradients(model, x, output_router_logits=True)
+    assert len(runs) == 2
+    assert plain.keys() == again.keys() and all(torch.equal(plain[name], again[name]) for name in plain)
+
+
+@pytest.mark.parametrize("mlp", ["dense", "moe"])
+def test_router_logits_and_their_loss(mlp):
+    model, x = build(["mom", "gla", "mom"], num_hidden_layers=3, mlp=mlp, memories=5, num_experts=6), ids(2, 15)
+    mask = torch.ones_like(x)
+    mask[0, :4] = 0
+    inputs = {}
+    for i in (0, 2):
+        router = model.model.layers[i].mixer.router
+        router.register_forward_hook(lambda m, a, out, i=i: inputs.update({i: out}))
+    out = model(x, attention_mask=mask, labels=x, output_router_logits=True)
+    assert len(out.router_logits) == 2
+    assert all(torch.equal(a, inputs[i]) and a.shape == (30, 5) for a, i in zip(out.router_logits, (0, 2), strict=True))
+    balance = load_balancing_loss(out.router_logits, 2, mask)
+    if mlp == "dense":
+        assert torch.equal(out.aux_loss, balance)
+    else:
+        assert out.aux_loss > balance + 1
+    plain = model(x, attention_mask=mask, labels=x)
+    assert plain.aux_loss is None and plain.router_logits is None
+    coefficient = model.config.router_aux_loss_coef
+    assert abs(out.loss - plain.loss - coefficient * out.aux_loss) <= 1e-5
+    model.config.output_router_logits = True
+    assert torch.equal(model(x, attention_mask=mask, labels=x).loss, out.loss)
+    assert build("gla")(x, labels=x, output_router_logits=True).aux_loss is None
+
+
+def test_the_balancing_loss_reaches_the_router():
+    x = ids(2, 15)
+    with_, without = (
+        gradients(build(memories_per_token=1, router_aux_loss_coef=c), x, output_router_logits=True) for c in (1.0, 0.0)
+    )
+    name = "model.layers.0.mixer.router.weight"
+    assert with_[name].abs().max() > 100 * without[name].abs().max()
+
+
+@pytest.mark.parametrize("mixers", FEW, ids=str)
+@pytest.mark.parametrize("mlp", ["dense", "moe"])
+def test_a_few_steps_reduce_the_loss(mixers, mlp):
+    model, x = build(mixers, mlp=mlp, output_router_logits=True).train(), ids(4, 24)
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), []
+    for _ in range(12):
+        loss = model(x, labels=x).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(mixers="mamba3"), "mixers: expected one of linear, .*mom, liger, window, recurrence, got 'mamba3'"),
+        (
+            dict(mixers=["gla", "mom", "gla"]),
+            r"mixers: expected a name, or names that repeat to num_hidden_layers 2, got",
+        ),
+        (dict(mixers=[]), "mixers: expected a name, or names that repeat"),
+        (dict(mlp="none"), "mlp: expected one of dense, moe, got 'none'"),
+        (dict(hidden_size=30), "hidden_size: expected a multiple of num_attention_heads 4 without head_dim, got 30"),
+        (dict(num_key_value_heads=3), "num_attention_heads: expected a multiple of num_key_value_heads 3, got 4"),
+        (dict(num_hidden_layers=0), "num_hidden_layers: expected an integer >= 1, got 0"),
+        (
+            dict(mlp="moe", num_experts=2, experts_per_token=3),
+            "experts_per_token: expected at most num_experts 2, got 3",
+        ),
+        (dict(memories_per_token=5), "top_k: expected a number from 1 to memories = 4, got 5"),
+        (dict(mixer_options={"mamba3": {}}), "mixer_options: expected one of linear, .*got 'mamba3'"),
+        (dict(mixer_options={"gla": {"rule": "linear"}}), r"mixer_options\['gla'\]: expected one of slots, got 'rule'"),
+    ],
+    ids=lambda x: str(x)[:40],
+)
+def test_what_cannot_be_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        build(**change)
+
+
+def test_what_forward_refuses():
+    model, x = build(), ids(2, 8)
+    for kwargs, message in (
+        (dict(), "input_ids, inputs_embeds: expected one of the two, got none"),
+        (dict(input_ids=x, inputs_embeds=torch.zeros(2, 8, 32)), "expected one of the two, got both"),
+        (
+            dict(input_ids=x, attention_mask=torch.ones(2, 9)),
+            r"attention_mask: expected \[batch, tokens\] = \[2, 8\], got",
+        ),
+        (
+            dict(input_ids=x, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])),
+            "position_ids: expected one document",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(**kwargs)
+    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+        model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=3, prompt_lookup_num_tokens=2)
