@@ -130,7 +130,7 @@ def summary(row: str, runs: list[dict]) -> dict:
 
 def table(rows: dict[str, dict]) -> str:
     lines = [
-        "| mixer | state a token touches, a layer | whole state | parameters | accuracy, seeds | mean | learning rate |",
+        "| mixer | state a token touches | whole state | parameters | accuracy, seeds | mean | learning rate |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, r in rows.items():
