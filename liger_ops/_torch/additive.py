@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from liger_ops._torch import delta
 from liger_ops._torch.decay import Decay, between, make_decay, running, unit
 from liger_ops._torch.forward import forward
-from liger_ops._torch.layout import full_precision, head_major, pack, unpack
+from liger_ops._torch.layout import full_precision, head_major, pack, side_by_side, unpack
 from liger_ops._torch.scores import scores
 from liger_ops._torch.segments import Plan, define
 
 # Chunks of a segment: its states stay in a core's cache, and its dispatch costs little beside it.
 _CHUNKS = 64
+# Packed sequences up to this length run side by side, longer ones one by one.
+_SHORT = 512
 
 
 def products(x: torch.Tensor) -> torch.Tensor:
@@ -129,6 +131,13 @@ def recurrence(
     Log decays g [B,T,H] or [B,T,H,K] and gv [B,T,H,V], or None; with beta [B,T,H], and then without gv, the delta rule.
     Computes in float32 (float64 for float64 inputs) and returns o in the dtype of v.
     """
+    # Neither traced nor fake: where the values of cu_seqlens can be seen.
+    seen = type(cu_seqlens) is torch.Tensor and not torch.compiler.is_compiling()
+    if seen and (found := side_by_side((q, k, v, g, gv, beta), cu_seqlens, _SHORT)):
+        # A zero key writes nothing, a zero log decay keeps everything: a row's end changes no state.
+        (q, k, v, g, gv, beta), place = found
+        o, state = recurrence(q, k, v, g, scale, state, chunk, gv, None, beta)
+        return o.flatten(0, 1).index_select(0, place).unsqueeze(0), state
     dtype, (B, T, H, K), V = v.dtype, k.shape, v.shape[-1]
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     q, k, v, g, gv, beta = (None if x is None else x.to(work) for x in (q, k, v, g, gv, beta))

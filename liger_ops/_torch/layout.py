@@ -4,7 +4,7 @@ Shapes: B batch, T time, HQ query heads, H key/value heads, G query heads per ke
 Every function that packs returns a copy, even where the layout is already right: callers work on it in place.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 
 import torch
@@ -55,6 +55,25 @@ def head_major(x: torch.Tensor, after: int) -> torch.Tensor:
 def head_major_ones(v: torch.Tensor, after: int) -> torch.Tensor:
     """[B,T,H,V] -> [B,H,T+after,V+1]: the last column is 1 and sums the weights; so is the padding."""
     return F.pad(v.transpose(1, 2), (0, 1, 0, after), value=1.0).contiguous()
+
+
+def side_by_side(
+    tensors: Sequence[torch.Tensor | None], cu_seqlens: torch.Tensor, longest: int
+) -> tuple[list[torch.Tensor | None], torch.Tensor] | None:
+    """Packed [1,T,...] -> a row for each sequence [N,L,...], zeros behind it, and every token's place [T] in there.
+
+    None for fewer than two sequences, one above `longest`, and lengths so uneven that zeros would be most of it.
+    """
+    cu_seqlens = cu_seqlens.long()
+    lengths = cu_seqlens.diff()
+    N, T, L = len(lengths), int(cu_seqlens[-1]), int(lengths.max())
+    if N < 2 or longest < L or N * L > 2 * T:
+        return None
+    time = torch.arange(T, device=cu_seqlens.device)
+    sequence = torch.repeat_interleave(lengths)
+    place = time - cu_seqlens[sequence] + L * sequence
+    rows = [x if x is None else x.new_zeros(N * L, *x.shape[2:]).index_copy(0, place, x.squeeze(0)) for x in tensors]
+    return [x if x is None else x.unflatten(0, (N, L)) for x in rows], place
 
 
 def divide(x: torch.Tensor, length: int, out: torch.Tensor | None = None) -> torch.Tensor:
