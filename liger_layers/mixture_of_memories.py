@@ -1,7 +1,7 @@
 """Mixture of Memories: every token writes into a few of several linear memories; and the mixer with a single one.
 
 Shapes: B batch, T time, D documents, M memories (the shared one last), R memories per token, HQ query heads, H
-key/value heads, K head width, E = B * T * R entries, N sequences, C taps of the convolution.
+key/value heads, K head width, V value width, E = B * T * R entries, N sequences, C taps of the convolution.
 """
 
 import torch
@@ -60,6 +60,7 @@ class MixtureOfMemories(nn.Module):
         memories, top_k: routed memories, and how many of them a token goes to.
         rule: name of an entry of UPDATE_RULES.
         shared: whether one more memory takes every token.
+        value_dim: width of a head's values, and so of its output; head_dim if None.
         conv_size: taps of the convolution; 0 or None for none.
         slots: width of a memory of rule "gsa".
         layer_idx, num_layers: place in the stack, for the decay of rule "lightning".
@@ -78,6 +79,7 @@ class MixtureOfMemories(nn.Module):
         rule: str = "gated_deltanet",
         shared: bool = True,
         head_dim: int | None = None,
+        value_dim: int | None = None,
         num_kv_heads: int | None = None,
         conv_size: int | None = 4,
         slots: int = 32,
@@ -85,21 +87,23 @@ class MixtureOfMemories(nn.Module):
         num_layers: int = 1,
     ):
         super().__init__()
-        _check_options(hidden_size, num_heads, num_kv_heads, head_dim, memories, top_k, rule, shared, conv_size)
+        widths = dict(head_dim=head_dim, value_dim=value_dim)
+        _check_options(hidden_size, num_heads, num_kv_heads, widths, memories, top_k, rule, shared, conv_size)
         H, K, M = num_kv_heads or num_heads, head_dim or hidden_size // num_heads, memories + shared
+        V = value_dim or K
         self.memories, self.top_k, self.shared, self.rule = memories, top_k if memories else 0, shared, rule
-        self.sizes = Sizes(M, num_heads, H, K, K, slots, layer_idx, num_layers)
+        self.sizes = Sizes(M, num_heads, H, K, V, slots, layer_idx, num_layers)
         self.router = nn.Linear(hidden_size, memories, bias=False) if memories else None
         self.convolution = ShortConvolution(hidden_size, conv_size) if conv_size else None
         self.q_proj = nn.Linear(hidden_size, num_heads * K, bias=False)
         self.k_proj = nn.Linear(hidden_size, M * H * K, bias=False) if self.update.key else None
-        self.v_proj = nn.Linear(hidden_size, M * H * K, bias=False)
+        self.v_proj = nn.Linear(hidden_size, M * H * V, bias=False)
         gates = M * H * sum(self.update.widths(self.sizes))
         self.gate_proj = nn.Linear(hidden_size, gates) if gates else None
         self.rule_parameters = nn.ParameterDict({n: start(self.sizes) for n, start in self.update.parameters.items()})
-        self.g_proj = nn.Linear(hidden_size, num_heads * K, bias=False)
-        self.norm = nn.RMSNorm(K, eps=1e-5)
-        self.o_proj = nn.Linear(num_heads * K, hidden_size, bias=False)
+        self.g_proj = nn.Linear(hidden_size, num_heads * V, bias=False)
+        self.norm = nn.RMSNorm(V, eps=1e-5)
+        self.o_proj = nn.Linear(num_heads * V, hidden_size, bias=False)
         self.reset_gates()
 
     @property
@@ -172,12 +176,12 @@ class MixtureOfMemories(nn.Module):
         return F.silu(line.scatter(h.unsqueeze(0), torch.ones_like(x[..., :1]))), line.after(before, inputs)
 
     def _recur(self, h, weights, chosen, mask, state, cu_seqlens):
-        """Every memory over its tokens, and their weighted sum [B,T,HQ,K]; the state after them."""
-        rule, (M, HQ, H, K, *_) = self.update, self.sizes
+        """Every memory over its tokens, and their weighted sum [B,T,HQ,V]; the state after them."""
+        rule, (M, HQ, H, K, V, *_) = self.update, self.sizes
         alone = h.shape[1] == 1 and cu_seqlens is None
         own = one_token(chosen, M, mask) if alone else dispatch(chosen, M, mask, cu_seqlens)
         q = own.gather(self.q_proj(h).unflatten(-1, (HQ, K)))
-        v = own.gather_chosen(self.v_proj(h).unflatten(-1, (M, H, K)))
+        v = own.gather_chosen(self.v_proj(h).unflatten(-1, (M, H, V)))
         k = own.gather_chosen(self.k_proj(h).unflatten(-1, (M, H, K))) if rule.key else None
         gates, before = self._gates(h, own), tuple(own.before(x) for x in state)
         o, last = rule.run(q, k, v, gates, self.rule_parameters, self.sizes, before, own.cu_seqlens, q.shape[1])
@@ -216,7 +220,7 @@ class LinearMixer(MixtureOfMemories):
         super().__init__(hidden_size, num_heads, memories=0, **options)
 
 
-def _check_options(hidden_size, num_heads, num_kv_heads, head_dim, memories, top_k, rule, shared, conv_size):
+def _check_options(hidden_size, num_heads, num_kv_heads, widths, memories, top_k, rule, shared, conv_size):
     if rule not in UPDATE_RULES:
         _checks.fail("rule", f"one of {', '.join(UPDATE_RULES)}", repr(rule))
     _checks.check_positive("num_heads", num_heads)
@@ -227,7 +231,10 @@ def _check_options(hidden_size, num_heads, num_kv_heads, head_dim, memories, top
         _checks.fail("shared", "True when memories is 0", shared)
     if num_kv_heads is not None and (num_kv_heads < 1 or num_heads % num_kv_heads):
         _checks.fail("num_heads", f"a multiple of num_kv_heads {num_kv_heads}", num_heads)
-    if head_dim is None and hidden_size % num_heads:
+    for name, width in widths.items():
+        if width is not None:
+            _checks.check_positive(name, width)
+    if widths["head_dim"] is None and hidden_size % num_heads:
         _checks.fail("hidden_size", f"a multiple of num_heads {num_heads} without head_dim", hidden_size)
     if conv_size is not None:
         _checks.check_positive("conv_size", conv_size, 0)

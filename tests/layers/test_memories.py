@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from liger_layers import UPDATE_RULES, LinearMixer, MemoryState, MixtureOfMemories, load_balancing_loss
 from liger_ops import naive_delta_rule, naive_gsa, naive_mlstm, naive_recurrence, naive_rwkv6
 
-HIDDEN, HQ, H, K = 24, 4, 2, 6
+HIDDEN, HQ, H, K, V = 24, 4, 2, 6, 8
 RULES = list(UPDATE_RULES)
 
 
 def make(rule="gated_deltanet", **options) -> MixtureOfMemories:
     """A layer whose parameters have all left their start, so that memories and heads differ."""
-    options = dict(num_kv_heads=H, head_dim=K, memories=3, slots=5, layer_idx=1, num_layers=4) | options
+    options = dict(num_kv_heads=H, head_dim=K, value_dim=V, memories=3, slots=5, layer_idx=1, num_layers=4) | options
     layer = MixtureOfMemories(HIDDEN, HQ, rule=rule, **options)
     with torch.no_grad():
         for p in layer.parameters():
@@ -89,7 +89,7 @@ def one_text(layer, x):
         weight[t, best] = share[best] / share[best].sum()
     if layer.shared:
         weight[:, M] = 1
-    q, o, states = (h @ p["q_proj.weight"].T).view(1, -1, HQ, K), torch.zeros(len(x), HQ, K, dtype=torch.float64), []
+    q, o, states = (h @ p["q_proj.weight"].T).view(1, -1, HQ, K), torch.zeros(len(x), HQ, V, dtype=torch.float64), []
     for m in range(total):
         at = [t for t in range(len(x)) if weight[t, m] > 0]
         k, v, raw = (projected(name, m, at) for name in ("k_proj", "v_proj", "gate_proj"))
@@ -214,13 +214,13 @@ def test_padding_may_stand_anywhere():
 
 @pytest.mark.parametrize("rule", ["mamba2", "kda"])
 def test_a_single_memory_without_a_router(rule):
-    layer = LinearMixer(HIDDEN, HQ, num_kv_heads=H, head_dim=K, rule=rule)
-    same = MixtureOfMemories(HIDDEN, HQ, memories=0, num_kv_heads=H, head_dim=K, rule=rule)
+    layer = LinearMixer(HIDDEN, HQ, num_kv_heads=H, head_dim=K, value_dim=V, rule=rule)
+    same = MixtureOfMemories(HIDDEN, HQ, memories=0, num_kv_heads=H, head_dim=K, value_dim=V, rule=rule)
     same.load_state_dict(layer.state_dict())
     x = torch.randn(2, 20, HIDDEN)
     assert torch.equal(layer(x)[0], same(x)[0])
     check(layer, x, *layer(x))
-    assert layer.router is None and layer(x)[1].memories[0].shape == (2, 1, H, K, K)
+    assert layer.router is None and layer(x)[1].memories[0].shape == (2, 1, H, K, V)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -302,11 +302,12 @@ def test_rows_do_not_meet():
     layer, (x, mask, _), order = make(), padded(None), torch.tensor([2, 0, 1])
     y, state = layer(x, mask)
     again, moved = layer(x[order], mask[order])
-    assert torch.equal(again, y[order])
+    # A row's place among the others may change a rounding.
+    assert distance(again, y[order]) <= 1e-6
     state = state.map(lambda s: s[order])
     assert isinstance(state, MemoryState)
     pairs = zip((*moved.memories, moved.inputs), (*state.memories, state.inputs), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
+    assert all(distance(a, b) <= 1e-6 for a, b in pairs)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -326,7 +327,7 @@ def test_the_state_has_one_size_and_keeps_no_prompt_alive():
         sizes.add(state.nbytes())
         held = (*state.memories, state.inputs)
         assert sum(x.untyped_storage().nbytes() for x in held) == state.nbytes()
-    assert sizes == {4 * (4 * H * (K * K + K + 1) + 3 * HIDDEN)}
+    assert sizes == {4 * (4 * H * (K * V + K + 1) + 3 * HIDDEN)}
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -372,6 +373,8 @@ def test_layers_are_saved_whole():
         (dict(memories=0, shared=False), "shared: expected True when memories is 0"),
         (dict(num_kv_heads=3), "num_heads: expected a multiple of num_kv_heads 3, got 4"),
         (dict(hidden_size=30), "hidden_size: expected a multiple of num_heads 4 without head_dim, got 30"),
+        (dict(head_dim=0), "head_dim: expected an integer >= 1, got 0"),
+        (dict(value_dim=0), "value_dim: expected an integer >= 1, got 0"),
         (dict(conv_size=-2), "conv_size: expected an integer >= 0, got -2"),
     ],
 )

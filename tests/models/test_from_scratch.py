@@ -227,7 +227,10 @@ def test_a_few_steps_reduce_the_loss(mixers, mlp):
         ),
         (dict(memories_per_token=5), "top_k: expected a number from 1 to memories = 4, got 5"),
         (dict(mixer_options={"mamba3": {}}), "mixer_options: expected one of linear, .*got 'mamba3'"),
-        (dict(mixer_options={"gla": {"rule": "linear"}}), r"mixer_options\['gla'\]: expected one of slots, got 'rule'"),
+        (
+            dict(mixer_options={"gla": {"rule": "linear"}}),
+            r"mixer_options\['gla'\]: expected one of value_dim, slots, got 'rule'",
+        ),
     ],
     ids=lambda x: str(x)[:40],
 )

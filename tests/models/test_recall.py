@@ -32,8 +32,8 @@ def test_every_seed_draws_its_own_rows():
 def test_rows_compare_states_of_equal_size():
     sizes = {name: recall.summary(name, [{"rate": 1e-2, "accuracy": 0.5, "training_s": 1.0}]) for name in recall.ROWS}
     assert sizes["gla"]["active_state"] == sizes["deltanet"]["active_state"] == sizes["gated_deltanet"]["active_state"]
-    mom, single = (name for name in sizes if "memor" in name)
-    assert sizes[mom]["active_state"] == sizes[single]["active_state"]
+    mom, *singles = (name for name in sizes if "memor" in name)
+    assert singles and all(sizes[mom]["active_state"] == sizes[name]["active_state"] for name in singles)
     for name, row in sizes.items():
         cache = recall.build(name).eval()(torch.zeros(1, 3, dtype=torch.long), use_cache=True).past_key_values
         assert sum(x.numel() for x in cache.layers[0].state.memories) == row["state"]
