@@ -1,9 +1,10 @@
 """Multi-query associative recall (MQAR; Zoology, arXiv 2312.04927) from random weights, one table of mixers.
 
 A row of tokens holds pairs of a key and a value, then keys again at random, whose values the model must name. Every
-mixer gets the same data, steps, optimiser, learning rates and seeds. Training climbs from few pairs in short rows to
-what is tested, 32 pairs in 256 tokens. There are six times as many keys as a memory has channels: they cannot all
-stand at right angles, and what one write leaves of another is what the rules differ in.
+mixer gets the same steps, optimiser, learning rates and seeds, and as much data: training climbs from few pairs in
+short rows to what is tested, 32 pairs in 256 tokens, as soon as a model answers well enough. There are six times as
+many keys as a memory has channels: they cannot all stand at right angles, and what one write leaves of another is
+what the rules differ in.
 
 python -m benchmarks.recall --out benchmarks/results/recall.json
 

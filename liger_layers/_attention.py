@@ -13,6 +13,7 @@ from liger_layers.feature_maps import FEATURE_MAPS
 from liger_layers.gates import erases, log_decay, strength
 from liger_layers.rotary import rotary_tables, rotate
 from liger_ops import (
+    _checks,
     chunk_delta_rule,
     chunk_gated_delta_rule,
     chunk_gla,
@@ -76,8 +77,8 @@ class LigerAttention(nn.Module):
         head_dim = head_dim or hidden_size // num_heads
         if num_heads % num_kv_heads:
             raise ValueError(f"num_heads: expected a multiple of num_kv_heads {num_kv_heads}, got {num_heads}")
-        if window < 1 or sinks < 0:
-            raise ValueError(f"window, sinks: expected window >= 1 and sinks >= 0, got {window} and {sinks}")
+        _checks.check_positive("window", window)
+        _checks.check_positive("sinks", sinks, 0)
         if projections is None:
             sizes = {"q_proj": num_heads, "k_proj": num_kv_heads, "v_proj": num_kv_heads}
             projections = {n: nn.Linear(hidden_size, h * head_dim, bias=bias) for n, h in sizes.items()}

@@ -52,8 +52,8 @@ class MixtureOfMemories(nn.Module):
 
     forward(x [B,T,hidden]) returns (y [B,T,hidden], MemoryState); pass the state back to continue. mask [B,T] bool
     marks real tokens: padding may stand anywhere, writes nothing and yields 0. cu_seqlens [D+1] bounds documents packed
-    along time (batch 1), each with memories of its own; then states have batch D. `router` is a linear module whose
-    output [B*T,memories] are the logits that `load_balancing_loss` and `load` take.
+    along time (batch 1), each with memories of its own; then states have batch D. router_logits is a list that takes in
+    the router's output [B*T,memories], which `load_balancing_loss` and `load` take.
 
     Args:
         hidden_size, num_heads, num_kv_heads, head_dim: as in LigerAttention; states are kept per key/value head.
@@ -88,7 +88,7 @@ class MixtureOfMemories(nn.Module):
     ):
         super().__init__()
         widths = dict(head_dim=head_dim, value_dim=value_dim)
-        _check_options(hidden_size, num_heads, num_kv_heads, widths, memories, top_k, rule, shared, conv_size)
+        _check_options(hidden_size, num_heads, num_kv_heads, widths, memories, top_k, rule, shared, conv_size, slots)
         H, K, M = num_kv_heads or num_heads, head_dim or hidden_size // num_heads, memories + shared
         V = value_dim or K
         self.memories, self.top_k, self.shared, self.rule = memories, top_k if memories else 0, shared, rule
@@ -135,13 +135,14 @@ class MixtureOfMemories(nn.Module):
         mask: torch.Tensor | None = None,
         state: MemoryState | None = None,
         cu_seqlens: torch.Tensor | None = None,
+        router_logits: list[torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, MemoryState]:
         sequences = self._check(x, mask, state, cu_seqlens)
         if state is None:
             state = self.initial_state(sequences, x.device, x.dtype)
         if mask is not None:
             x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
-        weights, chosen = self._route(x)
+        weights, chosen = self._route(x, router_logits)
         h, inputs = self._convolve(x, mask, state.inputs, cu_seqlens)
         o, memories = self._recur(h, weights, chosen, mask, state.memories, cu_seqlens)
         gate = F.silu(self.g_proj(x)).view_as(o)
@@ -151,13 +152,16 @@ class MixtureOfMemories(nn.Module):
         """Router logits [tokens,memories] -> fraction of real tokens sent to each memory; a starved one shows 0."""
         return memory_load(router_logits, self.top_k, mask)
 
-    def _route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _route(self, x: torch.Tensor, router_logits: list | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights in float32 and memories of every token, both [B,T,R]; the shared memory comes last."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         weights = torch.ones(*x.shape[:2], int(self.shared), device=x.device, dtype=dtype)
         chosen = torch.full(weights.shape, self.memories, device=x.device)
         if self.memories:
-            routed = route(self.router(x.flatten(0, 1)).unflatten(0, x.shape[:2]), self.top_k)
+            logits = self.router(x.flatten(0, 1))
+            if router_logits is not None:
+                router_logits.append(logits)
+            routed = route(logits.unflatten(0, x.shape[:2]), self.top_k)
             weights, chosen = torch.cat([routed[0], weights], -1), torch.cat([routed[1], chosen], -1)
         return weights, chosen
 
@@ -220,11 +224,14 @@ class LinearMixer(MixtureOfMemories):
         super().__init__(hidden_size, num_heads, memories=0, **options)
 
 
-def _check_options(hidden_size, num_heads, num_kv_heads, widths, memories, top_k, rule, shared, conv_size):
-    if rule not in UPDATE_RULES:
+def _check_options(hidden_size, num_heads, num_kv_heads, widths, memories, top_k, rule, shared, conv_size, slots):
+    if not isinstance(rule, str) or rule not in UPDATE_RULES:
         _checks.fail("rule", f"one of {', '.join(UPDATE_RULES)}", repr(rule))
     _checks.check_positive("num_heads", num_heads)
     _checks.check_positive("memories", memories, 0)
+    _checks.check_positive("slots", slots)
+    if not isinstance(shared, bool):
+        _checks.fail("shared", "True or False", repr(shared))
     if memories and (isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= memories):
         _checks.fail("top_k", f"a number from 1 to memories = {memories}", top_k)
     if not memories and not shared:

@@ -7,7 +7,8 @@ import torch
 
 
 def rotary_tables(position: torch.Tensor, width: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """position [B,T] -> cos, sin [B,T,D] in float32."""
+    """position [B,T] -> cos, sin [B,T,D] in float32; the last channel of an odd width does not turn."""
+    width -= width % 2
     inverse = theta ** (-torch.arange(0, width, 2, device=position.device, dtype=torch.float32) / width)
     angle = (position.float().unsqueeze(-1) * inverse).repeat(1, 1, 2)
     return angle.cos(), angle.sin()

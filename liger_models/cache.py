@@ -6,7 +6,7 @@ Shapes: B batch.
 from __future__ import annotations
 
 import torch
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
 from liger_layers import LigerState, MemoryState
@@ -82,6 +82,8 @@ def make_cache(config: PreTrainedConfig) -> DynamicCache:
 
 def fit_cache(cache: DynamicCache, config: PreTrainedConfig) -> DynamicCache:
     """Put Liger layers where an empty cache, however it was made, has others; ValueError if it already holds tokens."""
+    if not isinstance(cache, Cache):
+        raise ValueError(f"past_key_values: expected a Cache, got a {type(cache).__name__}")
     # Only linearized models keep layers of full attention.
     depth, keep = config.num_hidden_layers, set(config.liger["keep"]) if hasattr(config, "liger") else set()
     ours = [isinstance(layer, LigerCacheLayer) for layer in cache.layers]

@@ -6,12 +6,15 @@ Shapes: B batch, T time, S tokens seen before and now, M memories.
 from __future__ import annotations
 
 import inspect
+import math
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Cache, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.activations import ACT2FN
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
@@ -32,10 +35,14 @@ from liger_layers import (
 )
 from liger_models.cache import ConstantCacheMixin, fit_cache, make_cache
 from liger_models.modeling import refuse_packing
+from liger_ops._checks import check_positive, fail
 
 _ATTENTIONS = {"liger": LigerAttention, "window": SlidingWindowAttention, "recurrence": GatedRecurrence}
 MIXERS = (*UPDATE_RULES, "mom", *_ATTENTIONS)
 _MLPS = {"dense": LlamaMLP, "moe": MixtralSparseMoeBlock}
+# The integers of the config, and the least that each may be.
+_COUNTS = dict(vocab_size=1, hidden_size=1, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
+_COUNTS |= dict(intermediate_size=1, num_experts=1, experts_per_token=1, memories_per_token=1, memories=0, conv_size=0)
 # Arguments of mixers that the config has fields for, or that make no sense there.
 _SETTLED = {"hidden_size", "num_heads", "num_kv_heads", "head_dim", "memories", "top_k", "conv_size"}
 _SETTLED |= {"layer_idx", "num_layers", "projections"}
@@ -60,7 +67,7 @@ class LigerModelConfig(PreTrainedConfig):
     """
 
     model_type = "liger"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
     attribute_map = {"num_local_experts": "num_experts", "num_experts_per_tok": "experts_per_token"}  # noqa: RUF012
 
     vocab_size: int = 32000
@@ -92,8 +99,10 @@ class LigerModelConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
-        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
-        self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.intermediate_size is None and isinstance(self.hidden_size, int):
+            self.intermediate_size = 4 * self.hidden_size
         super().__post_init__(**kwargs)
         self.check()
 
@@ -105,36 +114,47 @@ class LigerModelConfig(PreTrainedConfig):
 
     def check(self) -> None:
         """ValueError for a size or a name that cannot be."""
-        counts = "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size"
-        for name in (*counts.split(), "num_experts", "experts_per_token"):
+        for name, least in _COUNTS.items():
+            check_positive(name, getattr(self, name), least)
+        for name in ("rms_norm_eps", "initializer_range", "router_jitter_noise", "router_aux_loss_coef"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
-        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+                fail(name, "a number >= 0", repr(value))
+        if self.head_dim is not None:
+            check_positive("head_dim", self.head_dim)
+        elif self.hidden_size % self.num_attention_heads:
             wanted = f"a multiple of num_attention_heads {self.num_attention_heads} without head_dim"
-            raise ValueError(f"hidden_size: expected {wanted}, got {self.hidden_size}")
+            fail("hidden_size", wanted, self.hidden_size)
         if self.num_attention_heads % self.num_key_value_heads:
             wanted = f"a multiple of num_key_value_heads {self.num_key_value_heads}"
-            raise ValueError(f"num_attention_heads: expected {wanted}, got {self.num_attention_heads}")
-        if len(self.layer_mixers) != self.num_hidden_layers:
-            wanted = f"a name, or names that repeat to num_hidden_layers {self.num_hidden_layers}"
-            raise ValueError(f"mixers: expected {wanted}, got {self.mixers!r}")
-        options = self.mixer_options or {}
-        choices = (
-            ("mixers", self.layer_mixers, MIXERS),
-            ("mixer_options", options, MIXERS),
-            ("mlp", [self.mlp], _MLPS),
-        )
-        for name, given, known in choices:
-            if unknown := [x for x in given if x not in known]:
-                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {unknown[0]!r}")
-        for mixer, further in options.items():
-            if unknown := [x for x in further if x not in _known_options(mixer)]:
-                wanted = f"one of {', '.join(_known_options(mixer))}"
-                raise ValueError(f"mixer_options[{mixer!r}]: expected {wanted}, got {unknown[0]!r}")
+            fail("num_attention_heads", wanted, self.num_attention_heads)
         if self.experts_per_token > self.num_experts:
-            wanted = f"at most num_experts {self.num_experts}"
-            raise ValueError(f"experts_per_token: expected {wanted}, got {self.experts_per_token}")
+            fail("experts_per_token", f"at most num_experts {self.num_experts}", self.experts_per_token)
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            fail("pad_token_id", f"an id below vocab_size {self.vocab_size}", self.pad_token_id)
+        self._check_names()
+
+    def _check_names(self) -> None:
+        for name, known in (("mlp", _MLPS), ("hidden_act", ACT2FN)):
+            _check_known(name, [getattr(self, name)], known)
+        pattern = [self.mixers] if isinstance(self.mixers, str) else self.mixers
+        if not isinstance(pattern, list | tuple) or not pattern or self.num_hidden_layers % len(pattern):
+            wanted = f"a name, or names that repeat to num_hidden_layers {self.num_hidden_layers}"
+            fail("mixers", wanted, repr(self.mixers))
+        _check_known("mixers", pattern, MIXERS)
+        if "mom" in pattern and not 1 <= self.memories_per_token <= max(self.memories, 1):
+            fail("memories_per_token", f"at most memories {self.memories}", self.memories_per_token)
+        options = {} if self.mixer_options is None else self.mixer_options
+        if not isinstance(options, dict) or not all(isinstance(x, dict) for x in options.values()):
+            fail("mixer_options", "a dict of dicts, arguments by name of a mixer", repr(options))
+        _check_known("mixer_options", options, MIXERS)
+        for mixer, further in options.items():
+            _check_known(f"mixer_options[{mixer!r}]", further, _known_options(mixer))
+
+
+def _check_known(name: str, given: Iterable[Any], known: Collection[str]) -> None:
+    if unknown := [x for x in given if not isinstance(x, str) or x not in known]:
+        fail(name, f"one of {', '.join(known)}", repr(unknown[0]))
 
 
 def _known_options(mixer: str) -> list[str]:
@@ -170,11 +190,16 @@ class LigerDecoderLayer(GradientCheckpointingLayer):
         self.mlp = _MLPS[config.mlp](config)
 
     def forward(
-        self, x: torch.Tensor, mask: torch.Tensor | None = None, past_key_values: Cache | None = None
+        self,
+        x: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        router_logits: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         layer = None if past_key_values is None else past_key_values.layers[self.index]
         state = None if layer is None or layer.state is None else layer.state.map(lambda held: held.to(x.device))
-        y, state = self.mixer(self.mixer_norm(x), mask, state)
+        routed = {"router_logits": router_logits} if isinstance(self.mixer, MixtureOfMemories) else {}
+        y, state = self.mixer(self.mixer_norm(x), mask, state, **routed)
         if layer is not None:
             layer.store(state, x.shape[1])
         x = x + y
@@ -191,7 +216,6 @@ class LigerPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ("past_key_values",)
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": LigerDecoderLayer,
-        "router_logits": OutputRecorder(nn.Linear, layer_name="mixer.router"),
         "expert_logits": OutputRecorder(MixtralTopKRouter),
     }
 
@@ -240,22 +264,28 @@ class LigerModel(LigerPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        router_logits: list[torch.Tensor] | None = None,
         **kwargs,
     ) -> MoeModelOutputWithPast:
-        """Arguments as LigerForCausalLM. Returns last_hidden_state [B,T,hidden], router_ and expert_logits if asked."""
+        """Arguments as LigerForCausalLM; router_logits is a list that takes in those of every layer that routes.
+
+        Returns last_hidden_state [B,T,hidden], and expert_logits if asked.
+        """
         if (input_ids is None) == (inputs_embeds is None):
-            given = "none" if input_ids is None else "both"
-            raise ValueError(f"input_ids, inputs_embeds: expected one of the two, got {given}")
+            fail("input_ids, inputs_embeds", "one of the two", "none" if input_ids is None else "both")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if x.ndim != 3 or x.shape[-1] != self.config.hidden_size:
+            name = "input_ids" if inputs_embeds is None else "inputs_embeds"
+            fail(name, "[batch, tokens]" + f" of {self.config.hidden_size} channels", tuple(x.shape))
         if past_key_values is not None:
             fit_cache(past_key_values, self.config)
         elif use_cache and not self.training:
             # Nobody reads a cache while training.
             past_key_values = make_cache(self.config)
         mask = _padding(attention_mask, x, 0 if past_key_values is None else past_key_values.get_seq_length())
-        refuse_packing(position_ids, mask)
+        refuse_packing(position_ids, mask, kwargs)
         for layer in self.layers:
-            x = layer(x, mask=mask, past_key_values=past_key_values)
+            x = layer(x, mask=mask, past_key_values=past_key_values, router_logits=router_logits)
         return MoeModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
 
 
@@ -265,8 +295,8 @@ def _padding(mask: torch.Tensor | None, x: torch.Tensor, seen: int) -> torch.Ten
         return None
     (B, T), S = x.shape[:2], seen + x.shape[1]
     if tuple(mask.shape) not in ((B, T), (B, S)):
-        raise ValueError(f"attention_mask: expected [batch, tokens] = [{B}, {S}], got {tuple(mask.shape)}")
-    return mask[:, -T:].bool()
+        fail("attention_mask", f"[batch, tokens] = [{B}, {S}]", tuple(mask.shape))
+    return mask[:, mask.shape[1] - T :].bool()
 
 
 class LigerForCausalLM(ConstantCacheMixin, LigerPreTrainedModel, GenerationMixin):
@@ -304,6 +334,7 @@ class LigerForCausalLM(ConstantCacheMixin, LigerPreTrainedModel, GenerationMixin
         **kwargs,
     ) -> MoeCausalLMOutputWithPast:
         routing = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        router_logits = [] if routing else None
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -311,7 +342,7 @@ class LigerForCausalLM(ConstantCacheMixin, LigerPreTrainedModel, GenerationMixin
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            output_router_logits=routing,
+            router_logits=router_logits,
             output_expert_logits=routing,
             **kwargs,
         )
@@ -319,7 +350,9 @@ class LigerForCausalLM(ConstantCacheMixin, LigerPreTrainedModel, GenerationMixin
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(x[:, kept])
         loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
-        aux_loss = self._balance(outputs, attention_mask, x) if routing else None
+        # Gradient checkpointing fills the list again when it recomputes.
+        router_logits = tuple(router_logits) if router_logits else None
+        aux_loss = self._balance(router_logits, outputs, attention_mask, x) if routing else None
         if loss is not None and aux_loss is not None:
             loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
         return MoeCausalLMOutputWithPast(
@@ -328,15 +361,19 @@ class LigerForCausalLM(ConstantCacheMixin, LigerPreTrainedModel, GenerationMixin
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
-            router_logits=outputs.router_logits,
+            router_logits=router_logits,
         )
 
     def _balance(
-        self, outputs: MoeModelOutputWithPast, attention_mask: torch.Tensor | None, x: torch.Tensor
+        self,
+        router_logits: tuple[torch.Tensor, ...] | None,
+        outputs: MoeModelOutputWithPast,
+        attention_mask: torch.Tensor | None,
+        x: torch.Tensor,
     ) -> torch.Tensor | None:
         """load_balancing_loss of the memories plus that of the experts; None where nothing routes."""
-        mask = None if attention_mask is None else attention_mask[:, -x.shape[1] :].reshape(-1)
-        memories = (outputs.router_logits, self.config.memories_per_token)
+        mask = None if attention_mask is None else attention_mask[:, attention_mask.shape[1] - x.shape[1] :].reshape(-1)
+        memories = (router_logits, self.config.memories_per_token)
         experts = (outputs["expert_logits"], self.config.experts_per_token)
         losses = [load_balancing_loss(logits, top_k, mask) for logits, top_k in (memories, experts) if logits]
         return sum(losses) if losses else None

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -71,9 +73,18 @@ class LinearizedAttention(LigerAttention):
         return out, None
 
 
-def refuse_packing(position: torch.Tensor | None, mask: torch.Tensor | None) -> None:
-    """ValueError if positions start again within a row: the recurrence would carry one document into the next."""
-    if position is None or position.ndim != 2 or position.shape[1] < 2 or torch.compiler.is_compiling():
+def refuse_packing(position: torch.Tensor | None, mask: torch.Tensor | None, others: Mapping[str, Any]) -> None:
+    """ValueError if several documents share a row, which the recurrence would carry one of into the next.
+
+    Positions that start again tell so, or the other arguments by which transformers bounds documents.
+    """
+    if torch.compiler.is_compiling():
+        return
+    bounds, index = others.get("cu_seq_lens_q"), others.get("seq_idx")
+    if (bounds is not None and len(bounds) > 2) or (index is not None and (index != index[:, :1]).any()):
+        name = "seq_idx" if bounds is None else "cu_seq_lens_q"
+        raise ValueError(f"{name}: expected one document per row, got bounds of several (packed documents)")
+    if position is None or position.ndim != 2 or position.shape[1] < 2:
         return
     again = position[:, 1:] <= position[:, :-1]
     if mask is not None and mask.shape == position.shape:
@@ -94,7 +105,7 @@ def _before_decoder(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple
         kwargs["liger_mask"] = mask[:, -tokens.shape[1] :].bool()
     elif mask is not None:
         raise ValueError("attention_mask: expected [batch, tokens] marking padding, got a prepared attention pattern")
-    refuse_packing(kwargs.get("position_ids"), kwargs.get("liger_mask"))
+    refuse_packing(kwargs.get("position_ids"), kwargs.get("liger_mask"), kwargs)
     if len(module.config.liger["keep"]) == 0:
         # A mask that is already four-dimensional is passed through, so no T x T mask is built for nobody.
         kwargs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)

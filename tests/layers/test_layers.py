@@ -40,6 +40,7 @@ KINDS = {
     "recurrence": lambda: GatedRecurrence(32, 4, 2, gate="gla", feature_map="softmax", tau=16.0),
     "window": lambda: SlidingWindowAttention(32, 4, 2, window=6, sinks=2),
     "odd heads": lambda: LigerAttention(36, 3, 1, head_dim=12, window=5, sinks=1),
+    "odd width": lambda: LigerAttention(36, 3, 1, head_dim=7, window=5, sinks=1),
 }
 
 
@@ -170,7 +171,8 @@ def test_a_registered_gate_works_in_a_layer():
         (dict(memories=2, top_k=3), "top_k: expected an integer from 1 to 2 memories, got 3"),
         (dict(memories=-1), "memories: expected an integer >= 1, got -1"),
         (dict(num_kv_heads=3), "num_heads: expected a multiple"),
-        (dict(window=0), "window, sinks: expected"),
+        (dict(window=0), "window: expected an integer >= 1, got 0"),
+        (dict(sinks=-1), "sinks: expected an integer >= 0, got -1"),
     ],
 )
 def test_bad_options_are_named(options, message):

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from liger_layers import UPDATE_RULES, load_balancing_loss
 from liger_models import LigerForCausalLM, LigerModelConfig, cache_bytes, make_cache
@@ -186,6 +187,34 @@ def test_router_logits_and_their_loss(mlp):
     assert build("gla")(x, labels=x, output_router_logits=True).aux_loss is None
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_adapters_on_every_linear_leave_the_routers_logits_whole():
+    model, x = build(), ids(2, 15)
+    wanted = model(x, labels=x, output_router_logits=True)
+    tuned = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", r=2))
+    got = tuned(input_ids=x, labels=x, output_router_logits=True)
+    assert len(got.router_logits) == 2 and torch.equal(got.aux_loss, wanted.aux_loss)
+    with torch.no_grad():
+        model.model.layers[0].mixer.router.lora_B["default"].weight.normal_()
+    assert (tuned(input_ids=x, output_router_logits=True).router_logits[0] - wanted.router_logits[0]).abs().max() > 0.1
+
+
+def test_trainer_evaluates(tmp_path):
+    rows = [{"input_ids": row, "labels": row} for row in ids(3, 9).tolist()]
+    options = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True)
+    model = build()
+    loss = Trainer(model, options, eval_dataset=rows).evaluate()["eval_loss"]
+    x = torch.tensor([row["input_ids"] for row in rows])
+    assert abs(loss - model(x, labels=x).loss.item()) <= 1e-5
+
+
+def test_nothing_new_after_a_cache():
+    model, x = build(), ids(2, 8)
+    cache = model(x, use_cache=True).past_key_values
+    out = model(x[:, :0], attention_mask=torch.ones_like(x), past_key_values=cache)
+    assert out.logits.shape == (2, 0, 61) and cache.get_seq_length() == 8
+
+
 def test_the_balancing_loss_reaches_the_router():
     x = ids(2, 15)
     with_, without = (
@@ -225,7 +254,26 @@ def test_a_few_steps_reduce_the_loss(mixers, mlp):
             dict(mlp="moe", num_experts=2, experts_per_token=3),
             "experts_per_token: expected at most num_experts 2, got 3",
         ),
-        (dict(memories_per_token=5), "top_k: expected a number from 1 to memories = 4, got 5"),
+        (dict(memories_per_token=5), "memories_per_token: expected at most memories 4, got 5"),
+        (dict(memories_per_token=0), "memories_per_token: expected an integer >= 1, got 0"),
+        (dict(memories=-5, mixers="gla"), "memories: expected an integer >= 0, got -5"),
+        (dict(mixers=None), "mixers: expected a name, or names that repeat to num_hidden_layers 2, got None"),
+        (dict(mixers=[3]), "mixers: expected one of linear, .*got 3"),
+        (dict(mlp=["moe"]), "mlp: expected one of dense, moe, got"),
+        (dict(hidden_act="nope"), "hidden_act: expected one of .*silu.*got 'nope'"),
+        (dict(hidden_size=None), "hidden_size: expected an integer >= 1, got None"),
+        (dict(intermediate_size=0), "intermediate_size: expected an integer >= 1, got 0"),
+        (dict(num_key_value_heads=0), "num_key_value_heads: expected an integer >= 1, got 0"),
+        (dict(head_dim=0), "head_dim: expected an integer >= 1, got 0"),
+        (dict(pad_token_id=61), "pad_token_id: expected an id below vocab_size 61, got 61"),
+        (dict(initializer_range=-1), "initializer_range: expected a number >= 0, got -1"),
+        (dict(router_aux_loss_coef="a"), "router_aux_loss_coef: expected a number >= 0, got 'a'"),
+        (dict(mixer_options=["mom"]), "mixer_options: expected a dict of dicts"),
+        (dict(mixer_options={"mom": None}), "mixer_options: expected a dict of dicts"),
+        (dict(mixer_options={"mom": {"rule": "gsa", "slots": 0}}), "slots: expected an integer >= 1, got 0"),
+        (dict(mixer_options={"mom": {"rule": ["gla"]}}), r"rule: expected one of linear, .*got \['gla'\]"),
+        (dict(mixer_options={"mom": {"shared": "no"}}), "shared: expected True or False, got 'no'"),
+        (dict(mixers="window", mixer_options={"window": {"window": "a"}}), "window: expected an integer >= 1, got a"),
         (dict(mixer_options={"mamba3": {}}), "mixer_options: expected one of linear, .*got 'mamba3'"),
         (
             dict(mixer_options={"gla": {"rule": "linear"}}),
@@ -252,6 +300,10 @@ def test_what_forward_refuses():
             dict(input_ids=x, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])),
             "position_ids: expected one document",
         ),
+        (dict(input_ids=x, cu_seq_lens_q=torch.tensor([0, 3, 8])), "cu_seq_lens_q: expected one document per row"),
+        (dict(input_ids=x, seq_idx=torch.arange(8).expand(2, 8) // 5), "seq_idx: expected one document per row"),
+        (dict(inputs_embeds=torch.zeros(2, 8, 31)), r"inputs_embeds: expected .* 32 channels, got \(2, 8, 31\)"),
+        (dict(input_ids=x, past_key_values=((x, x),)), "past_key_values: expected a Cache, got a tuple"),
     ):
         with pytest.raises(ValueError, match=message):
             model(**kwargs)
