@@ -66,7 +66,8 @@ def side_by_side(
     """
     cu_seqlens = cu_seqlens.long()
     lengths = cu_seqlens.diff()
-    N, T, L = len(lengths), int(cu_seqlens[-1]), int(lengths.max())
+    N, T = len(lengths), int(cu_seqlens[-1])
+    L = int(lengths.max()) if N > 1 else T
     if N < 2 or longest < L or N * L > 2 * T:
         return None
     time = torch.arange(T, device=cu_seqlens.device)

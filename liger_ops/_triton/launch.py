@@ -43,6 +43,7 @@ CONFIGS: dict[str, list[Config]] = {
 }
 # Where products as fine as float32 want others.
 _FINE: dict[tuple[str, str], list[Config]] = {
+    ("corrected_states_kernel", "ieee"): [Config(16, 32, 8, 1), Config(16, 32, 4, 1)],
     ("gradients_kernel", "ieee"): [Config(16, 32, 4, 1), Config(32, 32, 8, 1)],
     ("gradients_kernel", "tf32x3"): [Config(16, 16, 4, 1)],
     ("states_kernel", "tf32x3"): [Config(16, 64, 4, 1), Config(32, 32, 8, 1)],

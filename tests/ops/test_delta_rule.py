@@ -118,8 +118,8 @@ def test_output_state_and_every_gradient_match_naive_float64(case):
 
 
 @pytest.mark.parametrize("gate", ["none", "head", "channel"])
-@pytest.mark.parametrize("lengths", [(40, 33, 0, 50), (150, 1, 0, 2), (300, 520)])
-def test_packed_sequences_that_are_alike_uneven_or_long(gate, lengths):
+@pytest.mark.parametrize("lengths", [(40, 33, 0, 50), (150, 1, 0, 2), (300, 520), (0, 0), ()])
+def test_packed_sequences_that_are_alike_uneven_long_or_empty(gate, lengths):
     T, H, K, V = sum(lengths), 2, 12, 10
     bounds, state = torch.tensor([0, *lengths]).cumsum(0).int(), torch.randn(len(lengths), H, K, V)
     tensors = torch.randn(1, T, 4, K), keys("spread", 1, T, H, K), torch.randn(1, T, H, V), strengths(-1.0, 1, T, H)
