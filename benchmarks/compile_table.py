@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -103,23 +104,17 @@ def jobs(every_option: bool = True) -> Iterator[Job]:
 
 
 def _spills(asm: dict[str, Any], target: GPUTarget) -> tuple[int, int]:
-    """Registers of a thread, and what it spills to memory: bytes, or registers on HIP."""
+    """Registers of a thread, and what it spills to memory: bytes of its stack, or registers on HIP."""
     if target.backend == "hip":
         counts = {n: int(x) for n, x in re.findall(r"\.(\w+_count):\s+(\d+)", asm["amdgcn"])}
         # Scalar registers spill into vector registers, not into memory.
         return counts["vgpr_count"], counts["vgpr_spill_count"]
-    from triton.backends.nvidia.compiler import get_ptxas
-
-    # The variants with an "a" have the architecture's own matrix instructions.
-    name = re.search(r"\.target (\w+)", asm["ptx"]).group(1)
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source, tempfile.NamedTemporaryFile() as out:
-        source.write(asm["ptx"])
-        source.flush()
-        # As Triton calls it.
-        options = ["-v", "-lineinfo", "--regAllocOptLevel=2", f"--gpu-name={name}"]
-        command = [get_ptxas(target.arch).path, *options, source.name, "-o", out.name]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    return int(re.search(r"Used (\d+) registers", said).group(1)), int(re.search(r"(\d+) bytes spill stores", said)[1])
+    with tempfile.NamedTemporaryFile("wb", suffix=".cubin") as binary:
+        binary.write(asm["cubin"])
+        binary.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", binary.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return tuple(int(x) for x in re.search(r"REG:(\d+) STACK:(\d+)", said).groups())
 
 
 def compile_one(job: Job) -> dict[str, Any]:
