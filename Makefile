@@ -12,8 +12,9 @@ ARGS ?=
 demo: $(READY)
 	$(BIN)/python -m liger_models.demo $(if $(TEXT),--text "$(TEXT)") $(ARGS)
 
+# A file of tests stays in one process: some share what they compiled or loaded. Nothing is timed here.
 test: $(READY) lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --benchmark-disable
 
 lint: $(READY)
 	$(BIN)/ruff check .

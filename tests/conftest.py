@@ -10,7 +10,8 @@ from hypothesis import settings
 os.environ["TRITON_INTERPRET"] = "1"
 settings.register_profile("liger", deadline=None, database=None, derandomize=True, print_blob=True)
 settings.load_profile("liger")
-torch.set_num_threads(2)
+# A core each where tests run in several processes.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture(autouse=True)
