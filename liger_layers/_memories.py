@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from liger_layers._routing import dispatch, one_token, route
+from liger_layers._routing import choose, dispatch, one_token
 
 
 class Mix(nn.Module):
@@ -67,16 +67,13 @@ class RoutedMemories(nn.Module):
         recurrence(q, k, v, mask, state, cu_seqlens=, max_seqlen=) runs all memories at once. router_logits is a list
         that takes in the logits [B*T,M].
         """
-        B, T = x.shape[:2]
-        logits = self.router(x.flatten(0, 1))
-        if router_logits is not None:
-            router_logits.append(logits)
-        weights, chosen = route(logits.view(B, T, self.count), self.top_k)
+        T = x.shape[1]
+        weights, chosen = choose(self.router, x, self.top_k, router_logits)
         if T == 1:
             entries, packing = one_token(chosen, self.count, mask), {}
         else:
             entries = dispatch(chosen, self.count, mask)
-            packing = dict(cu_seqlens=entries.cu_seqlens, max_seqlen=B * T * self.top_k)
+            packing = dict(cu_seqlens=entries.cu_seqlens, max_seqlen=chosen.numel())
         k, v = (p(x).unflatten(-1, (self.count, -1, self.head_dim)) for p in (self.k_proj, self.v_proj))
         k, v = norm_key(entries.gather_chosen(k)), entries.gather_chosen(v)
         everyone = torch.ones_like(k[..., 0, 0], dtype=torch.bool)

@@ -4,7 +4,7 @@ Shapes: B batch, T time, D documents, M memories, R memories per token, E = B * 
 a pair of a token and one of its memories.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,19 @@ def route(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]
     """logits [...,M] -> weights in float32 that sum to 1 and distinct memories, both [...,top_k]."""
     weights, chosen = _probabilities(logits).topk(top_k, -1)
     return weights / weights.sum(-1, keepdim=True), chosen
+
+
+def choose(
+    router: Callable[[torch.Tensor], torch.Tensor],
+    x: torch.Tensor,
+    top_k: int,
+    router_logits: list[torch.Tensor] | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`route` by a router of x [B,T,hidden], weights and memories [B,T,top_k]; its logits [B*T,M] join the list."""
+    logits = router(x.flatten(0, 1))
+    if router_logits is not None:
+        router_logits.append(logits)
+    return route(logits.view(*x.shape[:2], logits.shape[-1]), top_k)
 
 
 def _probabilities(logits: torch.Tensor) -> torch.Tensor:

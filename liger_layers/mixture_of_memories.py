@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from liger_layers._routing import Dispatch, OneToken, dispatch, memory_load, one_token, route
+from liger_layers._routing import Dispatch, OneToken, choose, dispatch, memory_load, one_token
 from liger_layers._state import MemoryState
 from liger_layers.rules import UPDATE_RULES, Sizes, UpdateRule
 from liger_ops import _checks
@@ -158,10 +158,7 @@ class MixtureOfMemories(nn.Module):
         weights = torch.ones(*x.shape[:2], int(self.shared), device=x.device, dtype=dtype)
         chosen = torch.full(weights.shape, self.memories, device=x.device)
         if self.memories:
-            logits = self.router(x.flatten(0, 1))
-            if router_logits is not None:
-                router_logits.append(logits)
-            routed = route(logits.unflatten(0, x.shape[:2]), self.top_k)
+            routed = choose(self.router, x, self.top_k, router_logits)
             weights, chosen = torch.cat([routed[0], weights], -1), torch.cat([routed[1], chosen], -1)
         return weights, chosen
 

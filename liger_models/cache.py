@@ -75,6 +75,15 @@ class LigerCacheLayer(CacheLayerMixin):
         return 0 if self.state is None else self.state.nbytes()
 
 
+def layer_and_state(
+    cache: Cache | None, index: int, device: torch.device
+) -> tuple[LigerCacheLayer | None, LigerState | MemoryState | None]:
+    """The cache's layer, if there is a cache, and what it holds, if anything, on the device."""
+    layer = None if cache is None else cache.layers[index]
+    state = None if layer is None or layer.state is None else layer.state.map(lambda x: x.to(device))
+    return layer, state
+
+
 def make_cache(config: PreTrainedConfig) -> DynamicCache:
     """An empty cache for a model of this package: constant-size layers, growing ones where full attention was kept."""
     return fit_cache(DynamicCache(config=config), config)

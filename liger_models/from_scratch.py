@@ -33,7 +33,7 @@ from liger_layers import (
     SlidingWindowAttention,
     load_balancing_loss,
 )
-from liger_models.cache import ConstantCacheMixin, fit_cache, make_cache
+from liger_models.cache import ConstantCacheMixin, fit_cache, layer_and_state, make_cache
 from liger_models.modeling import refuse_packing
 from liger_ops._checks import check_positive, fail
 
@@ -110,7 +110,7 @@ class LigerModelConfig(PreTrainedConfig):
     def layer_mixers(self) -> list[str]:
         """The mixer of every layer."""
         pattern = [self.mixers] if isinstance(self.mixers, str) else list(self.mixers)
-        return pattern * (self.num_hidden_layers // max(len(pattern), 1))
+        return pattern * (self.num_hidden_layers // len(pattern))
 
     def check(self) -> None:
         """ValueError for a size or a name that cannot be."""
@@ -142,7 +142,7 @@ class LigerModelConfig(PreTrainedConfig):
             wanted = f"a name, or names that repeat to num_hidden_layers {self.num_hidden_layers}"
             fail("mixers", wanted, repr(self.mixers))
         _check_known("mixers", pattern, MIXERS)
-        if "mom" in pattern and not 1 <= self.memories_per_token <= max(self.memories, 1):
+        if "mom" in pattern and self.memories_per_token > max(self.memories, 1):
             fail("memories_per_token", f"at most memories {self.memories}", self.memories_per_token)
         options = {} if self.mixer_options is None else self.mixer_options
         if not isinstance(options, dict) or not all(isinstance(x, dict) for x in options.values()):
@@ -196,8 +196,7 @@ class LigerDecoderLayer(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         router_logits: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        layer = None if past_key_values is None else past_key_values.layers[self.index]
-        state = None if layer is None or layer.state is None else layer.state.map(lambda held: held.to(x.device))
+        layer, state = layer_and_state(past_key_values, self.index, x.device)
         routed = {"router_logits": router_logits} if isinstance(self.mixer, MixtureOfMemories) else {}
         y, state = self.mixer(self.mixer_norm(x), mask, state, **routed)
         if layer is not None:
@@ -273,10 +272,12 @@ class LigerModel(LigerPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             fail("input_ids, inputs_embeds", "one of the two", "none" if input_ids is None else "both")
+        hidden = self.config.hidden_size
+        if inputs_embeds is not None and (inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != hidden):
+            fail("inputs_embeds", f"[batch, tokens, {hidden}]", tuple(inputs_embeds.shape))
+        if input_ids is not None and input_ids.ndim != 2:
+            fail("input_ids", "[batch, tokens]", tuple(input_ids.shape))
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if x.ndim != 3 or x.shape[-1] != self.config.hidden_size:
-            name = "input_ids" if inputs_embeds is None else "inputs_embeds"
-            fail(name, "[batch, tokens]" + f" of {self.config.hidden_size} channels", tuple(x.shape))
         if past_key_values is not None:
             fit_cache(past_key_values, self.config)
         elif use_cache and not self.training:

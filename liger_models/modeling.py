@@ -29,7 +29,7 @@ from transformers import (
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from liger_layers import LigerAttention, load_balancing_loss
-from liger_models.cache import ConstantCacheMixin, LigerCacheLayer, fit_cache, make_cache
+from liger_models.cache import ConstantCacheMixin, fit_cache, layer_and_state, make_cache
 from liger_models.configuration import LigerConfig
 
 PREFIX = "liger_"
@@ -65,8 +65,7 @@ class LinearizedAttention(LigerAttention):
         liger_router_logits: list[torch.Tensor] | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, None]:
-        layer: LigerCacheLayer | None = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-        state = None if layer is None or layer.state is None else layer.state.map(lambda x: x.to(hidden_states.device))
+        layer, state = layer_and_state(past_key_values, self.layer_idx, hidden_states.device)
         out, state = super().forward(hidden_states, liger_mask, state, position_embeddings, liger_router_logits)
         if layer is not None:
             layer.store(state, hidden_states.shape[1])
@@ -81,9 +80,13 @@ def refuse_packing(position: torch.Tensor | None, mask: torch.Tensor | None, oth
     if torch.compiler.is_compiling():
         return
     bounds, index = others.get("cu_seq_lens_q"), others.get("seq_idx")
-    if (bounds is not None and len(bounds) > 2) or (index is not None and (index != index[:, :1]).any()):
-        name = "seq_idx" if bounds is None else "cu_seq_lens_q"
-        raise ValueError(f"{name}: expected one document per row, got bounds of several (packed documents)")
+    several = {
+        "cu_seq_lens_q": bounds is not None and len(bounds) > 2,
+        "seq_idx": index is not None and bool((index != index[:, :1]).any()),
+    }
+    for name, found in several.items():
+        if found:
+            raise ValueError(f"{name}: expected one document per row, got bounds of several (packed documents)")
     if position is None or position.ndim != 2 or position.shape[1] < 2:
         return
     again = position[:, 1:] <= position[:, :-1]

@@ -300,6 +300,10 @@ def test_a_token_leaves_other_memories_as_they_were(rule):
 
 def test_rows_do_not_meet():
     layer, (x, mask, _), order = make(), padded(None), torch.tensor([2, 0, 1])
+    x.requires_grad_()
+    layer(x, mask)[0][1].sum().backward()
+    assert x.grad[1][mask[1]].any() and not x.grad[[0, 2]].any()
+    x = x.detach()
     y, state = layer(x, mask)
     again, moved = layer(x[order], mask[order])
     # A row's place among the others may change a rounding.

@@ -302,7 +302,8 @@ def test_what_forward_refuses():
         ),
         (dict(input_ids=x, cu_seq_lens_q=torch.tensor([0, 3, 8])), "cu_seq_lens_q: expected one document per row"),
         (dict(input_ids=x, seq_idx=torch.arange(8).expand(2, 8) // 5), "seq_idx: expected one document per row"),
-        (dict(inputs_embeds=torch.zeros(2, 8, 31)), r"inputs_embeds: expected .* 32 channels, got \(2, 8, 31\)"),
+        (dict(inputs_embeds=torch.zeros(2, 8, 31)), r"inputs_embeds: expected \[batch, tokens, 32\], got \(2, 8, 31\)"),
+        (dict(input_ids=x[0]), r"input_ids: expected \[batch, tokens\], got \(8,\)"),
         (dict(input_ids=x, past_key_values=((x, x),)), "past_key_values: expected a Cache, got a tuple"),
     ):
         with pytest.raises(ValueError, match=message):
