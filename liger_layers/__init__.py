@@ -4,13 +4,14 @@ from liger_layers._attention import GatedRecurrence, LigerAttention, SlidingWind
 from liger_layers._routing import load_balancing_loss
 from liger_layers._state import LigerState, MemoryState
 from liger_layers.feature_maps import FEATURE_MAPS, Softmax, SoftmaxKernel
-from liger_layers.gates import GATES, Gate, register_gate
+from liger_layers.gates import GATES, POOLINGS, Gate, register_gate
 from liger_layers.mixture_of_memories import LinearMixer, MixtureOfMemories
 from liger_layers.rules import UPDATE_RULES
 
 __all__ = [
     "FEATURE_MAPS",
     "GATES",
+    "POOLINGS",
     "UPDATE_RULES",
     "Gate",
     "GatedRecurrence",

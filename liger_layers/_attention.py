@@ -10,13 +10,14 @@ from liger_layers._choices import settle
 from liger_layers._memories import Mix, RoutedMemories
 from liger_layers._state import LigerState
 from liger_layers.feature_maps import FEATURE_MAPS
-from liger_layers.gates import erases, log_decay, strength
+from liger_layers.gates import GATES, erases, log_decay, strength
 from liger_layers.rotary import rotary_tables, rotate
 from liger_ops import (
     _checks,
     chunk_delta_rule,
     chunk_gated_delta_rule,
     chunk_gla,
+    chunk_gsa,
     chunk_kda,
     chunk_simple_gla,
     liger_attention,
@@ -25,6 +26,14 @@ from liger_ops import (
 
 # Sums of features with a larger logarithm could leave float32.
 MAX_LOG = 30.0
+
+
+def _states(
+    sizes: list[tuple[int, ...]], device: torch.device, *before: int
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """Zeros [*before,*size] for each size, a tensor if there is one and a tuple if there are more."""
+    states = tuple(torch.zeros(*before, *size, device=device) for size in sizes)
+    return states if len(states) > 1 else states[0]
 
 
 class LigerAttention(nn.Module):
@@ -64,6 +73,7 @@ class LigerAttention(nn.Module):
         mix: float | None = None,
         learn_mix: bool = True,
         normalize: bool | None = None,
+        pool: str | None = None,
         memories: int = 0,
         top_k: int = 2,
         scale: float | None = None,
@@ -72,7 +82,7 @@ class LigerAttention(nn.Module):
         projections: dict[str, nn.Module] | None = None,
     ):
         super().__init__()
-        chosen = settle(gate, feature_map, mixing, mix, normalize)
+        chosen = settle(gate, feature_map, mixing, mix, normalize, pool)
         num_kv_heads = num_kv_heads or num_heads
         head_dim = head_dim or hidden_size // num_heads
         if num_heads % num_kv_heads:
@@ -87,8 +97,8 @@ class LigerAttention(nn.Module):
             self.add_module(name, module)
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.window, self.sinks, self.scale = window, sinks, scale
-        self.gate, self.tau, self.mixing, self.normalize = gate, tau, chosen.mixing, chosen.normalize
-        self.rope_theta = rope_theta
+        self.gate, self.tau, self.pool, self.rope_theta = gate, tau, pool, rope_theta
+        self.mixing, self.normalize = chosen.mixing, chosen.normalize
         if self.recurs:
             self.feature_map = FEATURE_MAPS[chosen.feature_map](num_heads, num_kv_heads, head_dim)
         if self.recurs and self.windows:
@@ -114,9 +124,11 @@ class LigerAttention(nn.Module):
         if self.delayed:
             raw = torch.zeros(batch, self.window, H, D, device=device, dtype=dtype)
         if self.recurs:
-            recurrent = torch.zeros(batch, H, D, D + (self.delayed or self.normalize), device=device)
-        if self.memories is not None:
-            memories = torch.zeros(batch, self.memories.count, H, D, D + self.normalize, device=device)
+            sizes = [(H, D, D + (self.delayed or self.normalize))] * (2 if GATES[self.gate].writes == "slots" else 1)
+            recurrent = _states(sizes, device, batch)
+            if self.memories is not None:
+                sizes = [(H, D, D + self.normalize)] * len(sizes)
+                memories = _states(sizes, device, batch, self.memories.count)
         position = torch.zeros(batch, dtype=torch.long, device=device)
         return LigerState(k, v, visible, raw, recurrent, position, memories)
 
@@ -178,19 +190,19 @@ class LigerAttention(nn.Module):
     def _recurrence(self, q, k, v, mask, state, **packing):
         """The recurrence over every token, no delay: o [B,T,HQ,D], state; padding neither writes nor decays."""
         real = mask[:, :, None, None]
-        query, features = self.feature_map.query(q), self.feature_map.key(k)
-        if self.feature_map.log:
-            if self.normalize:
-                # A query's common factor cancels, and must not overflow before it does.
-                query = query - query.amax(-1, keepdim=True)
-            query, features = query.exp(), features.clamp(max=MAX_LOG).exp()
-        features, values = features.masked_fill(~real, 0.0), v.to(features.dtype)
-        g = log_decay(self.gate, k, self.tau)
+        g = log_decay(self.gate, k, self.tau, self.pool)
         if g is not None:
             g = g.masked_fill(~(real if g.ndim == 4 else real.squeeze(-1)), 0.0)
+        options = dict(scale=1.0, initial_state=state, output_final_state=True, **packing)
+        query = self._query(q)
+        if GATES[self.gate].writes == "slots":
+            k, values = (x.to(query.dtype).masked_fill(~real, 0.0) for x in (k, v))
+            o, state = chunk_gsa(query, k, values, -torch.expm1(g), g, **options)
+            return o.to(v.dtype), state
+        features = self._features(k, g).masked_fill(~real, 0.0)
+        values = v.to(features.dtype)
         if self.normalize:
             values = torch.cat([values, torch.ones_like(values[..., :1])], -1)
-        options = dict(scale=1.0, initial_state=state, output_final_state=True, **packing)
         if erases(self.gate):
             op = chunk_delta_rule if g is None else chunk_kda if g.ndim == 4 else chunk_gated_delta_rule
             options |= dict(beta=strength(self.gate, k), use_qk_l2norm_in_kernel=True)
@@ -202,6 +214,19 @@ class LigerAttention(nn.Module):
             o = o[..., :-1] / o[..., -1:].masked_fill(~real, 1.0)
         return o.to(v.dtype), state
 
+    def _query(self, q):
+        query = self.feature_map.query(q)
+        if not self.feature_map.log:
+            return query
+        # A query's common factor cancels, and must not overflow before it does.
+        return (query - query.amax(-1, keepdim=True) if self.normalize else query).exp()
+
+    def _features(self, k, g):
+        if GATES[self.gate].writes == "complement":
+            return -torch.expm1(g)
+        features = self.feature_map.key(k)
+        return features.clamp(max=MAX_LOG).exp() if self.feature_map.log else features
+
     def _joint(self, q, q_near, keys, values, leaving, visible, state):
         """`leaving` [B,T,H,D] are the unrotated keys that enter the recurrence before each query."""
         return liger_attention(
@@ -210,7 +235,7 @@ class LigerAttention(nn.Module):
             values,
             self.feature_map.query(q),
             self.feature_map.key(leaving),
-            log_decay(self.gate, leaving, self.tau),
+            log_decay(self.gate, leaving, self.tau, self.pool),
             self.mix().clamp(min=0),
             window=self.window,
             sinks=self.sinks,

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from liger_layers.feature_maps import FEATURE_MAPS
-from liger_layers.gates import GATES, erases
+from liger_layers.gates import GATES, POOLINGS, erases
 
 MIXINGS = ("joint", "sum")
 
@@ -27,24 +27,35 @@ def settle(
     mixing: str | None = None,
     mix: float | None = None,
     normalize: bool | None = None,
+    pool: str | None = None,
 ) -> Choices:
-    """Fill in what is None: one softmax over window and recurrence, or for memories that erase, which have no weights
-    to share a softmax with, a small part of their own.
+    """Fill in what is None: one softmax over window and recurrence, or, for memories that erase or make keys of their
+    own, whose weights estimate no softmax's, a small part beside the window.
 
     Raises:
-        ValueError: an unknown name, or choices that a memory that erases, or one that does not, cannot have.
+        ValueError: an unknown name, or choices that do not go with the gate.
     """
     _choose("gate", gate, GATES)
-    erasing = erases(gate)
-    feature_map = ("unit" if erasing else "kernel") if feature_map is None else feature_map
-    mixing = ("sum" if erasing else "joint") if mixing is None else mixing
+    erasing, own = erases(gate), GATES[gate].writes != "key"
+    apart = erasing or own
+    why = "which erases" if erasing else f"which writes {GATES[gate].writes}"
+    usual = "unit" if erasing else "softmax" if own else "kernel"
+    feature_map = usual if feature_map is None else feature_map
+    mixing = ("sum" if apart else "joint") if mixing is None else mixing
     _choose("feature_map", feature_map, FEATURE_MAPS)
     _choose("mixing", mixing, MIXINGS)
-    normalize = not erasing if normalize is None else normalize
-    if erasing and mixing == "joint":
-        raise ValueError(f"mixing: expected 'sum' with gate {gate!r}, which erases, got 'joint'")
-    if erasing and normalize is True:
-        raise ValueError(f"normalize: expected False with gate {gate!r}, which erases, got True")
+    bare = erasing or GATES[gate].writes == "slots"
+    normalize = not bare if normalize is None else normalize
+    if pool is not None:
+        _choose("pool", pool, POOLINGS)
+        if own and pool == "width":
+            raise ValueError(f"pool: expected identity or heads with gate {gate!r}, {why}, got 'width'")
+    if apart and mixing == "joint":
+        raise ValueError(f"mixing: expected 'sum' with gate {gate!r}, {why}, got 'joint'")
+    if bare and normalize is True:
+        raise ValueError(f"normalize: expected False with gate {gate!r}, {why}, got True")
     if not erasing and not FEATURE_MAPS[feature_map].log:
         raise ValueError(f"feature_map: expected a positive one with gate {gate!r}, got {feature_map!r}")
-    return Choices(gate, feature_map, mixing, (0.05 if erasing else 1.0) if mix is None else mix, normalize)
+    if own and FEATURE_MAPS[feature_map].paired:
+        raise ValueError(f"feature_map: expected one for queries alone with gate {gate!r}, {why}, got {feature_map!r}")
+    return Choices(gate, feature_map, mixing, (0.05 if apart else 1.0) if mix is None else mix, normalize)

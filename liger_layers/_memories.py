@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from liger_layers._routing import choose, dispatch, one_token
+from liger_layers._state import each
 
 
 class Mix(nn.Module):
@@ -57,12 +58,12 @@ class RoutedMemories(nn.Module):
         x: torch.Tensor,
         q: torch.Tensor,
         mask: torch.Tensor,
-        state: torch.Tensor,
+        state: torch.Tensor | tuple[torch.Tensor, ...],
         norm_key: Callable[[torch.Tensor], torch.Tensor],
         recurrence: Callable[..., tuple[torch.Tensor, torch.Tensor]],
         router_logits: list[torch.Tensor] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x [B,T,hidden], q [B,T,HQ,D], mask [B,T], state [B,M,H,D,...] -> o [B,T,HQ,D], state.
+    ) -> tuple[torch.Tensor, torch.Tensor | tuple[torch.Tensor, ...]]:
+        """x [B,T,hidden], q [B,T,HQ,D], mask [B,T], state [B,M,H,D,...] or a tuple -> o [B,T,HQ,D], state.
 
         recurrence(q, k, v, mask, state, cu_seqlens=, max_seqlen=) runs all memories at once. router_logits is a list
         that takes in the logits [B*T,M].
@@ -77,6 +78,6 @@ class RoutedMemories(nn.Module):
         k, v = (p(x).unflatten(-1, (self.count, -1, self.head_dim)) for p in (self.k_proj, self.v_proj))
         k, v = norm_key(entries.gather_chosen(k)), entries.gather_chosen(v)
         everyone = torch.ones_like(k[..., 0, 0], dtype=torch.bool)
-        o, last = recurrence(entries.gather(q), k, v, everyone, entries.before(state), **packing)
+        o, last = recurrence(entries.gather(q), k, v, everyone, each(entries.before, state), **packing)
         o = entries.scatter(o, weights) * self.mix().to(weights.dtype).unsqueeze(-1)
-        return o, entries.after(state, last)
+        return o, each(entries.after, state, last)

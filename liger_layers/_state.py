@@ -21,17 +21,18 @@ class _State:
     def map(self: Self, function: Callable[[torch.Tensor], torch.Tensor]) -> Self:
         """Apply a function of a batch-first tensor to every tensor held: reorder beams, move, repeat."""
         held = {f.name: getattr(self, f.name) for f in fields(self)}
-        return type(self)(**{name: _each(function, x) for name, x in held.items()})
+        return type(self)(**{name: each(function, x) for name, x in held.items()})
 
     def nbytes(self) -> int:
         held = (getattr(self, f.name) for f in fields(self))
         return sum(x.nbytes for part in held if part is not None for x in (part if isinstance(part, tuple) else [part]))
 
 
-def _each(function, held):
-    if isinstance(held, tuple):
-        return tuple(function(x) for x in held)
-    return None if held is None else function(held)
+def each(function: Callable, *held):
+    """A function of one tensor from each argument: of all that stand at the same place where they are tuples."""
+    if isinstance(held[0], tuple):
+        return tuple(function(*x) for x in zip(*held, strict=True))
+    return None if held[0] is None else function(*held)
 
 
 @dataclass
@@ -40,16 +41,17 @@ class LigerState(_State):
 
     k [B,P+W,H,D] as the window scores them, v [B,P+W,H,V], raw [B,W,H,D] the unrotated keys that the recurrence reads
     when a token leaves the window (None when it reads tokens at once), recurrent [B,H,M,V+1] or [B,H,M,V] in
-    float32, position [B] the tokens seen, padding excluded, memories [B,R,H,M,...] those that tokens are routed to.
+    float32 (a tuple of two where slots are between), position [B] the tokens seen, padding excluded, memories
+    [B,R,H,M,...] those that tokens are routed to.
     """
 
     k: torch.Tensor | None
     v: torch.Tensor | None
     visible: torch.Tensor | None
     raw: torch.Tensor | None
-    recurrent: torch.Tensor | None
+    recurrent: torch.Tensor | tuple[torch.Tensor, ...] | None
     position: torch.Tensor
-    memories: torch.Tensor | None = None
+    memories: torch.Tensor | tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass

@@ -1,5 +1,7 @@
 """Feature maps of the recurrent branch, positive ones given as logarithms so that a joint softmax can weigh them.
 
+`log` says whether a map is positive and gives logarithms, `paired` whether its queries mean nothing without its keys.
+
 Shapes: B batch, T time, HQ query heads, H key/value heads (HQ = G * H), K key width, M features, R kernel rank.
 """
 
@@ -12,7 +14,7 @@ from torch import nn
 class Softmax(nn.Module):
     """exp(log_softmax(x)): the published map (arXiv 2503.01496, sec. 3.1). M = K."""
 
-    log = True
+    log, paired = True, False
 
     def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int):
         super().__init__()
@@ -26,7 +28,7 @@ class Softmax(nn.Module):
 class UnitLength(nn.Module):
     """x as it is: the delta rule gives it length 1, and signed features have no logarithm. M = K."""
 
-    log = False
+    log, paired = False, False
 
     def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int):
         super().__init__()
@@ -46,7 +48,7 @@ class SoftmaxKernel(nn.Module):
     from second moments; before it, the map starts from the first R channels of zero-mean keys.
     """
 
-    log = True
+    log, paired = True, True
 
     def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, rank: int = 16):
         super().__init__()

@@ -14,6 +14,7 @@ class LigerConfig:
     """Travels inside config.json under "liger".
 
     gate: name in liger_layers.GATES; tau: its temperature, decay = sigmoid(pooled key) ** (1 / tau).
+    pool: what the gate averages the key over, a name in liger_layers.POOLINGS.
     feature_map: name in liger_layers.FEATURE_MAPS. None, here and below, is what suits the gate.
     mixing: "joint", one softmax of window and recurrence, or "sum", mix * recurrence + (1 - mix) * window.
     mix: initial weight of the recurrence per head; learn_mix: whether fine-tuning may change it.
@@ -30,6 +31,7 @@ class LigerConfig:
     mix: float | None = None
     learn_mix: bool = True
     normalize: bool | None = None
+    pool: str | None = None
     window: int = 64
     sinks: int = 4
     memories: int = 0
@@ -38,7 +40,7 @@ class LigerConfig:
     keep: tuple[int, ...] = field(default=())
 
     def __post_init__(self):
-        chosen = settle(self.gate, self.feature_map, self.mixing, self.mix, self.normalize)
+        chosen = settle(self.gate, self.feature_map, self.mixing, self.mix, self.normalize, self.pool)
         for name, value in chosen._asdict().items():
             object.__setattr__(self, name, value)
         for name, low in (("window", 1), ("sinks", 0), ("memories", 0), ("top_k", 1)):
@@ -71,10 +73,11 @@ class LigerConfig:
         return {**asdict(self), "keep": list(self.keep)}
 
 
+# The published code: softmax features without a denominator, half recurrence, half window, no sinks.
+_PAPER = dict(feature_map="softmax", mixing="sum", mix=0.5, learn_mix=False, normalize=False, sinks=0)
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    # The published code: softmax features without a denominator, half recurrence, half window, no sinks.
-    "paper-gla": dict(
-        gate="gla", tau=16.0, feature_map="softmax", mixing="sum", mix=0.5, learn_mix=False, normalize=False, sinks=0
-    ),
+    "paper-gla": dict(gate="gla", tau=16.0, **_PAPER),
+    "paper-gsa": dict(gate="gsa", tau=16.0, **_PAPER),
+    "paper-hgrn2": dict(gate="hgrn2", tau=1.0, **_PAPER),
 }

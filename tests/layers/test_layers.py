@@ -16,6 +16,7 @@ from liger_layers import (
     register_gate,
 )
 from liger_layers.gates import log_decay
+from liger_ops import naive_gsa, naive_recurrence
 
 
 def stirred(layer):
@@ -37,6 +38,8 @@ KINDS = {
     "memories that erase": lambda: stirred(
         LigerAttention(32, 4, 2, window=6, sinks=2, gate="kda", memories=3, top_k=2, bias=True)
     ),
+    "gsa": lambda: stirred(LigerAttention(32, 4, 2, window=6, sinks=2, gate="gsa", tau=2.0, memories=3, mix=0.5)),
+    "hgrn2": lambda: LigerAttention(32, 4, 2, window=6, sinks=2, gate="hgrn2", tau=2.0, mix=0.5),
     "recurrence": lambda: GatedRecurrence(32, 4, 2, gate="gla", feature_map="softmax", tau=16.0),
     "window": lambda: SlidingWindowAttention(32, 4, 2, window=6, sinks=2),
     "odd heads": lambda: LigerAttention(36, 3, 1, head_dim=12, window=5, sinks=1),
@@ -94,7 +97,8 @@ def test_the_state_has_one_size_and_keeps_no_prompt_alive(layer):
     for tokens in (1, 5, 50):
         _, state = layer(torch.randn(1, tokens, width(layer)))
         sizes.add(state.nbytes())
-        held = [x for x in vars(state).values() if x is not None]
+        parts = [x if isinstance(x, tuple) else (x,) for x in vars(state).values() if x is not None]
+        held = [x for part in parts for x in part]
         assert sum(x.untyped_storage().nbytes() for x in held) == state.nbytes()
     assert len(sizes) == 1
 
@@ -137,12 +141,58 @@ def test_kernel_features_estimate_the_exponential_after_calibration():
 
 
 def test_gates_follow_their_formula():
-    k = 8 * torch.randn(2, 5, 3, 4)
-    wanted = {"gla": k.sigmoid().log() / 16, "gated_retention": k.mean(-1).sigmoid().log() / 16}
+    k = 8 * torch.randn(2, 5, 3, 4, dtype=torch.float64)
+    P = k.mean(-1)
+    channel, head = k.sigmoid().log() / 16, P.sigmoid().log() / 16
+    wanted = {
+        "gla": channel,
+        "gsa": channel,
+        "hgrn2": (15 / 16 + k.sigmoid() / 16).log(),
+        "mamba2": -torch.nn.functional.softplus(P),
+        "mlstm": P.sigmoid().log(),
+        "gated_retention": head,
+        "rwkv6": -k.exp(),
+        "retention": (1 - 2.0 ** -torch.tensor([5, 6, 7], dtype=torch.float64)).log().expand(2, 5, 3),
+        "linear": None,
+        "deltanet": None,
+        "gated_deltanet": head,
+        "kda": channel,
+    }
+    assert set(wanted) == set(GATES)
     for name, value in wanted.items():
         got = log_decay(name, k, 16.0)
-        assert torch.allclose(got, value, atol=1e-4)
+        if value is None:
+            assert got is None
+            continue
+        assert got.shape == value.shape
+        assert ((got - value).abs() <= 1e-9 * value.abs().clamp(min=1)).where(value > -1e3, True).all(), name
         assert (got <= 0).all()
+    assert torch.allclose(log_decay("hgrn2", k, 1.0), k.sigmoid().log())
+
+
+def test_the_key_is_pooled_over_width_or_heads_or_not_at_all():
+    k = torch.randn(2, 5, 3, 4)
+    assert torch.equal(log_decay("gla", k, 16.0, "width"), log_decay("gated_retention", k, 16.0))
+    assert torch.equal(log_decay("gated_retention", k, 16.0, "identity"), log_decay("gla", k, 16.0))
+    over = log_decay("gla", k, 16.0, "heads")
+    assert torch.allclose(over, k.mean(2, keepdim=True).sigmoid().log().expand_as(k) / 16)
+
+
+@pytest.mark.parametrize("gate", ["hgrn2", "gsa"])
+def test_gates_that_make_their_own_keys_follow_their_recurrence(gate):
+    layer = GatedRecurrence(32, 4, 2, gate=gate, tau=4.0).double()
+    x = torch.randn(2, 30, 32, dtype=torch.float64)
+    q, k, v = layer.project(x)
+    g, q = torch.nn.functional.logsigmoid(k) / 4, q.softmax(-1)
+    if gate == "gsa":
+        o, _ = naive_gsa(q, k, v, -torch.expm1(g), g, scale=1.0)
+    else:
+        decay = 3 / 4 + k.sigmoid() / 4
+        ones = torch.cat([v, torch.ones_like(v[..., :1])], -1)
+        o, _ = naive_recurrence(q, 1 - decay, ones, decay.log(), scale=1.0)
+        o = o[..., :-1] / o[..., -1:]
+    wanted = layer.o_proj(o.flatten(2))
+    assert (layer(x)[0] - wanted).norm() <= 1e-6 * wanted.norm()
 
 
 def test_a_registered_gate_works_in_a_layer():
@@ -152,6 +202,10 @@ def test_a_registered_gate_works_in_a_layer():
         assert torch.isfinite(y).all()
         with pytest.raises(ValueError, match="gate: expected a new name"):
             register_gate("test_gate", GATES["gla"])
+        with pytest.raises(ValueError, match="writes: expected one of key, complement, slots, got 'nothing'"):
+            register_gate("another", GATES["gla"]._replace(writes="nothing"))
+        with pytest.raises(ValueError, match="writes: expected 'key' unless a gate decays per channel"):
+            register_gate("another", GATES["kda"]._replace(writes="slots"))
     finally:
         del GATES["test_gate"]
 
@@ -161,13 +215,18 @@ def test_a_registered_gate_works_in_a_layer():
     [
         (
             dict(gate="mamba9"),
-            "gate: expected one of gla, gated_retention, deltanet, gated_deltanet, kda, got 'mamba9'",
+            "gate: expected one of gla, gsa, hgrn2, mamba2, .*, kda, got 'mamba9'",
         ),
         (dict(feature_map="cosine"), "feature_map: expected one of softmax, kernel"),
         (dict(mixing="max"), "mixing: expected one of joint, sum"),
         (dict(gate="kda", mixing="joint"), "mixing: expected 'sum' with gate 'kda', which erases, got 'joint'"),
         (dict(gate="kda", normalize=True), "normalize: expected False with gate 'kda', which erases, got True"),
         (dict(feature_map="unit"), "feature_map: expected a positive one with gate 'gated_retention', got 'unit'"),
+        (dict(gate="gsa", mixing="joint"), "mixing: expected 'sum' with gate 'gsa', which writes slots, got 'joint'"),
+        (dict(gate="gsa", normalize=True), "normalize: expected False with gate 'gsa', which writes slots, got True"),
+        (dict(gate="hgrn2", pool="width"), "pool: expected identity or heads with gate 'hgrn2', .*, got 'width'"),
+        (dict(gate="hgrn2", feature_map="kernel"), "feature_map: expected one for queries alone with gate 'hgrn2'"),
+        (dict(pool="depth"), "pool: expected one of identity, width, heads, got 'depth'"),
         (dict(memories=2, top_k=3), "top_k: expected an integer from 1 to 2 memories, got 3"),
         (dict(memories=-1), "memories: expected an integer >= 1, got -1"),
         (dict(num_kv_heads=3), "num_heads: expected a multiple"),

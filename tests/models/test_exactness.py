@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from liger_models import make_cache
-from liger_ops import naive_recurrence, naive_sliding_window_attention
+from liger_ops import naive_gsa, naive_recurrence, naive_sliding_window_attention
 from tests.models.tiny import NAMES, linearize_tiny, tiny
 
 VARIANTS = {
@@ -13,6 +13,8 @@ VARIANTS = {
     "sum": dict(window=8, sinks=2, mixing="sum", mix=0.3, feature_map="softmax"),
     "paper-gla": dict(preset="paper-gla", window=8),
     "gated_deltanet": dict(window=8, sinks=2, gate="gated_deltanet", tau=1.0, mix=0.5),
+    "hgrn2": dict(window=8, sinks=2, gate="hgrn2", tau=2.0, mix=0.5),
+    "gsa": dict(window=8, sinks=2, gate="gsa", tau=2.0, mix=0.5, memories=3),
     "memories": dict(window=8, sinks=2, memories=3),
     "hybrid": dict(window=8, sinks=2, keep=[1]),
 }
@@ -99,9 +101,19 @@ def test_right_padding_changes_no_real_token(model):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", NAMES)
-def test_paper_gla_is_the_published_formula_layer_by_layer(name):
-    model = linearize_tiny(tiny(name), preset="paper-gla", window=16)
-    check_published(model, ids(2, 60), 16)
+@pytest.mark.parametrize("preset", ["paper-gla", "paper-gsa", "paper-hgrn2"])
+def test_paper_presets_are_the_published_formula_layer_by_layer(name, preset):
+    model = linearize_tiny(tiny(name), preset=preset, window=16)
+    check_published(model, ids(2, 60), 16, preset)
+
+
+def published_recurrence(preset, q, k, v):
+    decay = torch.nn.functional.logsigmoid(k)
+    if preset == "paper-gla":
+        return naive_recurrence(q.softmax(-1), k.softmax(-1), v, decay / 16, scale=1.0)[0]
+    if preset == "paper-gsa":
+        return naive_gsa(q.softmax(-1), k, v, 1 - (decay / 16).exp(), decay / 16, scale=1.0)[0]
+    return naive_recurrence(q.softmax(-1), 1 - k.sigmoid(), v, decay, scale=1.0)[0]
 
 
 def rotated(x, cos, sin):
@@ -109,7 +121,7 @@ def rotated(x, cos, sin):
     return x * cos.unsqueeze(2) + torch.cat([-b, a], -1) * sin.unsqueeze(2)
 
 
-def check_published(model, x, window, tolerance=1e-4):
+def check_published(model, x, window, preset="paper-gla", tolerance=1e-4):
     """Recompute every attention layer from its own input with the naive reference."""
     seen, worst, hooks = {}, 0.0, []
     for index, layer in enumerate(model.model.layers):
@@ -127,7 +139,7 @@ def check_published(model, x, window, tolerance=1e-4):
         q, k, v = (p(h).unflatten(-1, (-1, m.head_dim)) for p in (m.q_proj, m.k_proj, m.v_proj))
         if hasattr(m, "q_norm"):
             q, k = m.q_norm(q), m.k_norm(k)
-        far, _ = naive_recurrence(q.softmax(-1), k.softmax(-1), v, torch.nn.functional.logsigmoid(k) / 16, scale=1.0)
+        far = published_recurrence(preset, q, k, v)
         q, k = (rotated(t, *kwargs["position_embeddings"]) for t in (q, k))
         near = naive_sliding_window_attention(q, k, v, window, scale=m.scale)
         wanted = m.o_proj((0.5 * far + 0.5 * near).flatten(2))
