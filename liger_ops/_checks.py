@@ -4,6 +4,7 @@ Shapes: B batch, T time, HQ query heads, H key/value heads, K key width, V value
 """
 
 import itertools
+import math
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
@@ -28,6 +29,15 @@ def refuse_tangents(name: str, tensors: Iterable[Any]) -> None:
         return
     if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors if isinstance(x, torch.Tensor)):
         raise RuntimeError(f"liger_ops::{name}: expected reverse-mode differentiation, got forward-mode tangents")
+
+
+def as_softcap(softcap: float | None) -> float:
+    """The bound of the scores, 0 for none."""
+    if softcap is None:
+        return 0.0
+    if not isinstance(softcap, (int, float)) or not 0 < softcap < math.inf:
+        fail("softcap", "a number > 0, or None", repr(softcap))
+    return float(softcap)
 
 
 def as_scale(scale: float | None, width: int) -> float:

@@ -26,6 +26,7 @@ def liger_attention(
     initial_state: torch.Tensor | None = None,
     output_final_state: bool = False,
     visible: torch.Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """One softmax whose far part is a gated recurrence over positive features.
 
@@ -45,7 +46,7 @@ def liger_attention(
             S - T - window .. S - window - 1.
         g: their log decay, [B,T,H,M], [B,T,H] or None.
         mix: [HQ] weight >= 0 of the far part; 0 leaves the window and the sinks alone.
-        window, sinks, scale, visible: as in `sliding_window_attention`.
+        window, sinks, scale, visible, softcap: as in `sliding_window_attention`.
         initial_state: [B,H,M,V+1]; the last column accumulates the key features alone.
         output_final_state: also return the state after the T tokens have entered.
 
@@ -68,7 +69,7 @@ def liger_attention(
         _checks.fail("mix", f"a number or [{q.shape[2]}] on {q.device}", f"{tuple(mix.shape)} on {mix.device}")
     _checks.check_decay(g, k_log, (3, 4))
     _checks.check_state(initial_state, B, k_log, v.shape[-1] + 1)
-    dtype, scale = q.dtype, _checks.as_scale(scale, q.shape[-1])
+    dtype, scale, softcap = q.dtype, _checks.as_scale(scale, q.shape[-1]), _checks.as_softcap(softcap)
 
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     M, U = k_log.shape[-1], v.shape[-1] + 1
@@ -80,11 +81,12 @@ def liger_attention(
     if T == 1 and not torch.is_grad_enabled():
         seen = torch.ones(B, S, dtype=torch.bool, device=k.device) if visible is None else visible
         one = (None if x is None else x[:, 0].to(work) for x in (q_log, k_log, g))
-        o, state = joint_step(q[:, 0].to(work), k.to(work), v.to(work), *one, mix, state, seen, window, sinks, scale)
+        near = seen, window, sinks, scale, softcap
+        o, state = joint_step(q[:, 0].to(work), k.to(work), v.to(work), *one, mix, state, *near)
         return o.unsqueeze(1).to(dtype), state if output_final_state else None
     held, rest = take_sinks(k.to(work), v.to(work), sinks, visible)
     q, k, v, q_log, k_log = (x.to(work) for x in (q, k[:, near], v[:, near], q_log, k_log))
     g = None if g is None else g.to(work)
-    where = make_window(rest[:, near], T, S - T, scale, min(default_chunk(g), T), work)
+    where = make_window(rest[:, near], T, S - T, scale, softcap, min(default_chunk(g), T), work)
     o, state = joint(q, k, v, q_log, k_log, g, mix, state, held, where)
     return o.to(dtype), state if output_final_state else None

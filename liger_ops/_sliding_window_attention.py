@@ -19,6 +19,7 @@ def sliding_window_attention(
     *,
     visible: torch.Tensor | None = None,
     return_lse: bool = False,
+    softcap: float | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention over the last `window` keys and the first `sinks` keys (StreamingLLM, arXiv 2309.17453).
 
@@ -33,6 +34,7 @@ def sliding_window_attention(
         scale: factor on the scores; None means D ** -0.5.
         visible: [B,S] bool, False hides a key (padding).
         return_lse: also return the log of the softmax denominator.
+        softcap: bound > 0 of the scores s, which become softcap tanh(s / softcap); None bounds nothing.
 
     Returns:
         o [B,T,HQ,V] in the dtype of q; with return_lse also lse [B,T,HQ] in float32 (float64 for float64).
@@ -43,5 +45,5 @@ def sliding_window_attention(
     _checks.check_qkv(q, k, v, same_length=False)
     _checks.check_window(window, sinks, visible, k)
     scale = _checks.as_scale(scale, q.shape[-1])
-    o, lse = window_attention(q, k, v, window, sinks, scale, visible, return_lse)
+    o, lse = window_attention(q, k, v, window, sinks, scale, _checks.as_softcap(softcap), visible, return_lse)
     return (o, lse) if return_lse else o

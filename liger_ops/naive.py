@@ -166,10 +166,22 @@ def naive_mlstm(
     return o[..., :-1] / o[..., -1:].abs().clamp(min=1.0), (h[..., :-1], h[..., -1])
 
 
+def _capped(scores: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    return scores if softcap is None else softcap * (scores / softcap).tanh()
+
+
 def naive_sliding_window_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, sinks: int = 0, scale: float | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    window: int,
+    sinks: int = 0,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Softmax attention where token i sees tokens i - window + 1 .. i and the first `sinks` tokens.
+
+    Scores s are bounded to softcap tanh(s / softcap) if there is a softcap.
 
     q [B,T,HQ,K], k [B,T,H,K], v [B,T,H,V] -> [B,T,HQ,V].
     """
@@ -178,7 +190,7 @@ def naive_sliding_window_attention(
     i, j = torch.arange(T)[:, None], torch.arange(T)[None]
     seen = (j <= i) & ((i - j < window) | (j < sinks))
     k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
-    scores = torch.einsum("bihk,bjhk->bhij", q, k) * scale
+    scores = _capped(torch.einsum("bihk,bjhk->bhij", q, k) * scale, softcap)
     return torch.einsum("bhij,bjhv->bihv", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
 
 
@@ -194,6 +206,7 @@ def naive_liger_attention(
     window: int,
     sinks: int = 0,
     scale: float | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """One softmax, exact over the last `window` and the first `sinks` tokens, a recurrence over features for the rest.
 
@@ -214,7 +227,7 @@ def naive_liger_attention(
             decay = q.new_ones(1) if g is None else g[:, j].exp()
             h = decay.reshape(*decay.shape[:2], -1, 1) * h + k_log[:, j].exp().unsqueeze(-1) * ones[:, j].unsqueeze(-2)
         near = [j for j in range(i + 1) if i - j < window or j < sinks]
-        s = torch.einsum("bhgd,bnhd->bhgn", q[:, i].view(B, H, G, D), k[:, near]) * scale
+        s = _capped(torch.einsum("bhgd,bnhd->bhgn", q[:, i].view(B, H, G, D), k[:, near]) * scale, softcap)
         o = torch.einsum("bhgn,bnhv->bhgv", s.exp(), ones[:, near]).flatten(1, 2)
         o = o + gain * (q_log[:, i].exp().view(B, H, G, M) @ h).flatten(1, 2)
         outputs.append(o[..., :-1] / o[..., -1:])

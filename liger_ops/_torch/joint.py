@@ -14,15 +14,17 @@ from liger_ops._torch.decay import make_decay
 from liger_ops._torch.layout import divide, full_precision, head_major, head_major_ones, pack
 from liger_ops._torch.scores import scores
 from liger_ops._torch.segments import Plan, define
-from liger_ops._torch.window import LOG2, MASKED, Sinks, Window, attend, rows_at_once, weigh
+from liger_ops._torch.window import LOG2, MASKED, Sinks, Window, attend, capped, rows_at_once, weigh
 
 # exp(30) squared, times features, times a million tokens, stays inside float32.
 MAX_LOG = 30.0
 
 
-def _segment(first, scale, rows, state, out, q, k, v, sink_k, sink_v, sink_column, q_log, k_log, g, mix, rest, near):
+def _segment(
+    first, scale, softcap, rows, state, out, q, k, v, sink_k, sink_v, sink_column, q_log, k_log, g, mix, rest, near
+):
     """Rows of `joint`'s arguments: out [B,T,HQ,V] or None, state [B,H,M,U], mix [H,1,1,G,1]."""
-    window = Window(rest, near, first, scale)
+    window = Window(rest, near, first, scale, softcap)
     (B, T), H, C = q.shape[:2], k.shape[2], len(window.near)
     N, short = -(-T // C), -T % C
     k, v = head_major(k, short), head_major_ones(v, short)
@@ -50,18 +52,18 @@ def _segment(first, scale, rows, state, out, q, k, v, sink_k, sink_v, sink_colum
     return divide(o, T, out), state
 
 
-def _plan(q, k, v, sink_k, sink_v, sink_column, q_log, k_log, g, mix, rest, near, state, first, scale):
+def _plan(q, k, v, sink_k, sink_v, sink_column, q_log, k_log, g, mix, rest, near, state, first, scale, softcap):
     C, L = near.shape
     inputs = [q, k, v, sink_k, sink_v, sink_column, q_log, k_log, g, mix, rest, near]
     reach = [0, L - C, L - C, None, None, None, 0, 0, 0, None, None, None]
     step = rows_at_once(q.shape[0], q.shape[2], L, C)
-    return Plan(partial(_segment, first, scale), step, v.shape[-1], state, inputs, reach)
+    return Plan(partial(_segment, first, scale, softcap), step, v.shape[-1], state, inputs, reach)
 
 
 _joint = define(
     "joint",
     "Tensor q, Tensor k, Tensor v, Tensor sink_k, Tensor sink_v, Tensor sink_column, Tensor q_log, Tensor k_log, "
-    "Tensor? g, Tensor mix, Tensor rest, Tensor near, Tensor state, int first, float scale",
+    "Tensor? g, Tensor mix, Tensor rest, Tensor near, Tensor state, int first, float scale, float softcap",
     _plan,
 )
 
@@ -84,7 +86,7 @@ def joint(
     k_log and g belong to the first T of the W + T keys. Returns o [B,T,HQ,V], state [B,H,M,U].
     """
     mix = mix.view(k.shape[2], 1, 1, -1, 1)
-    where = window.rest, window.near, state, window.first, window.scale
+    where = window.rest, window.near, state, window.first, window.scale, window.softcap
     return _joint(q, k, v, *sinks, q_log, k_log, g, mix, *where)[:2]
 
 
@@ -102,6 +104,7 @@ def joint_step(
     window: int,
     sinks: int,
     scale: float,
+    softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One token: q [B,HQ,D], k [B,S,H,D], v [B,S,H,V], q_log [B,HQ,M], k_log [B,H,M], g [B,H], [B,H,M] or None.
 
@@ -121,7 +124,7 @@ def joint_step(
     state = torch.addcmul(state, entering.unsqueeze(-1), value.unsqueeze(-2))
 
     s = (q.view(B, H, -1, q.shape[-1]) * scale) @ k.permute(0, 2, 3, 1)
-    s = s.masked_fill(~near[:, None, None], MASKED)
+    s = capped(s, softcap).masked_fill(~near[:, None, None], MASKED)
     top = s.amax(-1, keepdim=True)
     weights = (s - top).exp()
     far = (q_log.view(B, H, -1, q_log.shape[-1]) - top).clamp(max=MAX_LOG).exp() * mix.view(H, -1, 1)

@@ -33,21 +33,25 @@ class Sinks(NamedTuple):
 class Window(NamedTuple):
     """What a window may show and how: rest [B,W+T] marks its keys, from W before the first query on.
 
-    near [C,L] is added to the scores of every block, first is the column of the first query, scale the scores' factor.
+    near [C,L] is added to the scores of every block, first is the column of the first query, scale the scores' factor,
+    softcap what bounds them, 0 if nothing does.
     """
 
     rest: torch.Tensor
     near: torch.Tensor
     first: int
     scale: float
+    softcap: float
 
 
-def make_window(rest: torch.Tensor, length: int, first: int, scale: float, block: int, dtype: torch.dtype) -> Window:
+def make_window(
+    rest: torch.Tensor, length: int, first: int, scale: float, softcap: float, block: int, dtype: torch.dtype
+) -> Window:
     """The window of `length` queries, `block` at a time, over the keys of rest [B,W+T]."""
     reach, device = rest.shape[1] - length, rest.device
     r, c = torch.arange(block, device=device)[:, None], torch.arange(reach + block, device=device)
     near = torch.zeros(block, reach + block, dtype=dtype, device=device)
-    return Window(rest, near.masked_fill_((c <= r) | (c > r + reach), MASKED), first, scale)
+    return Window(rest, near.masked_fill_((c <= r) | (c > r + reach), MASKED), first, scale, softcap)
 
 
 def take_sinks(
@@ -106,17 +110,23 @@ class Weights(NamedTuple):
     top: torch.Tensor
 
 
+def capped(scores: torch.Tensor, softcap: float) -> torch.Tensor:
+    """softcap tanh(scores / softcap) (Gemma 2, arXiv 2408.00118, sec. 2); 0 leaves the scores as they are."""
+    return (scores / softcap).tanh() * softcap if softcap else scores
+
+
 def weigh(q: torch.Tensor, k: torch.Tensor, sinks: Sinks, window: Window, start: int) -> Weights:
     """q [B,H,N,C,G,D] from row `start` on, which it changes, and k [B,H,W+N*C,D]."""
     (B, H, N, _, G, D), P, (C, L) = q.shape, sinks.k.shape[2], window.near.shape
     q = q.mul_(window.scale * LOG2).view(B * H, N, C * G, D)
     near, future = _masks(window, sinks, start, N)
     keys = [x.unfold(0, L, C) for x in k.flatten(0, 1)]
-    scores = _each(q, keys).view(B, H, N, C, G, L).add_(near)
+    cap = window.softcap * LOG2
+    scores = capped(_each(q, keys), cap).view(B, H, N, C, G, L).add_(near)
     # A constant to the gradient: it divides out.
     top = scores.detach().amax(-1, keepdim=True)
     # Keys first: with P so small, everything else is far slower.
-    sink = torch.bmm(sinks.k.flatten(0, 1), q.view(B * H, -1, D).transpose(1, 2))
+    sink = capped(torch.bmm(sinks.k.flatten(0, 1), q.view(B * H, -1, D).transpose(1, 2)), cap)
     if P:
         if future is not None:
             sink.view(B, H, P, N, C, G).add_(future)
@@ -141,9 +151,9 @@ def rows_at_once(batch: int, num_heads: int, reach: int, size: int) -> int:
     return max(_SCORES // (batch * num_heads * reach * size), 1) * size
 
 
-def _segment(first, scale, with_lse, rows, state, out, q, k, v, sink_k, sink_v, sink_column, rest, near):
+def _segment(first, scale, softcap, with_lse, rows, state, out, q, k, v, sink_k, sink_v, sink_column, rest, near):
     """Rows of `window_attention`'s arguments; the state is nothing."""
-    window, (T, H), C = Window(rest, near, first, scale), (q.shape[1], k.shape[2]), len(near)
+    window, (T, H), C = Window(rest, near, first, scale, softcap), (q.shape[1], k.shape[2]), len(near)
     k, v = head_major(k, -T % C), head_major_ones(v, -T % C)
     weights = weigh(pack(q, H, C), k, Sinks(sink_k, sink_v, sink_column), window, rows.start)
     sums = attend(weights, v, sink_v)
@@ -157,17 +167,17 @@ def _segment(first, scale, with_lse, rows, state, out, q, k, v, sink_k, sink_v, 
     return out, state
 
 
-def _plan(q, k, v, sink_k, sink_v, sink_column, rest, near, state, first, scale, with_lse):
+def _plan(q, k, v, sink_k, sink_v, sink_column, rest, near, state, first, scale, softcap, with_lse):
     C, L = near.shape
     inputs, reach = [q, k, v, sink_k, sink_v, sink_column, rest, near], [0, L - C, L - C] + [None] * 5
     step = rows_at_once(q.shape[0], q.shape[2], L, C)
-    return Plan(partial(_segment, first, scale, with_lse), step, v.shape[-1] + with_lse, state, inputs, reach)
+    return Plan(partial(_segment, first, scale, softcap, with_lse), step, v.shape[-1] + with_lse, state, inputs, reach)
 
 
 _window = define(
     "window",
     "Tensor q, Tensor k, Tensor v, Tensor sink_k, Tensor sink_v, Tensor sink_column, Tensor rest, Tensor near, "
-    "Tensor state, int first, float scale, bool with_lse",
+    "Tensor state, int first, float scale, float softcap, bool with_lse",
     _plan,
 )
 
@@ -180,6 +190,7 @@ def window_attention(
     window: int,
     sinks: int,
     scale: float,
+    softcap: float,
     visible: torch.Tensor | None,
     with_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -193,8 +204,9 @@ def window_attention(
     held, rest = take_sinks(k, v, sinks, visible)
     first, lead = max(S - T - window, 0), max(T + window - S, 0)
     k, v = (F.pad(x[:, first:], (0, 0, 0, 0, lead, 0)) for x in (k, v))
-    where = make_window(F.pad(rest[:, first:], (lead, 0)), T, S - T, scale, block, work)
-    o, _, _ = _window(q, k, v, *held, where.rest, where.near, q.new_zeros(1), where.first, scale, with_lse)
+    where = make_window(F.pad(rest[:, first:], (lead, 0)), T, S - T, scale, softcap, block, work)
+    mask = where.rest, where.near, q.new_zeros(1)
+    o, _, _ = _window(q, k, v, *held, *mask, where.first, scale, softcap, with_lse)
     if not with_lse:
         return o.to(dtype), None
     return o[..., :-1].to(dtype, copy=True, memory_format=torch.contiguous_format), o[..., -1].contiguous()

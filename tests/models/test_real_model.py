@@ -39,7 +39,7 @@ def test_perplexity_of_the_default_before_training(original, linearized, held_ou
 
 @torch.no_grad()
 def test_paper_gla_is_the_published_formula_in_every_layer(held_out):
-    check_published(linearize(load()[0], preset="paper-gla"), held_out[:1, :160], 64, 1e-4)
+    check_published(linearize(load()[0], preset="paper-gla"), held_out[:1, :160], 64)
 
 
 @torch.no_grad()

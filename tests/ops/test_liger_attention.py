@@ -84,6 +84,40 @@ def test_output_and_every_gradient_match_naive_float64(case):
         assert (found.double() - true).norm() <= 1e-5 * true.norm() + 1e-6 * floor, name
 
 
+@pytest.mark.parametrize("softcap", [0.5, 20.0])
+def test_softcap_bounds_the_scores_nearby(softcap):
+    x = dict(
+        q=3 * torch.randn(2, 60, 4, 8),
+        k=3 * torch.randn(2, 60, 2, 8),
+        v=torch.randn(2, 60, 2, 5),
+        q_log=torch.randn(2, 60, 4, 6),
+        k_log=torch.randn(2, 60, 2, 6),
+        mix=torch.rand(4),
+    )
+    exact = {n: y.double().requires_grad_() for n, y in x.items()}
+    fast = {n: y.clone().requires_grad_() for n, y in x.items()}
+    wanted = naive_liger_attention(**exact, window=9, sinks=2, softcap=softcap)
+    got, _ = run(fast, 9, 2, softcap=softcap)
+    assert distance(got, wanted) <= 2e-6
+    assert distance(got, naive_liger_attention(**exact, window=9, sinks=2)) > 0.01
+    weight = torch.randn(wanted.shape)
+    names = list(x)
+    found = torch.autograd.grad((got * weight).sum(), [fast[n] for n in names])
+    true = torch.autograd.grad((wanted * weight).sum(), [exact[n] for n in names])
+    for name, a, b in zip(names, found, true, strict=True):
+        assert (a.double() - b).norm() <= 1e-5 * b.norm(), name
+    past = {n: torch.cat([torch.zeros_like(x[n][:, :9]), x[n]], 1) for n in ("k", "v", "k_log")}
+    visible = torch.arange(69).expand(2, -1) >= 9
+    leaving, before = past["k_log"][:, :60], None
+    options = dict(window=9, sinks=2, softcap=softcap, output_final_state=True)
+    args = x["q"][:, :59], past["k"][:, :68], past["v"][:, :68], x["q_log"][:, :59], leaving[:, :59], None, x["mix"]
+    _, before = liger_attention(*args, visible=visible[:, :68], **options)
+    args = x["q"][:, 59:], past["k"], past["v"], x["q_log"][:, 59:], leaving[:, 59:], None, x["mix"]
+    with torch.no_grad():
+        one, _ = liger_attention(*args, visible=visible, initial_state=before, **options)
+    assert distance(one, wanted[:, 59:]) <= 1e-5
+
+
 @settings(max_examples=40, deadline=None)
 @given(cases(), st.integers(0, 40))
 def test_hidden_tokens_change_nothing(case, lead):

@@ -69,6 +69,20 @@ def test_any_scale(scale):
     assert distance(sliding_window_attention(q, k, v, 16, 3, scale), wanted) <= 1e-6
 
 
+@pytest.mark.parametrize("softcap", [0.5, 30.0])
+def test_softcap_bounds_the_scores(softcap):
+    x = [3 * torch.randn(2, 70, h, 8) for h in (4, 2, 2)]
+    exact, fast = [y.double().requires_grad_() for y in x], [y.clone().requires_grad_() for y in x]
+    wanted = naive_sliding_window_attention(*exact, 16, 3, softcap=softcap)
+    got = sliding_window_attention(*fast, 16, 3, softcap=softcap)
+    assert distance(got, wanted) <= 1e-6
+    assert distance(got, sliding_window_attention(*x, 16, 3)) > 0.01
+    weight = torch.randn(wanted.shape)
+    found = torch.autograd.grad((got * weight).sum(), fast)
+    for a, b in zip(found, torch.autograd.grad((wanted * weight).sum(), exact), strict=True):
+        assert (a.double() - b).norm() <= 5e-6 * b.norm()
+
+
 def test_cost_is_linear_not_square():
     q, k, v = torch.randn(1, 100_000, 1, 2), torch.randn(1, 100_000, 1, 2), torch.randn(1, 100_000, 1, 2)
     assert torch.isfinite(sliding_window_attention(q, k, v, 16, 2)).all()
@@ -78,6 +92,9 @@ def test_bad_arguments_are_named():
     x = torch.randn(1, 9, 2, 8)
     with pytest.raises(ValueError, match="window: expected an integer >= 1"):
         sliding_window_attention(x, x, x, 0)
+    for softcap in (0, -1.0, float("inf"), "30"):
+        with pytest.raises(ValueError, match="softcap: expected a number > 0, or None"):
+            sliding_window_attention(x, x, x, 4, softcap=softcap)
     with pytest.raises(ValueError, match="visible: expected a bool mask"):
         sliding_window_attention(x, x, x, 4, visible=torch.ones(1, 9))
     with pytest.raises(ValueError, match="k: expected at least as many tokens"):
