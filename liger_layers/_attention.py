@@ -51,7 +51,8 @@ class LigerAttention(nn.Module):
 
     forward(x [B,T,hidden]) returns (y [B,T,hidden], state); pass the state back to continue. mask [B,T] bool marks
     real tokens: padding may stand left, and right too where no state is passed on (padding takes room in the window).
-    position_embeddings (cos, sin), each [B,T,D], override the built-in RoPE. router_logits is a list that takes in the
+    position_embeddings (cos, sin), each [B,T,D], override the built-in RoPE. softcap bounds the window's scores s to
+    softcap tanh(s / softcap). router_logits is a list that takes in the
     logits [B*T,memories], which `load_balancing_loss` wants.
     """
 
@@ -77,6 +78,7 @@ class LigerAttention(nn.Module):
         memories: int = 0,
         top_k: int = 2,
         scale: float | None = None,
+        softcap: float | None = None,
         rope_theta: float | None = 10000.0,
         bias: bool = False,
         projections: dict[str, nn.Module] | None = None,
@@ -96,7 +98,7 @@ class LigerAttention(nn.Module):
         for name, module in projections.items():
             self.add_module(name, module)
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
-        self.window, self.sinks, self.scale = window, sinks, scale
+        self.window, self.sinks, self.scale, self.softcap = window, sinks, scale, softcap
         self.gate, self.tau, self.pool, self.rope_theta = gate, tau, pool, rope_theta
         self.mixing, self.normalize = chosen.mixing, chosen.normalize
         if self.recurs:
@@ -107,7 +109,7 @@ class LigerAttention(nn.Module):
         if memories:
             if not self.recurs:
                 raise ValueError(f"memories: expected 0 without a recurrence, got {memories}")
-            self.memories = RoutedMemories(self.k_proj, self.v_proj, num_heads, head_dim, memories, top_k)
+            self.memories = RoutedMemories(*self.key_and_value(), num_heads, head_dim, memories, top_k)
 
     @property
     def delayed(self) -> bool:
@@ -150,18 +152,22 @@ class LigerAttention(nn.Module):
             position_embeddings = rotary_tables(position.clamp(min=0), self.head_dim, self.rope_theta)
         o, after = self.mixer(q, k, v, mask, state, position_embeddings)
         if self.memories is not None:
-            given = x, q, mask, state.memories, self._norm_key, self._recurrence, router_logits
+            given = x, q, mask, state.memories, self.finish, self._recurrence, router_logits
             more, after.memories = self.memories(*given)
             o = o + more.to(o.dtype)
         return self.o_proj(o.flatten(2).to(x.dtype)), after
 
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Unrotated q [B,T,HQ,D], k and v [B,T,H,D], with the norms that some models put on q and k."""
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        return self.q_norm(q) if hasattr(self, "q_norm") else q, self._norm_key(k), v
+        """Unrotated q [B,T,HQ,D], k and v [B,T,H,D]."""
+        return tuple(p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
 
-    def _norm_key(self, k: torch.Tensor) -> torch.Tensor:
-        return self.k_norm(k) if hasattr(self, "k_norm") else k
+    def finish(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `project` does behind the projections of keys and values; memories project by themselves."""
+        return k, v
+
+    def key_and_value(self) -> tuple[nn.Linear, nn.Linear]:
+        """The projections that routed memories start from."""
+        return self.k_proj, self.v_proj
 
     def mixer(self, q, k, v, mask, state, position_embeddings):
         """Everything between the projections: o [B,T,HQ,D] and the next state."""
@@ -180,7 +186,8 @@ class LigerAttention(nn.Module):
             o, recurrent = self._joint(q, q_near, keys, values, raw[:, : k.shape[1]], visible, state.recurrent)
             raw = raw[:, k.shape[1] :].clone()
         else:
-            o = sliding_window_attention(q_near, keys, values, self.window, self.sinks, self.scale, visible=visible)
+            near = dict(visible=visible, softcap=self.softcap)
+            o = sliding_window_attention(q_near, keys, values, self.window, self.sinks, self.scale, **near)
             if self.recurs:
                 far, recurrent = self._recurrence(q, k, v, mask, state.recurrent)
                 mix = self.mix().to(o.dtype).unsqueeze(-1)
@@ -243,6 +250,7 @@ class LigerAttention(nn.Module):
             initial_state=state,
             output_final_state=True,
             visible=visible,
+            softcap=self.softcap,
         )
 
     def _keep(self, keys, values, visible):

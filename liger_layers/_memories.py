@@ -59,13 +59,14 @@ class RoutedMemories(nn.Module):
         q: torch.Tensor,
         mask: torch.Tensor,
         state: torch.Tensor | tuple[torch.Tensor, ...],
-        norm_key: Callable[[torch.Tensor], torch.Tensor],
+        finish: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
         recurrence: Callable[..., tuple[torch.Tensor, torch.Tensor]],
         router_logits: list[torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | tuple[torch.Tensor, ...]]:
         """x [B,T,hidden], q [B,T,HQ,D], mask [B,T], state [B,M,H,D,...] or a tuple -> o [B,T,HQ,D], state.
 
-        recurrence(q, k, v, mask, state, cu_seqlens=, max_seqlen=) runs all memories at once. router_logits is a list
+        finish(k, v) norms what was projected, recurrence(q, k, v, mask, state, cu_seqlens=, max_seqlen=) runs all
+        memories at once. router_logits is a list
         that takes in the logits [B*T,M].
         """
         T = x.shape[1]
@@ -76,7 +77,7 @@ class RoutedMemories(nn.Module):
             entries = dispatch(chosen, self.count, mask)
             packing = dict(cu_seqlens=entries.cu_seqlens, max_seqlen=chosen.numel())
         k, v = (p(x).unflatten(-1, (self.count, -1, self.head_dim)) for p in (self.k_proj, self.v_proj))
-        k, v = norm_key(entries.gather_chosen(k)), entries.gather_chosen(v)
+        k, v = finish(entries.gather_chosen(k), entries.gather_chosen(v))
         everyone = torch.ones_like(k[..., 0, 0], dtype=torch.bool)
         o, last = recurrence(entries.gather(q), k, v, everyone, each(entries.before, state), **packing)
         o = entries.scatter(o, weights) * self.mix().to(weights.dtype).unsqueeze(-1)

@@ -6,10 +6,11 @@ Shapes: B batch, T time, HQ query heads, H key/value heads, D head width.
 from __future__ import annotations
 
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import BaseStreamer
+
+from liger_models.families import project, traits
 
 # A rotary channel counts as slow when it turns by less than a radian over this many tokens.
 _REACH = 512
@@ -73,15 +74,15 @@ def draw_text(model: PreTrainedModel, batch: int = 8, length: int = 256) -> torc
 
 
 class _Moments:
-    """Running mean and covariance per head of whatever a module puts out."""
+    """Running mean and covariance per head."""
 
     def __init__(self, heads: int, width: int):
         self.heads, self.width, self.count = heads, width, 0
         self.sum = torch.zeros(heads, width, dtype=torch.float64)
         self.square = torch.zeros(heads, width, width, dtype=torch.float64)
 
-    def __call__(self, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-        x = output.unflatten(-1, (-1, self.width)) if output.ndim == 3 else output
+    def add(self, x: torch.Tensor) -> None:
+        """x [B,T,heads or a multiple,width]."""
         x = x[:, _SKIP:].unflatten(2, (self.heads, -1)).movedim(2, 0).reshape(self.heads, -1, self.width).float()
         self.count += x.shape[1]
         self.sum += x.sum(1).double().cpu()
@@ -95,14 +96,19 @@ class _Moments:
 @torch.no_grad()
 def measure(model: PreTrainedModel, ids: torch.Tensor, layers: list[int]) -> list[tuple[torch.Tensor, ...]]:
     """Per layer: mean and covariance of unrotated queries, pooled over each group, then those of the keys."""
-    heads, found, hooks = model.config.num_key_value_heads, [], []
+    found, hooks = [], []
     for index in layers:
         attention = model.model.layers[index].self_attn
-        pair = (_Moments(heads, attention.head_dim), _Moments(heads, attention.head_dim))
+        own = traits(attention, model.config)
+        pair = tuple(_Moments(own.kv_heads, own.width) for _ in range(2))
         found.append(pair)
-        for moments, name in zip(pair, "qk", strict=True):
-            source = getattr(attention, f"{name}_norm", None) or getattr(attention, f"{name}_proj")
-            hooks.append(source.register_forward_hook(moments))
+
+        def look(module, args, kwargs, own=own, pair=pair):
+            x = args[0] if args else kwargs["hidden_states"]
+            for moments, part in zip(pair, project(module, x, own), strict=False):
+                moments.add(part)
+
+        hooks.append(attention.register_forward_pre_hook(look, with_kwargs=True))
     device = model.get_input_embeddings().weight.device
     try:
         for row in tqdm(ids, desc="Measuring queries and keys", leave=False):
@@ -113,19 +119,29 @@ def measure(model: PreTrainedModel, ids: torch.Tensor, layers: list[int]) -> lis
     return [(*q.result(), *k.result()) for q, k in found]
 
 
-def slow_channels(model: PreTrainedModel, width: int) -> torch.Tensor:
-    """[D] bool: channels whose rotary angle stays below one radian over _REACH tokens."""
-    inverse = model.model.rotary_emb.inv_freq.detach().float().cpu()
-    slow = (inverse * _REACH < 1).repeat(2)
+def slow_channels(frequencies: torch.Tensor, width: int) -> torch.Tensor:
+    """[D] bool: channels whose rotary angle, of these frequencies, stays below one radian over _REACH tokens."""
+    slow = (frequencies.detach().float().cpu() * _REACH < 1).repeat(2)
     slow = torch.cat([slow, torch.ones(width - len(slow), dtype=torch.bool)])
     return slow if slow.any() else torch.ones(width, dtype=torch.bool)
+
+
+def _rotary(model: PreTrainedModel, index: int) -> tuple[torch.Tensor, float]:
+    """The rotary frequencies of a layer, and the factor that rotated queries and keys are multiplied by."""
+    attention, rotary = model.model.layers[index].self_attn, model.model.rotary_emb
+    if not attention.traits.rotary:
+        return torch.zeros(0), 1.0
+    # Some families turn their sliding layers at other frequencies.
+    prefix = "" if hasattr(rotary, "inv_freq") else f"{model.config.layer_types[index]}_"
+    return getattr(rotary, f"{prefix}inv_freq"), getattr(rotary, f"{prefix}attention_scaling", 1.0)
 
 
 def calibrate(model: PreTrainedModel, moments: list[tuple[torch.Tensor, ...]], layers: list[int]) -> None:
     """Fit the feature maps of a model whose attention has been swapped to moments measured before."""
     for index, (q_mean, q_cov, k_mean, k_cov) in zip(layers, moments, strict=True):
         attention = model.model.layers[index].self_attn
-        channels = slow_channels(model, attention.head_dim)
-        # YaRN multiplies rotated queries and keys by a factor, which the features must see too.
-        scale = attention.scale * getattr(model.model.rotary_emb, "attention_scaling", 1.0) ** 2
-        attention.feature_map.calibrate(q_mean, k_mean, q_cov, k_cov, channels, scale)
+        frequencies, factor = _rotary(model, index)
+        # The features must see that factor too.
+        attention.feature_map.calibrate(
+            q_mean, k_mean, q_cov, k_cov, slow_channels(frequencies, attention.head_dim), attention.scale * factor**2
+        )

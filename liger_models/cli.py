@@ -7,7 +7,8 @@ import json
 import sys
 from pathlib import Path
 
-from liger_layers import FEATURE_MAPS, GATES
+from liger_layers import FEATURE_MAPS, GATES, POOLINGS
+from liger_layers.patterns import LETTERS
 from liger_models import checkpoint
 from liger_models.configuration import PRESETS
 from liger_models.evaluation import evaluate
@@ -16,6 +17,7 @@ from liger_models.generation import generate
 from liger_models.linearize import linearize
 from liger_models.text import standard_text
 
+_LETTERS = ", ".join(f"{letter} {name}" for letter, name in LETTERS.items())
 _MODEL = "a local folder, a GGUF file, or the name of a model on the Hugging Face hub"
 
 
@@ -28,16 +30,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    p = _command(commands, "linearize", "Swap the attention of a Llama, Mistral, Qwen2 or Qwen3 for Liger Attention.")
+    p = _command(commands, "linearize", "Swap the attention of a pretrained causal LM for Liger Attention.")
     _output(p)
     p.add_argument("--preset", default="default", choices=PRESETS, help="starting point (default: %(default)s)")
     p.add_argument("--gate", choices=GATES, help="how the recurrence forgets")
+    p.add_argument("--tau", type=float, help="temperature of the gate: the larger, the slower it forgets")
+    p.add_argument("--pool", choices=POOLINGS, help="what the gate averages the key over")
     p.add_argument("--feature-map", choices=FEATURE_MAPS, help="features of the recurrent branch")
     p.add_argument("--window", type=int, help="tokens with exact softmax attention")
     p.add_argument("--sinks", type=int, help="first tokens that stay visible for ever")
     p.add_argument("--mix", type=float, help="initial weight of the recurrence; 0 leaves the window alone")
     p.add_argument("--memories", type=int, help="routed memories beside the one that sees every token (default: 0)")
     p.add_argument("--top-k", type=int, help="routed memories that a token uses (default: 2)")
+    p.add_argument("--pattern", help=f"a letter a layer, repeated: {_LETTERS}")
     p.add_argument("--keep", type=_indices, metavar="I,J,...", help="layers that stay full attention")
 
     p = _command(commands, "finetune", "Fine-tune with LoRA and merge the adapters. Ctrl-C leaves a checkpoint.")
@@ -97,7 +102,7 @@ def _read(path: Path) -> str:
 def _linearize(args) -> None:
     checkpoint.check_output(args.out, args.overwrite)
     model, tokenizer = checkpoint.load(args.model, args.dtype)
-    names = ("gate", "feature_map", "window", "sinks", "mix", "memories", "top_k")
+    names = ("gate", "tau", "pool", "feature_map", "window", "sinks", "mix", "memories", "top_k", "pattern")
     linearize(model, preset=args.preset, keep=args.keep, **{name: getattr(args, name) for name in names})
     checkpoint.save(model, tokenizer, args.out, args.overwrite)
     print(f"Wrote {args.out}")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from liger_layers import GATES
 from liger_layers._choices import settle
+from liger_layers.patterns import read_pattern, spread
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,9 @@ class LigerConfig:
     mixing: "joint", one softmax of window and recurrence, or "sum", mix * recurrence + (1 - mix) * window.
     mix: initial weight of the recurrence per head; learn_mix: whether fine-tuning may change it.
     normalize: divide the recurrence by its accumulated keys ("joint" always does).
-    window, sinks: tokens that keep exact softmax attention. keep: indices of layers that stay full attention.
+    window, sinks: tokens that keep exact softmax attention. keep: indices of layers that stay as they are.
+    pattern: what the layers are, in letters of liger_layers.patterns ("LLLLLLLF"), names or names by index: "liger" as
+    these options say, "full", "window", "memories", or a gate, which takes the options that suit it; it repeats.
     memories: routed memories of a layer, beside the one that sees every token; top_k: how many a token uses.
     router_aux_loss_coef: weight of the loss that fine-tuning adds to balance them.
     """
@@ -38,6 +43,7 @@ class LigerConfig:
     top_k: int = 2
     router_aux_loss_coef: float = 0.01
     keep: tuple[int, ...] = field(default=())
+    pattern: tuple[str, ...] | dict[int, str] = field(default=())
 
     def __post_init__(self):
         chosen = settle(self.gate, self.feature_map, self.mixing, self.mix, self.normalize, self.pool)
@@ -58,6 +64,7 @@ class LigerConfig:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         object.__setattr__(self, "keep", tuple(sorted({int(i) for i in self.keep})))
+        object.__setattr__(self, "pattern", read_pattern(self.pattern))
 
     @classmethod
     def from_preset(cls, preset: str = "default", **changes: Any) -> LigerConfig:
@@ -70,7 +77,45 @@ class LigerConfig:
         return cls(**PRESETS[preset] | {name: value for name, value in changes.items() if value is not None})
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "keep": list(self.keep)}
+        pattern = self.pattern if isinstance(self.pattern, dict) else list(self.pattern)
+        return {**asdict(self), "keep": list(self.keep), "pattern": pattern}
+
+    def resolve(self, own: Sequence[int | None]) -> LigerConfig:
+        """The same with a name for every layer in `pattern` and the full ones in `keep`, both as deep as the model.
+
+        own are the windows that layers have by themselves (None: they see everything). Those that slide among others
+        which do not keep just that window, unless a pattern was given, and so do all whose window is not wider than
+        `window`. Memories are in the layers that the pattern says, or else in all that recur by these options.
+        """
+        depth = len(own)
+        if bad := [i for i in self.keep if not -depth <= i < depth]:
+            raise ValueError(f"keep: expected layer indices from {-depth} to {depth - 1}, got {bad}")
+        names = spread(self.pattern or ("liger",), depth)
+        if self.memories and "memories" not in names:
+            names = ["memories" if name == "liger" else name for name in names]
+        for index in self.keep:
+            names[index] = "full"
+        mixed = None in own and not self.pattern
+        for index, window in enumerate(own):
+            if names[index] == "own" and window is None:
+                raise ValueError(f"pattern: expected a window of its own in layer {index}, which sees everything")
+            if names[index] != "full" and window is not None and (mixed or window <= self.window):
+                names[index] = "own"
+        keep = tuple(i for i, name in enumerate(names) if name == "full")
+        memories = self.memories or (4 if "memories" in names else 0)
+        return replace(self, keep=keep, pattern=tuple(names), memories=memories)
+
+    def options(self, name: str) -> dict[str, Any]:
+        """What LigerAttention is told for a layer that the pattern calls "liger", "memories" or by a gate's name."""
+        told = self.to_dict()
+        for other in ("keep", "pattern", "router_aux_loss_coef"):
+            told.pop(other)
+        if name != "memories":
+            told["memories"] = 0
+        if name in GATES and name != self.gate:
+            told |= dict.fromkeys(("feature_map", "mixing", "mix", "normalize", "pool"))
+            told["gate"] = name
+        return told
 
 
 # The published code: softmax features without a denominator, half recurrence, half window, no sinks.

@@ -200,6 +200,10 @@ def _train(model, blocks, recipe: Recipe, folder: Path, last: str | None, seed: 
     routed = isinstance(model, LigerMixin) and any("memories.router" in name for name, _ in model.named_modules())
     if routed:
         whole = [*(whole or []), "memories.router", "memories.mix"]
+    parts = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    # A pattern may leave no layer that recurs.
+    whole = [x for x in whole or [] if x.rsplit(".", 1)[-1] in parts] or None
+    targets = [*recipe.targets, *(["qkv_proj"] if "qkv_proj" in parts else [])]
     torch.manual_seed(seed)
     with _quiet_peft():
         adapted = get_peft_model(
@@ -207,7 +211,7 @@ def _train(model, blocks, recipe: Recipe, folder: Path, last: str | None, seed: 
             LoraConfig(
                 r=recipe.rank,
                 lora_alpha=recipe.alpha,
-                target_modules=list(recipe.targets),
+                target_modules=[x for x in targets if x in parts],
                 modules_to_save=whole,
                 task_type="CAUSAL_LM",
             ),

@@ -10,9 +10,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from liger_layers import FEATURE_MAPS
+from liger_layers._choices import settle
 from liger_models._calibration import calibrate, check_calibration, draw_text, measure
 from liger_models.configuration import LigerConfig
+from liger_models.families import own_windows, weight_shapes
 from liger_models.modeling import FAMILIES, LigerMixin, swap_attention
+
+# Layers without a recurrence.
+_WINDOWS = ("full", "window", "own")
 
 
 def linearize(
@@ -24,7 +30,7 @@ def linearize(
     calibration: torch.Tensor | None = None,
     **changes: Any,
 ) -> PreTrainedModel:
-    """Turn a Llama, Mistral, Qwen2 or Qwen3 causal LM into a gated linear-recurrent one, in place, and return it.
+    """Turn a causal LM of a family in FAMILIES into a gated linear-recurrent one, in place, and return it.
 
     The pretrained modules stay where they are under their own names. The default preset needs no training to work:
     its recurrent features are fitted to second moments of the model's own queries and keys, measured on text that the
@@ -34,9 +40,10 @@ def linearize(
         model: a transformers model of a supported family.
         config: a complete LigerConfig; excludes preset, keep and changes.
         preset: "default", or "paper-gla" for the published conversion.
-        keep: indices of layers that stay full attention (negative ones count from the end).
+        keep: indices of layers that stay full attention (negative ones count from the end). Layers that slide by
+            themselves keep just their window, if others do not slide or if it is not wider than `window`.
         calibration: token ids to measure instead of the model's own draw.
-        changes: fields of LigerConfig: gate, window, sinks, mix, tau, feature_map, mixing, memories, top_k, ...
+        changes: fields of LigerConfig: gate, pattern, window, sinks, mix, tau, feature_map, memories, top_k, ...
 
     Raises:
         ValueError: an architecture outside the list, a damaged weight, or an option that does not exist; the model is
@@ -46,18 +53,17 @@ def linearize(
         raise ValueError("config: expected alone, got further options beside it")
     config = config or LigerConfig.from_preset(preset, **changes)
     check_architecture(model)
-    depth = model.config.num_hidden_layers
-    keep = list(config.keep if keep is None else keep)
-    if bad := [i for i in keep if not -depth <= i < depth]:
-        raise ValueError(f"keep: expected layer indices from {-depth} to {depth - 1}, got {bad}")
-    config = replace(config, keep=tuple(i % depth for i in keep))
+    if keep is not None:
+        config = replace(config, keep=tuple(keep))
+    config = config.resolve(own_windows(model.config))
     check_weights(model)
     if calibration is not None:
         check_calibration(calibration, model.config.vocab_size)
 
-    layers = [i for i in range(depth) if i not in config.keep]
+    recurring = {i: config.options(name) for i, name in enumerate(config.pattern) if name not in _WINDOWS}
+    layers = [i for i, told in recurring.items() if fitted(told)]
     training, moments = model.training, None
-    if config.feature_map == "kernel" and layers:
+    if layers:
         model.eval()
         try:
             moments = measure(model, draw_text(model) if calibration is None else calibration, layers)
@@ -77,6 +83,12 @@ def linearize(
     if moments is not None:
         calibrate(model, moments, layers)
     return model.train(training)
+
+
+def fitted(options: dict[str, Any]) -> bool:
+    """Whether a layer of these options has features to fit to moments."""
+    told = (options[name] for name in ("gate", "feature_map", "mixing", "mix", "normalize", "pool"))
+    return hasattr(FEATURE_MAPS[settle(*told).feature_map], "calibrate")
 
 
 def check_architecture(model: PreTrainedModel) -> None:
@@ -101,13 +113,9 @@ def check_architecture(model: PreTrainedModel) -> None:
 
 def check_weights(model: PreTrainedModel) -> None:
     """ValueError for a missing, misshapen or non-finite weight."""
-    c = model.config
     for index, layer in enumerate(model.model.layers):
         attention = layer.self_attn
-        q, kv = c.num_attention_heads * attention.head_dim, c.num_key_value_heads * attention.head_dim
-        wanted = {"q_proj": (q, c.hidden_size), "k_proj": (kv, c.hidden_size), "v_proj": (kv, c.hidden_size)}
-        wanted["o_proj"] = (c.hidden_size, q)
-        for name, shape in wanted.items():
+        for name, shape in weight_shapes(attention, model.config).items():
             module = getattr(attention, name, None)
             where = f"model.layers.{index}.self_attn.{name}.weight"
             if module is None or getattr(module, "weight", None) is None:

@@ -12,48 +12,46 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
-from liger_layers import LigerAttention, load_balancing_loss
+from liger_layers import LigerAttention, SlidingWindowAttention, load_balancing_loss
 from liger_models.cache import ConstantCacheMixin, fit_cache, layer_and_state, make_cache
 from liger_models.configuration import LigerConfig
+from liger_models.families import KNOWN, Family, finish, key_and_value, own_windows, project, traits
 
 PREFIX = "liger_"
 
 
-class LinearizedAttention(LigerAttention):
-    """LigerAttention on the modules of a pretrained attention, under their own names, with its call signature."""
+class _Pretrained:
+    """A layer of liger_layers on the modules of a pretrained attention, under their own names, with its signature."""
 
-    def __init__(self, old: nn.Module, hf: PreTrainedConfig, liger: LigerConfig):
-        options = liger.to_dict()
-        for name in ("keep", "router_aux_loss_coef"):
-            options.pop(name)
+    def __init__(self, old: nn.Module, hf: PreTrainedConfig, **options: Any):
+        # Before the modules are there, which routed memories ask for their keys and values.
+        self.traits = own = traits(old, hf)
         super().__init__(
             hf.hidden_size,
-            hf.num_attention_heads,
-            hf.num_key_value_heads,
-            old.head_dim,
+            own.heads,
+            own.kv_heads,
+            own.width,
             projections=dict(old.named_children()),
-            scale=old.scaling,
+            scale=own.scale,
+            softcap=own.softcap,
+            rope_theta=None,
             **options,
         )
         self.layer_idx = old.layer_idx
-        weight = old.q_proj.weight
-        self.to(weight.device)
+        self.to(old.o_proj.weight.device)
+
+    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return project(self, x, self.traits)
+
+    def finish(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return finish(self, "k", k, self.traits), finish(self, "v", v, self.traits)
+
+    def key_and_value(self) -> tuple[nn.Linear, nn.Linear]:
+        return key_and_value(self, self.traits)
 
     def forward(
         self,
@@ -66,10 +64,29 @@ class LinearizedAttention(LigerAttention):
         **kwargs,
     ) -> tuple[torch.Tensor, None]:
         layer, state = layer_and_state(past_key_values, self.layer_idx, hidden_states.device)
-        out, state = super().forward(hidden_states, liger_mask, state, position_embeddings, liger_router_logits)
+        tables = position_embeddings if self.traits.rotary else None
+        out, state = super().forward(hidden_states, liger_mask, state, tables, liger_router_logits)
         if layer is not None:
             layer.store(state, hidden_states.shape[1])
         return out, None
+
+
+class LinearizedAttention(_Pretrained, LigerAttention):
+    """Window and recurrence."""
+
+
+class LinearizedWindow(_Pretrained, SlidingWindowAttention):
+    """The window alone."""
+
+
+def linearized(name: str, old: nn.Module, hf: PreTrainedConfig, liger: LigerConfig) -> nn.Module:
+    """What takes the place of a pretrained attention in a layer that the pattern calls so."""
+    window = own_windows(hf)[old.layer_idx]
+    if name == "own":
+        return LinearizedWindow(old, hf, window=window, sinks=0)
+    if name == "window":
+        return LinearizedWindow(old, hf, window=min(liger.window, window or liger.window), sinks=liger.sinks)
+    return LinearizedAttention(old, hf, **liger.options(name))
 
 
 def refuse_packing(position: torch.Tensor | None, mask: torch.Tensor | None, others: Mapping[str, Any]) -> None:
@@ -130,7 +147,7 @@ class LigerMixin(ConstantCacheMixin):
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
-        swap_attention(self, LigerConfig(**config.liger))
+        swap_attention(self, LigerConfig(**config.liger).resolve(own_windows(config)))
 
     def __init_subclass__(cls, **kwargs):
         """What inspects a model's forward is to see that of its family."""
@@ -143,15 +160,18 @@ def _with_routers(forward):
     """A family's forward that, with output_router_logits, tells of routed memories as a mixture of experts does.
 
     The output has router_logits, a tuple of [B*T,M] per Liger layer, and aux_loss, which joins the loss with the weight
-    router_aux_loss_coef.
+    router_aux_loss_coef. Those of a family's own experts come first, under the weight in its own config.
     """
+    experts = "output_router_logits" in inspect.signature(forward).parameters
 
     @functools.wraps(forward)
     def call(self, *args, output_router_logits: bool | None = None, **kwargs):
         if output_router_logits is None:
             output_router_logits = getattr(self.config, "output_router_logits", False)
+        if experts:
+            kwargs["output_router_logits"] = output_router_logits
         liger = self.config.liger
-        if not output_router_logits or not liger["memories"] or len(liger["keep"]) == self.config.num_hidden_layers:
+        if not output_router_logits or "memories" not in liger["pattern"]:
             return forward(self, *args, **kwargs)
         given, logits = inspect.signature(forward).bind(self, *args, **kwargs).arguments, []
         out = forward(self, *args, **{**kwargs, "return_dict": True}, liger_router_logits=logits)
@@ -161,6 +181,8 @@ def _with_routers(forward):
         tokens = len(logits[0]) // out.logits.shape[0]
         aux = load_balancing_loss(logits, liger["top_k"], None if mask is None else mask[:, -tokens:])
         loss = out.loss if out.loss is None else out.loss + liger["router_aux_loss_coef"] * aux.to(out.loss.device)
+        if experts:
+            aux, logits = out.aux_loss + aux.to(out.aux_loss.device), [*out.router_logits, *logits]
         fields = {**out, "loss": loss, "aux_loss": aux, "router_logits": tuple(logits)}
         return MoeCausalLMOutputWithPast(**fields)
 
@@ -168,15 +190,16 @@ def _with_routers(forward):
 
 
 def swap_attention(model: PreTrainedModel, liger: LigerConfig) -> None:
-    """Replace the attention of every layer not kept, in place."""
-    for index, layer in enumerate(model.model.layers):
-        if index not in liger.keep:
-            layer.self_attn = LinearizedAttention(layer.self_attn, model.config, liger).train(layer.training)
+    """Replace the attention of every layer that is not to stay, in place."""
+    for layer, name in zip(model.model.layers, liger.pattern, strict=True):
+        if name != "full":
+            layer.self_attn = linearized(name, layer.self_attn, model.config, liger).train(layer.training)
     model.model.register_forward_pre_hook(_before_decoder, with_kwargs=True)
 
 
-def _family(config_class: type[PreTrainedConfig], model_class: type[PreTrainedModel]) -> tuple[type, type]:
-    """The linearized twins of a config and a causal LM, registered with the Auto classes."""
+def _twins(family: Family) -> tuple[type, type]:
+    """The linearized twins of a family's config and causal LM, registered with the Auto classes."""
+    config_class, model_class = family.config, family.model
     config = type(
         f"Liger{config_class.__name__}",
         (config_class,),
@@ -189,17 +212,12 @@ def _family(config_class: type[PreTrainedConfig], model_class: type[PreTrainedMo
     )
     AutoConfig.register(config.model_type, config)
     AutoModelForCausalLM.register(config, model)
+    # Experts lie in files one by one and in memory together, which transformers looks up by the type's name.
+    if (mapping := get_checkpoint_conversion_mapping(config_class.model_type)) is not None:
+        register_checkpoint_conversion_mapping(config.model_type, mapping, overwrite=True)
     return config, model
 
 
-FAMILIES: dict[str, tuple[type, type]] = {
-    config.model_type: _family(config, model)
-    for config, model in (
-        (LlamaConfig, LlamaForCausalLM),
-        (MistralConfig, MistralForCausalLM),
-        (Qwen2Config, Qwen2ForCausalLM),
-        (Qwen3Config, Qwen3ForCausalLM),
-    )
-}
+FAMILIES: dict[str, tuple[type, type]] = {name: _twins(family) for name, family in KNOWN.items()}
 # Saved configs and pickles look classes up by name.
 globals().update({cls.__name__: cls for pair in FAMILIES.values() for cls in pair})

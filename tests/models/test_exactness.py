@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from liger_models import make_cache
+from liger_models.modeling import LinearizedAttention
 from liger_ops import naive_gsa, naive_recurrence, naive_sliding_window_attention
 from tests.models.tiny import NAMES, linearize_tiny, tiny
 
@@ -117,8 +118,9 @@ def published_recurrence(preset, q, k, v):
 
 
 def rotated(x, cos, sin):
+    x, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], -1)
     a, b = x.chunk(2, -1)
-    return x * cos.unsqueeze(2) + torch.cat([-b, a], -1) * sin.unsqueeze(2)
+    return torch.cat([x * cos.unsqueeze(2) + torch.cat([-b, a], -1) * sin.unsqueeze(2), rest], -1)
 
 
 def check_published(model, x, window, preset="paper-gla", tolerance=1e-4):
@@ -134,14 +136,15 @@ def check_published(model, x, window, preset="paper-gla", tolerance=1e-4):
     for hook in hooks:
         hook.remove()
     for index, layer in enumerate(model.model.layers):
+        if not isinstance(layer.self_attn, LinearizedAttention):
+            continue
         m, (kwargs, got) = layer.self_attn, seen[index]
         h = kwargs["hidden_states"]
-        q, k, v = (p(h).unflatten(-1, (-1, m.head_dim)) for p in (m.q_proj, m.k_proj, m.v_proj))
-        if hasattr(m, "q_norm"):
-            q, k = m.q_norm(q), m.k_norm(k)
+        q, k, v = m.project(h)
         far = published_recurrence(preset, q, k, v)
-        q, k = (rotated(t, *kwargs["position_embeddings"]) for t in (q, k))
-        near = naive_sliding_window_attention(q, k, v, window, scale=m.scale)
+        if m.traits.rotary:
+            q, k = (rotated(t, *kwargs["position_embeddings"]) for t in (q, k))
+        near = naive_sliding_window_attention(q, k, v, window, scale=m.scale, softcap=m.softcap)
         wanted = m.o_proj((0.5 * far + 0.5 * near).flatten(2))
         worst = max(worst, ((got - wanted).norm() / wanted.norm()).item())
     assert worst <= tolerance

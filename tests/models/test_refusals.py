@@ -47,7 +47,7 @@ def deepseek():
 def test_architectures(make, reason):
     model = make()
     kind = type(model)
-    with pytest.raises(ValueError, match=f"model: expected one of llama, mistral, qwen2, qwen3, got .*{reason}"):
+    with pytest.raises(ValueError, match=f"model: expected one of llama, mistral, .*, olmoe, got .*{reason}"):
         linearize(model)
     assert type(model) is kind
 
@@ -89,8 +89,8 @@ def test_damaged_weights(damage, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(preset="best"), "preset: expected one of default, paper-gla, got 'best'"),
-        (dict(gate="none"), "gate: expected one of gla, gated_retention"),
+        (dict(preset="best"), "preset: expected one of default, paper-gla, paper-gsa, paper-hgrn2, got 'best'"),
+        (dict(gate="none"), "gate: expected one of gla, gsa, hgrn2, .*, kda, got 'none'"),
         (dict(feature_map="relu"), "feature_map: expected one of softmax, kernel"),
         (dict(windows=3), "windows: unknown; expected one of"),
         (dict(window=0), "window: expected an integer >= 1"),
@@ -98,6 +98,11 @@ def test_damaged_weights(damage, message):
         (dict(mix=-0.5), "mix: expected a weight >= 0"),
         (dict(tau=0.0), "tau: expected a number > 0"),
         (dict(keep=[7]), r"keep: expected layer indices from -3 to 2, got \[7\]"),
+        (dict(pattern="LLZ"), "pattern: expected letters of L liger, F full, .*K kda; got 'Z'"),
+        (dict(pattern=["full", "half"]), "pattern: expected names of liger, full, .*, kda; got 'half'"),
+        (dict(pattern="LLLF"), "pattern: expected at most 3 layers, as deep as the model, got 4"),
+        (dict(pattern={5: "full"}), r"pattern: expected layer indices from -3 to 2, got \[5\]"),
+        (dict(pattern=["own"]), "pattern: expected a window of its own in layer 0, which sees everything"),
         (dict(mix=float("nan")), "mix: expected a weight >= 0"),
         (dict(tau=float("inf")), "tau: expected a number > 0"),
         (dict(learn_mix="no"), "learn_mix: expected True or False"),

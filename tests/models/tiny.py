@@ -1,18 +1,9 @@
 """Tiny random models of every family."""
 
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 
 from liger_models import linearize
+from liger_models.families import KNOWN
 
 SIZES = dict(
     vocab_size=97,
@@ -26,29 +17,56 @@ SIZES = dict(
     eos_token_id=2,
     pad_token_id=0,
 )
-_FAMILIES = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=True)),
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=None)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=16)),
+_EXPERTS = dict(num_experts_per_tok=2, num_experts=4, moe_intermediate_size=32)
+# What each family has that a Llama has not, in the shape that its own released models have.
+_OPTIONS = {
+    "llama": dict(attention_bias=True),
+    "mistral": dict(sliding_window=None),
+    "qwen2": dict(tie_word_embeddings=True),
+    "qwen3": dict(head_dim=16),
+    "gemma2": dict(
+        head_dim=16,
+        query_pre_attn_scalar=9,
+        attn_logit_softcapping=3.0,
+        layer_types=["sliding_attention", "full_attention", "full_attention"],
+        sliding_window=12,
+    ),
+    "gemma3_text": dict(
+        head_dim=16, layer_types=["sliding_attention", "full_attention", "full_attention"], sliding_window=12
+    ),
+    "phi3": dict(partial_rotary_factor=0.5),
+    "smollm3": dict(no_rope_layers=[1, 0, 1], num_hidden_layers=3),
+    "olmo2": dict(),
+    "granite": dict(attention_multiplier=0.2, embedding_multiplier=3.0, residual_multiplier=0.5, logits_scaling=2.0),
+    "mixtral": dict(num_local_experts=4, num_experts_per_tok=2),
+    "qwen2_moe": dict(**_EXPERTS, shared_expert_intermediate_size=32),
+    "qwen3_moe": dict(**_EXPERTS, head_dim=16),
+    "olmoe": dict(num_experts_per_tok=2, num_experts=4, clip_qkv=1.5),
 }
-NAMES = tuple(_FAMILIES)
+NAMES = tuple(KNOWN)
+# Enough of them where a test is about something else.
+FEW = ("llama", "qwen3", "gemma2", "phi3", "olmoe")
 
 
-def tiny(name: str = "llama", scale: float = 8.0):
+def tiny(name: str = "llama", scale: float = 8.0, **options):
     """A random model in float32 whose attention is sharp enough to matter."""
     torch.manual_seed(0)
-    model = _FAMILIES[name]().eval()
+    family = KNOWN[name]
+    model = family.model(family.config(**(SIZES | _OPTIONS[name] | options))).eval()
     with torch.no_grad():
         for layer in model.model.layers:
-            layer.self_attn.q_proj.weight.mul_(scale)
-            layer.self_attn.k_proj.weight.mul_(scale)
+            attention = layer.self_attn
+            for part in ("q_proj", "k_proj", "v_proj", "qkv_proj"):
+                module = getattr(attention, part, None)
+                if module is None:
+                    continue
+                if part != "v_proj":
+                    module.weight.mul_(scale)
+                if module.bias is not None:
+                    module.bias.normal_()
             for norm in ("q_norm", "k_norm"):
-                if hasattr(layer.self_attn, norm):
-                    getattr(layer.self_attn, norm).weight.uniform_(0.5, 1.5)
-            for p in ("q_proj", "k_proj", "v_proj"):
-                if getattr(layer.self_attn, p).bias is not None:
-                    getattr(layer.self_attn, p).bias.normal_()
+                if hasattr(attention, norm):
+                    getattr(attention, norm).weight.uniform_(0.5, 1.5)
     return model
 
 

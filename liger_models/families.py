@@ -1,0 +1,163 @@
+"""The families that linearize knows, and what the attention of each does to its queries, keys and values.
+
+Shapes: B batch, T time, HQ query heads, H key/value heads, D head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A config, its causal LM, and the names of the config's fields that bound scores, or queries, keys and values.
+
+    All else is read off the attention itself: fused projections, norms over a head or over all of them, the scale,
+    layers without rotary positions. A mixture of experts says so in its forward.
+    """
+
+    config: type[PreTrainedConfig]
+    model: type[PreTrainedModel]
+    softcap: str | None = None
+    clip: str | None = None
+
+
+KNOWN: dict[str, Family] = {
+    family.config.model_type: family
+    for family in (
+        Family(LlamaConfig, LlamaForCausalLM),
+        Family(MistralConfig, MistralForCausalLM),
+        Family(Qwen2Config, Qwen2ForCausalLM),
+        Family(Qwen3Config, Qwen3ForCausalLM),
+        Family(Gemma2Config, Gemma2ForCausalLM, softcap="attn_logit_softcapping"),
+        Family(Gemma3TextConfig, Gemma3ForCausalLM),
+        Family(Phi3Config, Phi3ForCausalLM),
+        Family(SmolLM3Config, SmolLM3ForCausalLM),
+        Family(Olmo2Config, Olmo2ForCausalLM),
+        Family(GraniteConfig, GraniteForCausalLM),
+        Family(MixtralConfig, MixtralForCausalLM),
+        Family(Qwen2MoeConfig, Qwen2MoeForCausalLM),
+        Family(Qwen3MoeConfig, Qwen3MoeForCausalLM),
+        Family(OlmoeConfig, OlmoeForCausalLM, clip="clip_qkv"),
+    )
+}
+
+
+class Traits(NamedTuple):
+    """One pretrained attention: its sizes, the factor and bound of its scores, the bound of q, k and v, and whether its
+    layer turns queries and keys by their positions."""
+
+    heads: int
+    kv_heads: int
+    width: int
+    scale: float
+    softcap: float | None
+    clip: float | None
+    rotary: bool
+
+    @property
+    def projections(self) -> tuple[int, int, int]:
+        """Channels of q, k and v."""
+        return tuple(n * self.width for n in (self.heads, self.kv_heads, self.kv_heads))
+
+
+def traits(attention: nn.Module, config: PreTrainedConfig) -> Traits:
+    """What a pretrained attention does in a model with this config, whose type may already be the linearized one."""
+    family = KNOWN[config.model_type.removeprefix("liger_")]
+    softcap, clip = (None if name is None else getattr(config, name) for name in (family.softcap, family.clip))
+    return Traits(
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        attention.head_dim,
+        attention.scaling,
+        softcap,
+        clip,
+        bool(getattr(attention, "use_rope", True)),
+    )
+
+
+def own_windows(config: PreTrainedConfig) -> list[int | None]:
+    """The sliding window that each layer has by itself, None where it sees everything."""
+    window, kinds = getattr(config, "sliding_window", None) or None, getattr(config, "layer_types", None)
+    if kinds is None:
+        return [window] * config.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def project(attention: nn.Module, x: torch.Tensor, t: Traits) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Unrotated q [B,T,HQ,D], k and v [B,T,H,D] of x [B,T,hidden], normed and clipped as the family does."""
+    if hasattr(attention, "qkv_proj"):
+        q, k, v = attention.qkv_proj(x).split(t.projections, -1)
+    else:
+        q, k, v = (getattr(attention, f"{name}_proj")(x) for name in "qkv")
+    q, k, v = (y.unflatten(-1, (-1, t.width)) for y in (q, k, v))
+    return finish(attention, "q", q, t), finish(attention, "k", k, t), finish(attention, "v", v, t)
+
+
+def finish(attention: nn.Module, name: str, x: torch.Tensor, t: Traits) -> torch.Tensor:
+    """Norm and bound of projected queries "q", keys "k" or values "v" [...,heads,D]."""
+    norm = getattr(attention, f"{name}_norm", None)
+    if norm is not None:
+        # Some norm every head by itself, some all heads together.
+        x = norm(x) if norm.weight.shape[-1] == t.width else norm(x.flatten(-2)).view(x.shape)
+    return x if t.clip is None else x.clamp(-t.clip, t.clip)
+
+
+def key_and_value(attention: nn.Module, t: Traits) -> tuple[nn.Linear, nn.Linear]:
+    """The linear maps of keys and of values, cut out of a fused one as copies."""
+    fused = getattr(attention, "qkv_proj", None)
+    if fused is None:
+        return attention.k_proj, attention.v_proj
+    weights = fused.weight.detach().split(t.projections)[1:]
+    biases = (None, None) if fused.bias is None else fused.bias.detach().split(t.projections)[1:]
+    parts = []
+    for weight, bias in zip(weights, biases, strict=True):
+        part = nn.Linear(fused.in_features, len(weight), bias is not None, device=weight.device, dtype=weight.dtype)
+        part.load_state_dict({"weight": weight} if bias is None else {"weight": weight, "bias": bias})
+        parts.append(part)
+    return tuple(parts)
+
+
+def weight_shapes(attention: nn.Module, config: PreTrainedConfig) -> dict[str, tuple[int, int]]:
+    """The shape [out, in] that each projection must have."""
+    t, hidden = traits(attention, config), config.hidden_size
+    out = {"o_proj": (hidden, t.projections[0])}
+    if hasattr(attention, "qkv_proj"):
+        return {"qkv_proj": (sum(t.projections), hidden), **out}
+    return {f"{name}_proj": (size, hidden) for name, size in zip("qkv", t.projections, strict=True)} | out
