@@ -5,6 +5,7 @@ from liger_layers._routing import load_balancing_loss
 from liger_layers._state import LigerState, MemoryState
 from liger_layers.feature_maps import FEATURE_MAPS, Softmax, SoftmaxKernel
 from liger_layers.gates import GATES, POOLINGS, Gate, register_gate
+from liger_layers.interleaved import FullAttention, InterleavedStack
 from liger_layers.mixture_of_memories import LinearMixer, MixtureOfMemories
 from liger_layers.rules import UPDATE_RULES
 
@@ -13,8 +14,10 @@ __all__ = [
     "GATES",
     "POOLINGS",
     "UPDATE_RULES",
+    "FullAttention",
     "Gate",
     "GatedRecurrence",
+    "InterleavedStack",
     "LigerAttention",
     "LigerState",
     "LinearMixer",

@@ -58,6 +58,8 @@ def spread(pattern: tuple[str, ...] | dict[int, str], depth: int, rest: str = "l
             raise ValueError(f"pattern: expected layer indices from {-depth} to {depth - 1}, got {bad}")
         chosen = {i % depth: name for i, name in pattern.items()}
         return [chosen.get(i, rest) for i in range(depth)]
+    if not pattern:
+        raise ValueError("pattern: expected at least one layer, got none")
     if len(pattern) > depth:
         raise ValueError(f"pattern: expected at most {depth} layers, as deep as the model, got {len(pattern)}")
     return [pattern[i % len(pattern)] for i in range(depth)]

@@ -23,9 +23,9 @@ PUBLIC = {
     "naive_delta_rule naive_gsa "
     "naive_liger_attention naive_mlstm naive_recurrence naive_rwkv6 naive_sliding_window_attention "
     "sliding_window_attention",
-    liger_layers: "FEATURE_MAPS GATES Gate GatedRecurrence LigerAttention LigerState LinearMixer MemoryState "
-    "MixtureOfMemories POOLINGS SlidingWindowAttention Softmax SoftmaxKernel UPDATE_RULES load_balancing_loss "
-    "register_gate",
+    liger_layers: "FEATURE_MAPS FullAttention GATES Gate GatedRecurrence InterleavedStack LigerAttention LigerState "
+    "LinearMixer MemoryState MixtureOfMemories POOLINGS SlidingWindowAttention Softmax SoftmaxKernel UPDATE_RULES "
+    "load_balancing_loss register_gate",
     liger_models: "FAMILIES LigerCacheLayer LigerConfig LigerForCausalLM LigerModelConfig PRESETS cache_bytes evaluate "
     "finetune linearize make_cache perplexity",
 }
