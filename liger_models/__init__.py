@@ -7,6 +7,8 @@ from liger_models.finetune import finetune
 from liger_models.from_scratch import LigerForCausalLM, LigerModelConfig
 from liger_models.linearize import linearize
 from liger_models.modeling import FAMILIES
+from liger_models.retrieval import retrieval
+from liger_models.selection import select_layers
 
 __all__ = [
     "FAMILIES",
@@ -21,4 +23,6 @@ __all__ = [
     "linearize",
     "make_cache",
     "perplexity",
+    "retrieval",
+    "select_layers",
 ]

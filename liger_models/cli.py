@@ -15,6 +15,7 @@ from liger_models.evaluation import evaluate
 from liger_models.finetune import RECIPES, finetune
 from liger_models.generation import generate
 from liger_models.linearize import linearize
+from liger_models.selection import select_layers
 from liger_models.text import standard_text
 
 _LETTERS = ", ".join(f"{letter} {name}" for letter, name in LETTERS.items())
@@ -44,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--top-k", type=int, help="routed memories that a token uses (default: 2)")
     p.add_argument("--pattern", help=f"a letter a layer, repeated: {_LETTERS}")
     p.add_argument("--keep", type=_indices, metavar="I,J,...", help="layers that stay full attention")
+    p.add_argument("--select", type=int, metavar="N", help="measure which N layers should stay full attention")
 
     p = _command(commands, "finetune", "Fine-tune with LoRA and merge the adapters. Ctrl-C leaves a checkpoint.")
     _output(p)
@@ -61,10 +63,15 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
     p.add_argument("--sample", action="store_true", help="sample instead of taking the likeliest token")
 
-    p = _command(commands, "evaluate", "Perplexity on held-out text, also with the recurrence switched off.")
+    p = _command(
+        commands,
+        "evaluate",
+        "Perplexity on held-out text, also without the recurrence, and keys hidden in it.",
+    )
     _text(p, "text to score; default: the held-out help topics of the standard library")
     p.add_argument("--length", type=int, default=512, help="tokens in a block (default: %(default)s)")
     p.add_argument("--max-blocks", type=int, help="score only the first blocks")
+    p.add_argument("--contexts", type=_indices, default=[], metavar="N,M,...", help="also hide keys in so many tokens")
     p.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to a file")
     return parser
 
@@ -103,7 +110,15 @@ def _linearize(args) -> None:
     checkpoint.check_output(args.out, args.overwrite)
     model, tokenizer = checkpoint.load(args.model, args.dtype)
     names = ("gate", "tau", "pool", "feature_map", "window", "sinks", "mix", "memories", "top_k", "pattern")
-    linearize(model, preset=args.preset, keep=args.keep, **{name: getattr(args, name) for name in names})
+    changes = {name: getattr(args, name) for name in names}
+    keep = args.keep
+    if args.select is not None:
+        if keep is not None:
+            raise ValueError("select: expected --keep or --select, got both")
+        text = standard_text()[0]
+        keep = select_layers(model, text, args.select, tokenizer=tokenizer, preset=args.preset, **changes)
+        print(f"Full attention stays in layers {', '.join(map(str, sorted(keep))) or 'none'}")
+    linearize(model, preset=args.preset, keep=keep, **changes)
     checkpoint.save(model, tokenizer, args.out, args.overwrite)
     print(f"Wrote {args.out}")
 
@@ -135,7 +150,8 @@ def _evaluate(args) -> None:
         raise ValueError(f"json: expected a file in a folder that exists, got {args.json}")
     text = _read(args.text) if args.text else standard_text()[1]
     model, tokenizer = checkpoint.load(args.model, args.dtype)
-    figures = evaluate(model, tokenizer, text, length=args.length, max_blocks=args.max_blocks)
+    options = dict(length=args.length, max_blocks=args.max_blocks, contexts=args.contexts)
+    figures = evaluate(model, tokenizer, text, **options)
     for name, value in figures.items():
         print(f"{name:24} {value:,.4g}")
     if args.json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from contextlib import contextmanager
 
 import torch
@@ -12,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from liger_models.cache import cache_bytes, make_cache
 from liger_models.modeling import LigerMixin, LinearizedAttention
+from liger_models.retrieval import retrieval
 from liger_models.text import to_blocks
 
 
@@ -49,11 +51,15 @@ def evaluate(
     *,
     length: int = 512,
     max_blocks: int | None = None,
+    contexts: Sequence[int] = (),
+    keys: int = 4,
 ) -> dict[str, float]:
     """Held-out figures of a model on text, cut into blocks of `length` tokens.
 
     Returns perplexity and tokens; for a linearized model also perplexity_window_only, with the recurrence switched
-    off: the closer the two, the less the recurrence does. ValueError if the text is shorter than a block.
+    off: the closer the two, the less the recurrence does. For each context, a number of tokens of text, also
+    passkey_N, the share of keys found that are hidden in it one at a time, and multikey_N, the same among `keys` of
+    them. ValueError if the text is shorter than a block or a context.
     """
     if max_blocks is not None and max_blocks < 1:
         raise ValueError(f"max_blocks: expected at least 1, got {max_blocks}")
@@ -63,6 +69,9 @@ def evaluate(
     if isinstance(model, LigerMixin):
         with without_recurrence(model):
             result["perplexity_window_only"] = perplexity(model, blocks, "Perplexity, window only")
+    for context in contexts:
+        result[f"passkey_{context}"] = retrieval(model, tokenizer, text, context)
+        result[f"multikey_{context}"] = retrieval(model, tokenizer, text, context, keys=keys)
     model.train(training)
     return result
 

@@ -39,7 +39,7 @@ def linearize(
     Args:
         model: a transformers model of a supported family.
         config: a complete LigerConfig; excludes preset, keep and changes.
-        preset: "default", or "paper-gla" for the published conversion.
+        preset: a name in PRESETS; "paper-gla", "paper-gsa" and "paper-hgrn2" are the published conversions.
         keep: indices of layers that stay full attention (negative ones count from the end). Layers that slide by
             themselves keep just their window, if others do not slide or if it is not wider than `window`.
         calibration: token ids to measure instead of the model's own draw.
@@ -60,15 +60,8 @@ def linearize(
     if calibration is not None:
         check_calibration(calibration, model.config.vocab_size)
 
-    recurring = {i: config.options(name) for i, name in enumerate(config.pattern) if name not in _WINDOWS}
-    layers = [i for i, told in recurring.items() if fitted(told)]
-    training, moments = model.training, None
-    if layers:
-        model.eval()
-        try:
-            moments = measure(model, draw_text(model) if calibration is None else calibration, layers)
-        finally:
-            model.train(training)
+    training = model.training
+    moments, layers = moments_of(model, config, calibration)
     config_class, model_class = FAMILIES[model.config.model_type]
     # A copy: other models may share the config.
     before, after = model.config, copy.deepcopy(model.config)
@@ -80,12 +73,27 @@ def linearize(
     model.config.liger = config.to_dict()
     model.__class__ = model_class
     swap_attention(model, config)
-    if moments is not None:
-        calibrate(model, moments, layers)
+    calibrate(model, moments, layers)
     return model.train(training)
 
 
-def fitted(options: dict[str, Any]) -> bool:
+def moments_of(
+    model: PreTrainedModel, config: LigerConfig, calibration: torch.Tensor | None
+) -> tuple[list[tuple[torch.Tensor, ...]], list[int]]:
+    """What `measure` finds for the layers whose features are fitted, as config's pattern says, and their indices."""
+    recurring = {i: config.options(name) for i, name in enumerate(config.pattern) if name not in _WINDOWS}
+    layers = [i for i, told in recurring.items() if _fitted(told)]
+    if not layers:
+        return [], []
+    training = model.training
+    model.eval()
+    try:
+        return measure(model, draw_text(model) if calibration is None else calibration, layers), layers
+    finally:
+        model.train(training)
+
+
+def _fitted(options: dict[str, Any]) -> bool:
     """Whether a layer of these options has features to fit to moments."""
     told = (options[name] for name in ("gate", "feature_map", "mixing", "mix", "normalize", "pool"))
     return hasattr(FEATURE_MAPS[settle(*told).feature_map], "calibrate")

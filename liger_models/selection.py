@@ -1,0 +1,183 @@
+"""Which layers to leave as full attention: those without which hidden keys are lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from liger_models._calibration import calibrate
+from liger_models.configuration import LigerConfig
+from liger_models.families import own_windows
+from liger_models.linearize import check_architecture, check_weights, moments_of
+from liger_models.modeling import linearized
+from liger_models.retrieval import make_prompt
+from liger_models.text import to_blocks
+
+# Prompts, and the seed of the first: `retrieval` hides other keys.
+_PROMPTS, _SEED = 6, 5000
+
+
+def select_layers(
+    model: PreTrainedModel,
+    text: str,
+    keep: int,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    length: int = 512,
+    calibration: torch.Tensor | None = None,
+    preset: str = "default",
+    **changes: Any,
+) -> list[int]:
+    """The `keep` layers to leave as full attention when a model is linearized, the most needed first.
+
+    Layers are ranked by what the model loses on six keys, hidden in `length` tokens of text, when one alone is
+    linearized. Among the first 2 keep + 4 of them, one after the other is then taken that helps most beside those
+    already taken, with all others linearized: about depth + 2 keep^2 passes over them. The model stays as it was.
+
+    Args:
+        model: a model that `linearize` takes.
+        text: filler to hide keys in, at least `length` tokens.
+        keep: how many layers.
+        tokenizer: the model's; loaded by the model's name if None.
+        length: tokens in which a key is hidden.
+        calibration, preset, changes: as for `linearize`, for which the layers are chosen.
+
+    Raises:
+        ValueError: an unsupported model, no tokenizer, a short text, or a number of layers that there are not.
+    """
+    check_architecture(model)
+    config = LigerConfig.from_preset(preset, **changes).resolve(own_windows(model.config))
+    check_weights(model)
+    open_to = [i for i, name in enumerate(config.pattern) if name not in ("full", "own")]
+    if isinstance(keep, bool) or not isinstance(keep, int) or not 0 <= keep <= len(open_to):
+        raise ValueError(f"keep: expected a number of layers from 0 to {len(open_to)}, got {keep!r}")
+    rows = _prompts(tokenizer or _tokenizer(model), text, length, model.get_input_embeddings().weight.device)
+    training = model.training
+    with torch.no_grad():
+        model.eval()
+        try:
+            with _Bench.of(model, config, rows, calibration) as bench:
+                return _choose(bench, open_to, keep)
+        finally:
+            model.train(training)
+
+
+def _choose(bench: _Bench, open_to: list[int], keep: int) -> list[int]:
+    """Rank by what one linearized layer costs, then add greedily."""
+    pool = min(2 * keep + 4, len(open_to))
+    bar = tqdm(total=len(open_to) + sum(pool - i for i in range(keep)), desc="Selecting layers", leave=False)
+    inputs = bench.inputs(open_to)
+    cost = {}
+    for i in open_to:
+        cost[i] = bench.loss([j for j in open_to if j != i], i, inputs)
+        bar.update()
+    ranked, kept = sorted(open_to, key=lambda i: -cost[i])[:pool], []
+    while len(kept) < keep:
+        inputs, cost = bench.inputs(kept), {}
+        for i in (j for j in ranked if j not in kept):
+            cost[i] = bench.loss([*kept, i], i, inputs)
+            bar.update()
+        kept.append(min(cost, key=cost.get))
+    bar.close()
+    return kept
+
+
+def _tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    name = model.config.name_or_path
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"tokenizer: expected the model's, found none under its name {name!r}") from error
+
+
+def _prompts(tokenizer, text: str, length: int, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Token ids [1,T] with the key at their end, and the key [A]."""
+    filler, rows = to_blocks(tokenizer, text, 2).flatten(), []
+    for i in range(_PROMPTS):
+        prompt = make_prompt(tokenizer, filler, length, _SEED + i, (i + 0.5) / _PROMPTS)
+        answer = tokenizer(f" {prompt.key}", add_special_tokens=False)["input_ids"]
+        rows.append((torch.tensor([prompt.ids + answer], device=device), torch.tensor(answer, device=device)))
+    return rows
+
+
+class _Held(nn.Module):
+    """Stands for layers whose output is known."""
+
+    def __init__(self, output: torch.Tensor | None):
+        super().__init__()
+        self.output = output
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+        return self.output
+
+
+class _Bench:
+    """A model whose layers are as pretrained or linearized, as asked for, and what it then loses on the keys."""
+
+    def __init__(self, model: PreTrainedModel, others: dict[int, nn.Module], rows: list):
+        self.model, self.rows, self.others = model, rows, others
+        self.layers = list(model.model.layers)
+        self.before = {i: self.layers[i].self_attn for i in others}
+
+    @classmethod
+    @contextmanager
+    def of(cls, model: PreTrainedModel, config: LigerConfig, rows: list, calibration: torch.Tensor | None):
+        """A bench while it is needed; the model is as it was afterwards."""
+        moments, layers = moments_of(model, config, calibration)
+        others = {
+            i: linearized(name, model.model.layers[i].self_attn, model.config, config).eval()
+            for i, name in enumerate(config.pattern)
+            if name not in ("full", "own")
+        }
+        bench = cls(model, others, rows)
+        try:
+            bench.put([])
+            calibrate(model, moments, layers)
+            yield bench
+        finally:
+            bench.put(bench.before)
+
+    def put(self, kept: Iterable[int]) -> None:
+        """Full attention in the layers kept, the linearized one in all others."""
+        kept = set(kept)
+        for i, other in self.others.items():
+            self.layers[i].self_attn = self.before[i] if i in kept else other
+
+    def inputs(self, kept: Iterable[int]) -> list[list[torch.Tensor]]:
+        """What goes into every layer, for every prompt."""
+        self.put(kept)
+        found = [[] for _ in self.rows]
+        for (ids, _), held in zip(self.rows, found, strict=True):
+
+            def look(module, args, kwargs, held=held):
+                held.append(args[0] if args else kwargs["hidden_states"])
+
+            hooks = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in self.layers]
+            try:
+                self.model(ids, use_cache=False, logits_to_keep=1)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+        return found
+
+    def loss(self, kept: Iterable[int], first: int, inputs: list[list[torch.Tensor]]) -> float:
+        """Mean loss on the keys, where the layers before `first` are those that gave the inputs."""
+        self.put(kept)
+        total = 0.0
+        try:
+            for (ids, answer), held in zip(self.rows, inputs, strict=True):
+                for i in range(first):
+                    self.model.model.layers[i] = _Held(held[first] if i == first - 1 else None)
+                logits = self.model(ids, use_cache=False, logits_to_keep=len(answer) + 1).logits[0, :-1]
+                total += F.cross_entropy(logits.float(), answer).item()
+        finally:
+            for i in range(first):
+                self.model.model.layers[i] = self.layers[i]
+        return total / len(self.rows)
