@@ -93,6 +93,8 @@ class LigerConfig:
         names = spread(self.pattern or ("liger",), depth)
         if self.memories and "memories" not in names:
             names = ["memories" if name == "liger" else name for name in names]
+            if "memories" not in names:
+                raise ValueError(f"memories: expected 0 with a pattern that has no place for them, got {self.memories}")
         for index in self.keep:
             names[index] = "full"
         mixed = None in own and not self.pattern

@@ -21,7 +21,7 @@ from liger_models.retrieval import make_prompt
 from liger_models.text import to_blocks
 
 # Prompts, and the seed of the first: `retrieval` hides other keys.
-_PROMPTS, _SEED = 6, 5000
+PROMPTS, SEED = 6, 5000
 
 
 def select_layers(
@@ -58,7 +58,8 @@ def select_layers(
     open_to = [i for i, name in enumerate(config.pattern) if name not in ("full", "own")]
     if isinstance(keep, bool) or not isinstance(keep, int) or not 0 <= keep <= len(open_to):
         raise ValueError(f"keep: expected a number of layers from 0 to {len(open_to)}, got {keep!r}")
-    rows = _prompts(tokenizer or _tokenizer(model), text, length, model.get_input_embeddings().weight.device)
+    device = model.get_input_embeddings().weight.device
+    rows = hidden_keys(tokenizer or _tokenizer(model), text, length, device)
     training = model.training
     with torch.no_grad():
         model.eval()
@@ -97,14 +98,22 @@ def _tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:
         raise ValueError(f"tokenizer: expected the model's, found none under its name {name!r}") from error
 
 
-def _prompts(tokenizer, text: str, length: int, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Token ids [1,T] with the key at their end, and the key [A]."""
+def hidden_keys(
+    tokenizer: PreTrainedTokenizerBase, text: str, length: int, device: torch.device, seed: int = SEED
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Prompts with a hidden key: token ids [1,T] with the key at their end, and the key [A]."""
     filler, rows = to_blocks(tokenizer, text, 2).flatten(), []
-    for i in range(_PROMPTS):
-        prompt = make_prompt(tokenizer, filler, length, _SEED + i, (i + 0.5) / _PROMPTS)
+    for i in range(PROMPTS):
+        prompt = make_prompt(tokenizer, filler, length, seed + i, (i + 0.5) / PROMPTS)
         answer = tokenizer(f" {prompt.key}", add_special_tokens=False)["input_ids"]
         rows.append((torch.tensor([prompt.ids + answer], device=device), torch.tensor(answer, device=device)))
     return rows
+
+
+def key_loss(model: PreTrainedModel, ids: torch.Tensor, answer: torch.Tensor) -> float:
+    """Mean loss on a key [A] that stands at the end of token ids [1,T]."""
+    logits = model(ids, use_cache=False, logits_to_keep=len(answer) + 1).logits[0, :-1]
+    return F.cross_entropy(logits.float(), answer).item()
 
 
 class _Held(nn.Module):
@@ -175,8 +184,7 @@ class _Bench:
             for (ids, answer), held in zip(self.rows, inputs, strict=True):
                 for i in range(first):
                     self.model.model.layers[i] = _Held(held[first] if i == first - 1 else None)
-                logits = self.model(ids, use_cache=False, logits_to_keep=len(answer) + 1).logits[0, :-1]
-                total += F.cross_entropy(logits.float(), answer).item()
+                total += key_loss(self.model, ids, answer)
         finally:
             for i in range(first):
                 self.model.model.layers[i] = self.layers[i]

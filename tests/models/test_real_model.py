@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from liger_models import cache_bytes, checkpoint, linearize, make_cache, perplexity
+from liger_models import cache_bytes, checkpoint, linearize, make_cache, perplexity, retrieval
 from liger_models.demo import bundled_model
 from liger_models.evaluation import without_recurrence
+from liger_models.selection import hidden_keys, key_loss
 from liger_models.text import standard_text, to_blocks
 from tests.models.test_exactness import check_published
 
@@ -97,3 +98,25 @@ def test_cache_bytes_after_100_and_4000_tokens(linearized, held_out):
         linearized(held_out.reshape(1, -1).repeat(1, 2)[:, :tokens], past_key_values=cache, logits_to_keep=1)
         sizes.append(cache_bytes(cache))
     assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize(("context", "found"), [(256, 6), (512, 8), (1024, 6)])
+def test_the_original_finds_keys(original, context, found):
+    model, tokenizer = original
+    assert retrieval(model, tokenizer, standard_text()[0], context) >= found / 8
+
+
+@torch.no_grad()
+def test_layers_that_selection_found_look_up_keys(original, held_out):
+    """What `benchmarks.selection` chose, against even spacing; the choice itself takes minutes."""
+    tokenizer, text, figures = original[1], standard_text()[0], []
+    rows, calibration = (
+        hidden_keys(tokenizer, text, 512, torch.device("cpu"), seed=100),
+        to_blocks(tokenizer, text, 256),
+    )
+    for keep in ([8, 18, 21, 23], [3, 11, 18, 26]):
+        model = linearize(load()[0], keep=keep, calibration=calibration[:8])
+        figures.append((sum(key_loss(model, *row) for row in rows) / len(rows), perplexity(model, held_out)))
+    selected, even = figures
+    assert selected[0] <= 1.0 < even[0]
+    assert selected[1] <= even[1]

@@ -1,0 +1,72 @@
+"""Which layers of SmolLM2-135M stay full attention: measured selection against even spacing, before and after training.
+
+python -m benchmarks.selection --out benchmarks/results/selection-smollm2.json
+
+The key loss is the mean loss on six keys, each hidden in 512 tokens of the training text, that selection has not seen;
+pass-key the share of eight that greedy decoding finds; perplexity that of four held-out blocks.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+from liger_models import checkpoint, finetune, linearize, perplexity, retrieval, select_layers
+from liger_models._calibration import draw_text
+from liger_models.demo import bundled_model
+from liger_models.selection import hidden_keys, key_loss
+from liger_models.text import standard_text, to_blocks
+
+TRAINING, HELD_OUT = standard_text()
+# Seed of keys that neither `select_layers` nor `retrieval` hides.
+SEED = 100
+
+
+def load():
+    return checkpoint.load(str(bundled_model()), torch.float32)
+
+
+@torch.no_grad()
+def measure(model, tokenizer, contexts: list[int]) -> dict:
+    rows = hidden_keys(tokenizer, TRAINING, 512, torch.device("cpu"), SEED)
+    return {
+        "key_loss": sum(key_loss(model, *row) for row in rows) / len(rows),
+        "perplexity": perplexity(model, to_blocks(tokenizer, HELD_OUT, 512)[:4]),
+        "passkey": {n: retrieval(model, tokenizer, TRAINING, n) for n in contexts},
+        "multikey": {n: retrieval(model, tokenizer, TRAINING, n, keys=4) for n in contexts},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--keep", type=int, nargs="*", default=[4, 8])
+    parser.add_argument("--steps", type=int, default=98, help="of fine-tuning with 4 layers, 1,024 tokens each")
+    args = parser.parse_args()
+    model, tokenizer = load()
+    text, depth = draw_text(model), model.config.num_hidden_layers
+    result = {"torch": torch.__version__, "transformers": transformers.__version__}
+    rows = result["rows"] = {"original": measure(model, tokenizer, [256, 512, 1024])}
+    print("original", rows["original"], flush=True)
+    for n in args.keep:
+        start = time.perf_counter()
+        chosen = select_layers(model, TRAINING, n, tokenizer=tokenizer, calibration=text)
+        result[f"selection_{n}_s"] = time.perf_counter() - start
+        for name, keep in (("selected", chosen), ("even", [int((i + 0.5) * depth / n) for i in range(n)])):
+            made, _ = load()
+            linearize(made, keep=keep, calibration=text)
+            rows[f"{name} {n}"] = {"layers": sorted(keep), **measure(made, tokenizer, [512])}
+            print(name, n, rows[f"{name} {n}"], flush=True)
+            if name == "selected" and n == 4 and args.steps:
+                made = finetune(made, tokenizer, TRAINING, steps=args.steps)
+                rows["selected 4, fine-tuned"] = measure(made, tokenizer, [512])
+                print("fine-tuned", rows["selected 4, fine-tuned"], flush=True)
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
