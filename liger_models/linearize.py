@@ -111,6 +111,8 @@ def check_architecture(model: PreTrainedModel) -> None:
         reason = "it uses multi-head latent attention (MLA), which has no per-head keys to gate"
     elif getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
         reason = "it uses ALiBi position biases, which the window branch does not have"
+    elif getattr(config, "use_bidirectional_attention", None):
+        reason = "its attention is not causal"
     elif config.model_type not in FAMILIES:
         reason = f"its architecture {config.model_type!r} is not in the list"
     elif not isinstance(model, FAMILIES[config.model_type][1].__bases__[1]):

@@ -147,7 +147,9 @@ class LigerMixin(ConstantCacheMixin):
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
-        swap_attention(self, LigerConfig(**config.liger).resolve(own_windows(config)))
+        liger = LigerConfig(**config.liger).resolve(own_windows(config))
+        config.liger = liger.to_dict()
+        swap_attention(self, liger)
 
     def __init_subclass__(cls, **kwargs):
         """What inspects a model's forward is to see that of its family."""

@@ -1,5 +1,7 @@
 """What families differ in, every gate in each of them, and layers of different kinds in one model."""
 
+import copy
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -168,6 +170,15 @@ def test_a_pattern_by_index_and_memories_in_it():
     some = linearize_tiny(tiny(), window=8, pattern="ML", memories=3)
     assert some.config.liger["pattern"] == ["memories", "liger", "memories"]
     assert some.model.layers[1].self_attn.memories is None
+
+
+def test_a_config_without_a_pattern_still_builds():
+    model = linearize_tiny(tiny(), window=8, keep=[1])
+    config = copy.deepcopy(model.config)
+    del config.liger["pattern"], config.liger["pool"]
+    again = type(model)(config)
+    assert again.config.liger == model.config.liger
+    assert set(again.state_dict()) == set(model.state_dict())
 
 
 def test_windows_alone_fine_tune_too():

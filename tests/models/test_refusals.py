@@ -41,8 +41,9 @@ def deepseek():
         (lambda: GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=2)), "'gpt2' is not in"),
         (lambda: LlamaForSequenceClassification(tiny().config), "only the causal LM"),
         (lambda: linearize_tiny(tiny(), window=8), "already linearized"),
+        (lambda: tiny("gemma3_text", use_bidirectional_attention=True), "not causal"),
     ],
-    ids=["t5", "deepseek", "bloom", "gpt2", "classifier", "twice"],
+    ids=["t5", "deepseek", "bloom", "gpt2", "classifier", "twice", "embedding"],
 )  # fmt: skip
 def test_architectures(make, reason):
     model = make()
