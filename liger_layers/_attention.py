@@ -52,8 +52,8 @@ class LigerAttention(nn.Module):
     forward(x [B,T,hidden]) returns (y [B,T,hidden], state); pass the state back to continue. mask [B,T] bool marks
     real tokens: padding may stand left, and right too where no state is passed on (padding takes room in the window).
     position_embeddings (cos, sin), each [B,T,D], override the built-in RoPE. softcap bounds the window's scores s to
-    softcap tanh(s / softcap). router_logits is a list that takes in the
-    logits [B*T,memories], which `load_balancing_loss` wants.
+    softcap tanh(s / softcap). router_logits is a list that takes in the logits [B*T,memories], which
+    `load_balancing_loss` wants.
     """
 
     recurs, windows = True, True

@@ -64,16 +64,17 @@ def evaluate(
     if max_blocks is not None and max_blocks < 1:
         raise ValueError(f"max_blocks: expected at least 1, got {max_blocks}")
     blocks = to_blocks(tokenizer, text, length)[:max_blocks]
-    training = model.training
+    training, found = model.training, {}
+    # First: a context that the text cannot fill is to be known at once.
+    for context in contexts:
+        found[f"passkey_{context}"] = retrieval(model, tokenizer, text, context)
+        found[f"multikey_{context}"] = retrieval(model, tokenizer, text, context, keys=keys)
     result = {"perplexity": perplexity(model, blocks), "tokens": blocks.numel()}
     if isinstance(model, LigerMixin):
         with without_recurrence(model):
             result["perplexity_window_only"] = perplexity(model, blocks, "Perplexity, window only")
-    for context in contexts:
-        result[f"passkey_{context}"] = retrieval(model, tokenizer, text, context)
-        result[f"multikey_{context}"] = retrieval(model, tokenizer, text, context, keys=keys)
     model.train(training)
-    return result
+    return result | found
 
 
 @torch.no_grad()

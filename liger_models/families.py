@@ -43,6 +43,9 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
+# Of the model types of linearized models.
+PREFIX = "liger_"
+
 
 @dataclass(frozen=True)
 class Family:
@@ -99,7 +102,7 @@ class Traits(NamedTuple):
 
 def traits(attention: nn.Module, config: PreTrainedConfig) -> Traits:
     """What a pretrained attention does in a model with this config, whose type may already be the linearized one."""
-    family = KNOWN[config.model_type.removeprefix("liger_")]
+    family = KNOWN[config.model_type.removeprefix(PREFIX)]
     softcap, clip = (None if name is None else getattr(config, name) for name in (family.softcap, family.clip))
     return Traits(
         config.num_attention_heads,

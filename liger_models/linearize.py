@@ -57,8 +57,6 @@ def linearize(
         config = replace(config, keep=tuple(keep))
     config = config.resolve(own_windows(model.config))
     check_weights(model)
-    if calibration is not None:
-        check_calibration(calibration, model.config.vocab_size)
 
     training = model.training
     moments, layers = moments_of(model, config, calibration)
@@ -80,7 +78,12 @@ def linearize(
 def moments_of(
     model: PreTrainedModel, config: LigerConfig, calibration: torch.Tensor | None
 ) -> tuple[list[tuple[torch.Tensor, ...]], list[int]]:
-    """What `measure` finds for the layers whose features are fitted, as config's pattern says, and their indices."""
+    """What `measure` finds for the layers whose features are fitted, as config's pattern says, and their indices.
+
+    ValueError for a calibration that is not token ids of the model.
+    """
+    if calibration is not None:
+        check_calibration(calibration, model.config.vocab_size)
     recurring = {i: config.options(name) for i, name in enumerate(config.pattern) if name not in _WINDOWS}
     layers = [i for i, told in recurring.items() if _fitted(told)]
     if not layers:

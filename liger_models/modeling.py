@@ -19,9 +19,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from liger_layers import LigerAttention, SlidingWindowAttention, load_balancing_loss
 from liger_models.cache import ConstantCacheMixin, fit_cache, layer_and_state, make_cache
 from liger_models.configuration import LigerConfig
-from liger_models.families import KNOWN, Family, finish, key_and_value, own_windows, project, traits
-
-PREFIX = "liger_"
+from liger_models.families import KNOWN, PREFIX, Family, finish, key_and_value, own_windows, project, traits
 
 
 class _Pretrained:

@@ -80,6 +80,7 @@ def retrieval(
 
     keys > 1 hides as many under names of their own and asks for one. ValueError if the text is too short.
     """
+    model.eval()
     filler, found = to_blocks(tokenizer, text, 2).flatten(), 0
     device = model.get_input_embeddings().weight.device
     for i in tqdm(range(depths), desc=f"Keys in {length} tokens", leave=False):

@@ -64,14 +64,15 @@ def select_layers(
     with torch.no_grad():
         model.eval()
         try:
-            with _Bench.of(model, config, rows, calibration) as bench:
-                return _choose(bench, open_to, keep)
+            with _Bench.of(model, config, open_to, rows, calibration) as bench:
+                return _choose(bench, keep)
         finally:
             model.train(training)
 
 
-def _choose(bench: _Bench, open_to: list[int], keep: int) -> list[int]:
+def _choose(bench: _Bench, keep: int) -> list[int]:
     """Rank by what one linearized layer costs, then add greedily."""
+    open_to = list(bench.others)
     pool = min(2 * keep + 4, len(open_to))
     bar = tqdm(total=len(open_to) + sum(pool - i for i in range(keep)), desc="Selecting layers", leave=False)
     inputs = bench.inputs(open_to)
@@ -137,13 +138,12 @@ class _Bench:
 
     @classmethod
     @contextmanager
-    def of(cls, model: PreTrainedModel, config: LigerConfig, rows: list, calibration: torch.Tensor | None):
-        """A bench while it is needed; the model is as it was afterwards."""
+    def of(cls, model: PreTrainedModel, config: LigerConfig, open_to: list[int], rows: list, calibration):
+        """A bench that may linearize the layers open_to, while it is needed; the model is as it was afterwards."""
         moments, layers = moments_of(model, config, calibration)
         others = {
-            i: linearized(name, model.model.layers[i].self_attn, model.config, config).eval()
-            for i, name in enumerate(config.pattern)
-            if name not in ("full", "own")
+            i: linearized(config.pattern[i], model.model.layers[i].self_attn, model.config, config).eval()
+            for i in open_to
         }
         bench = cls(model, others, rows)
         try:

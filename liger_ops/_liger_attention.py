@@ -81,8 +81,8 @@ def liger_attention(
     if T == 1 and not torch.is_grad_enabled():
         seen = torch.ones(B, S, dtype=torch.bool, device=k.device) if visible is None else visible
         one = (None if x is None else x[:, 0].to(work) for x in (q_log, k_log, g))
-        near = seen, window, sinks, scale, softcap
-        o, state = joint_step(q[:, 0].to(work), k.to(work), v.to(work), *one, mix, state, *near)
+        where = seen, window, sinks, scale, softcap
+        o, state = joint_step(q[:, 0].to(work), k.to(work), v.to(work), *one, mix, state, *where)
         return o.unsqueeze(1).to(dtype), state if output_final_state else None
     held, rest = take_sinks(k.to(work), v.to(work), sinks, visible)
     q, k, v, q_log, k_log = (x.to(work) for x in (q, k[:, near], v[:, near], q_log, k_log))

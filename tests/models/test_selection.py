@@ -26,6 +26,9 @@ class Reader:
     def get_input_embeddings(self):
         return SimpleNamespace(weight=torch.zeros(1))
 
+    def eval(self):
+        pass
+
     def generate(self, ids, **options):
         # Without white space, which the tokenizer does not know.
         text = re.sub(r"\s|<unk>", "", self.tokenizer.decode(ids[0]))
@@ -78,7 +81,7 @@ def test_what_layers_cost_is_the_loss_of_the_model_with_them(name):
     rows = selection.hidden_keys(tiny_tokenizer(), TEXT, 200, torch.device("cpu"))
     config = LigerConfig.from_preset(**options).resolve(own_windows(model.config))
     open_to = [i for i, kind in enumerate(config.pattern) if kind == "liger"]
-    with selection._Bench.of(model, config, rows, CALIBRATION) as bench:
+    with selection._Bench.of(model, config, open_to, rows, CALIBRATION) as bench:
         inputs = bench.inputs(open_to[:1])
         for first in open_to:
             kept = {open_to[0], first}
@@ -108,6 +111,10 @@ def test_what_is_refused():
     tokenizer, model = tiny_tokenizer(), tiny()
     for call, message in (
         (lambda: select_layers(model, TEXT, 4, tokenizer=tokenizer), "keep: expected a number of layers from 0 to 3"),
+        (
+            lambda: select_layers(model, TEXT, 1, tokenizer=tokenizer, calibration=CALIBRATION + 97),
+            "calibration: expected ids from 0 to 96",
+        ),
         (lambda: select_layers(model, TEXT, 1), "tokenizer: expected the model's, found none under its name ''"),
         (lambda: select_layers(model, "short", 1, tokenizer=tokenizer), "text: expected at least 512 tokens of filler"),
         (lambda: select_layers(linearize_tiny(tiny()), TEXT, 1, tokenizer=tokenizer), "it is already linearized"),
