@@ -7,6 +7,7 @@ from liger_models.finetune import finetune
 from liger_models.from_scratch import LigerForCausalLM, LigerModelConfig
 from liger_models.linearize import linearize
 from liger_models.modeling import FAMILIES
+from liger_models.on_disk import linearize_on_disk
 from liger_models.retrieval import retrieval
 from liger_models.selection import select_layers
 
@@ -21,6 +22,7 @@ __all__ = [
     "evaluate",
     "finetune",
     "linearize",
+    "linearize_on_disk",
     "make_cache",
     "perplexity",
     "retrieval",

@@ -16,6 +16,8 @@ from liger_models.families import project, traits
 _REACH = 512
 # The first tokens are attention sinks, whose keys are unlike all others.
 _SKIP = 8
+# Tokens in a forward pass: weights that lie on a disk are read once for each.
+_AT_ONCE = 2048
 
 
 class _Bar(BaseStreamer):
@@ -110,9 +112,12 @@ def measure(model: PreTrainedModel, ids: torch.Tensor, layers: list[int]) -> lis
 
         hooks.append(attention.register_forward_pre_hook(look, with_kwargs=True))
     device = model.get_input_embeddings().weight.device
+    if device.type == "meta":
+        # Weights that lie on a disk are read into ordinary memory.
+        device = torch.device("cpu")
     try:
-        for row in tqdm(ids, desc="Measuring queries and keys", leave=False):
-            model.model(row[None].to(device), use_cache=False)
+        for rows in tqdm(ids.split(max(1, _AT_ONCE // ids.shape[1])), desc="Measuring queries and keys", leave=False):
+            model.model(rows.to(device), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -35,19 +36,32 @@ def load(name: str | Path, dtype: torch.dtype | str = "auto") -> tuple[PreTraine
             raise ValueError(f"model: expected a folder with a config.json, got {path}")
     elif path.exists() or str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
         raise ValueError(f"model: expected a folder, a .gguf file or a hub name, got {name!r}")
-    try:
+    with told(str(name)):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        if options:
-            dtype = torch.float32 if dtype == "auto" else dtype
-            options["quantization_config"] = GgufConfig(dequantize=True)
-        model, found = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ValueError(f"model: could not load {str(name)!r}: {' '.join(lines[:2])}") from error
+    if options:
+        dtype = torch.float32 if dtype == "auto" else dtype
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    return open_weights(str(name), source, dtype=dtype, **options), tokenizer
+
+
+def open_weights(name: str, source: str | None, kind: type = AutoModelForCausalLM, **options: Any) -> PreTrainedModel:
+    """kind.from_pretrained(source) with these options; ValueError names what cannot be read, or is missing, in name."""
+    with told(name):
+        model, found = kind.from_pretrained(source, output_loading_info=True, **options)
     if missing := sorted(found["missing_keys"]):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ValueError(f"model: expected every weight in {str(name)!r}, found no {missing[0]}{more}")
-    return model.eval(), tokenizer
+        raise ValueError(f"model: expected every weight in {name!r}, found no {missing[0]}{more}")
+    return model.eval()
+
+
+@contextmanager
+def told(name: str):
+    """A model that cannot be loaded as one ValueError."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ValueError(f"model: could not load {name!r}: {' '.join(lines[:2])}") from error
 
 
 def check_output(folder: str | Path, overwrite: bool) -> Path:

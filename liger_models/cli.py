@@ -15,6 +15,7 @@ from liger_models.evaluation import evaluate
 from liger_models.finetune import RECIPES, finetune
 from liger_models.generation import generate
 from liger_models.linearize import linearize
+from liger_models.on_disk import linearize_on_disk
 from liger_models.selection import select_layers
 from liger_models.text import standard_text
 
@@ -46,6 +47,12 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--pattern", help=f"a letter a layer, repeated: {_LETTERS}")
     p.add_argument("--keep", type=_indices, metavar="I,J,...", help="layers that stay full attention")
     p.add_argument("--select", type=int, metavar="N", help="measure which N layers should stay full attention")
+
+    p.add_argument(
+        "--on-disk",
+        action="store_true",
+        help="for a folder of safetensors larger than memory: file by file, without loading the model",
+    )
 
     p = _command(commands, "finetune", "Fine-tune with LoRA and merge the adapters. Ctrl-C leaves a checkpoint.")
     _output(p)
@@ -108,10 +115,16 @@ def _read(path: Path) -> str:
 
 def _linearize(args) -> None:
     checkpoint.check_output(args.out, args.overwrite)
-    model, tokenizer = checkpoint.load(args.model, args.dtype)
     names = ("gate", "tau", "pool", "feature_map", "window", "sinks", "mix", "memories", "top_k", "pattern")
     changes = {name: getattr(args, name) for name in names}
     keep = args.keep
+    if args.on_disk:
+        if args.select is not None or args.dtype != "auto":
+            raise ValueError("on-disk: expected neither --select nor --dtype, which need the model in memory")
+        options = dict(preset=args.preset, keep=keep, overwrite=args.overwrite)
+        print(f"Wrote {linearize_on_disk(args.model, args.out, **options, **changes)}")
+        return
+    model, tokenizer = checkpoint.load(args.model, args.dtype)
     if args.select is not None:
         if keep is not None:
             raise ValueError("select: expected --keep or --select, got both")

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from liger_layers import FEATURE_MAPS
 from liger_layers._choices import settle
@@ -49,30 +49,46 @@ def linearize(
         ValueError: an architecture outside the list, a damaged weight, or an option that does not exist; the model is
             untouched then.
     """
+    config = resolved(model, config, preset, keep, changes)
+    check_weights(model)
+
+    training = model.training
+    moments, layers = moments_of(model, config, calibration)
+    before, after = model.config, linearized_config(model, config)
+    for module in model.modules():
+        if getattr(module, "config", None) is before:
+            module.config = after
+    model.__class__ = FAMILIES[before.model_type][1]
+    swap_attention(model, config)
+    calibrate(model, moments, layers)
+    return model.train(training)
+
+
+def resolved(
+    model: PreTrainedModel,
+    config: LigerConfig | None,
+    preset: str,
+    keep: Iterable[int] | None,
+    changes: dict[str, Any],
+) -> LigerConfig:
+    """What `linearize` was told, with a name for every layer of the model; ValueError if the two do not fit."""
     if config is not None and (preset != "default" or keep is not None or changes):
         raise ValueError("config: expected alone, got further options beside it")
     config = config or LigerConfig.from_preset(preset, **changes)
     check_architecture(model)
     if keep is not None:
         config = replace(config, keep=tuple(keep))
-    config = config.resolve(own_windows(model.config))
-    check_weights(model)
+    return config.resolve(own_windows(model.config))
 
-    training = model.training
-    moments, layers = moments_of(model, config, calibration)
+
+def linearized_config(model: PreTrainedModel, config: LigerConfig) -> PreTrainedConfig:
+    """The config of what the model becomes: a copy, for other models may share the model's own."""
     config_class, model_class = FAMILIES[model.config.model_type]
-    # A copy: other models may share the config.
-    before, after = model.config, copy.deepcopy(model.config)
-    for module in model.modules():
-        if getattr(module, "config", None) is before:
-            module.config = after
-    model.config.__class__ = config_class
-    model.config.model_type = config_class.model_type
-    model.config.liger = config.to_dict()
-    model.__class__ = model_class
-    swap_attention(model, config)
-    calibrate(model, moments, layers)
-    return model.train(training)
+    after = copy.deepcopy(model.config)
+    after.__class__ = config_class
+    after.model_type, after.architectures = config_class.model_type, [model_class.__name__]
+    after.liger = config.to_dict()
+    return after
 
 
 def moments_of(
@@ -84,8 +100,7 @@ def moments_of(
     """
     if calibration is not None:
         check_calibration(calibration, model.config.vocab_size)
-    recurring = {i: config.options(name) for i, name in enumerate(config.pattern) if name not in _WINDOWS}
-    layers = [i for i, told in recurring.items() if _fitted(told)]
+    layers = fitted_layers(config)
     if not layers:
         return [], []
     training = model.training
@@ -96,10 +111,16 @@ def moments_of(
         model.train(training)
 
 
-def _fitted(options: dict[str, Any]) -> bool:
-    """Whether a layer of these options has features to fit to moments."""
-    told = (options[name] for name in ("gate", "feature_map", "mixing", "mix", "normalize", "pool"))
-    return hasattr(FEATURE_MAPS[settle(*told).feature_map], "calibrate")
+def fitted_layers(config: LigerConfig) -> list[int]:
+    """The layers that have features to fit to moments, as a resolved config's pattern says."""
+    found = []
+    for index, name in enumerate(config.pattern):
+        if name not in _WINDOWS:
+            told = config.options(name)
+            chosen = settle(*(told[part] for part in ("gate", "feature_map", "mixing", "mix", "normalize", "pool")))
+            if hasattr(FEATURE_MAPS[chosen.feature_map], "calibrate"):
+                found.append(index)
+    return found
 
 
 def check_architecture(model: PreTrainedModel) -> None:

@@ -27,7 +27,7 @@ PUBLIC = {
     "LinearMixer MemoryState MixtureOfMemories POOLINGS SlidingWindowAttention Softmax SoftmaxKernel UPDATE_RULES "
     "load_balancing_loss register_gate",
     liger_models: "FAMILIES LigerCacheLayer LigerConfig LigerForCausalLM LigerModelConfig PRESETS cache_bytes evaluate "
-    "finetune linearize make_cache perplexity retrieval select_layers",
+    "finetune linearize linearize_on_disk make_cache perplexity retrieval select_layers",
 }
 
 
