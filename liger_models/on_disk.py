@@ -71,8 +71,9 @@ def linearize_on_disk(
     files = _files(source)
     skeleton = _skeleton(source)
     config = resolved(skeleton, config, preset, keep, changes)
-    if fitted_layers(config):
-        calibration = _standard_rows(source) if calibration is None else calibration
+    if calibration is None and fitted_layers(config):
+        calibration = _standard_rows(source)
+    if calibration is not None:
         check_calibration(calibration, skeleton.config.vocab_size)
     with checkpoint.written_whole(out, overwrite) as part, tempfile.TemporaryDirectory(dir=part) as scratch:
         written, size = _copy(source, files, part, skeleton)

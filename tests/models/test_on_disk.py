@@ -76,6 +76,18 @@ def test_new_parameters_may_fill_several_files(source, tmp_path):
     assert not checkpoint.open_weights(str(out), str(out)).training
 
 
+def test_windows_alone_need_neither_text_nor_new_parameters(source, tmp_path):
+    out = linearize_on_disk(source(shard="1GB"), tmp_path / "out", pattern="W", window=8)
+    assert [path.name for path in out.glob("*.safetensors")] == ["model-00001-of-00001.safetensors"]
+    assert checkpoint.open_weights(str(out), str(out)).config.liger["pattern"] == ["window"] * 3
+
+
+def test_a_folder_may_be_replaced_by_what_becomes_of_it(source):
+    folder = source()
+    linearize_on_disk(folder, folder, calibration=IDS, overwrite=True)
+    assert checkpoint.open_weights(str(folder), str(folder)).config.model_type == "liger_llama"
+
+
 def test_a_second_time_needs_leave_and_then_replaces(source, tmp_path):
     folder, out = source(), tmp_path / "out"
     linearize_on_disk(folder, out, calibration=IDS, window=8)
