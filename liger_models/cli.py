@@ -79,6 +79,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--length", type=int, default=512, help="tokens in a block (default: %(default)s)")
     p.add_argument("--max-blocks", type=int, help="score only the first blocks")
     p.add_argument("--contexts", type=_indices, default=[], metavar="N,M,...", help="also hide keys in so many tokens")
+    p.add_argument("--depths", type=int, default=8, help="depths to hide them at (default: %(default)s)")
+    p.add_argument("--keys", type=int, default=4, help="keys hidden together, for multikey (default: %(default)s)")
     p.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to a file")
     return parser
 
@@ -163,8 +165,8 @@ def _evaluate(args) -> None:
         raise ValueError(f"json: expected a file in a folder that exists, got {args.json}")
     text = _read(args.text) if args.text else standard_text()[1]
     model, tokenizer = checkpoint.load(args.model, args.dtype)
-    options = dict(length=args.length, max_blocks=args.max_blocks, contexts=args.contexts)
-    figures = evaluate(model, tokenizer, text, **options)
+    names = ("length", "max_blocks", "contexts", "depths", "keys")
+    figures = evaluate(model, tokenizer, text, **{name: getattr(args, name) for name in names})
     for name, value in figures.items():
         print(f"{name:24} {value:,.4g}")
     if args.json:

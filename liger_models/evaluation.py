@@ -52,14 +52,15 @@ def evaluate(
     length: int = 512,
     max_blocks: int | None = None,
     contexts: Sequence[int] = (),
+    depths: int = 8,
     keys: int = 4,
 ) -> dict[str, float]:
     """Held-out figures of a model on text, cut into blocks of `length` tokens.
 
     Returns perplexity and tokens; for a linearized model also perplexity_window_only, with the recurrence switched
     off: the closer the two, the less the recurrence does. For each context, a number of tokens of text, also
-    passkey_N, the share of keys found that are hidden in it one at a time, and multikey_N, the same among `keys` of
-    them. ValueError if the text is shorter than a block or a context.
+    passkey_N, the share of keys found that are hidden in it one at a time, each at one of `depths`, and multikey_N, the
+    same among `keys` of them. ValueError if the text is shorter than a block or a context.
     """
     if max_blocks is not None and max_blocks < 1:
         raise ValueError(f"max_blocks: expected at least 1, got {max_blocks}")
@@ -67,8 +68,8 @@ def evaluate(
     training, found = model.training, {}
     # First: a context that the text cannot fill is to be known at once.
     for context in contexts:
-        found[f"passkey_{context}"] = retrieval(model, tokenizer, text, context)
-        found[f"multikey_{context}"] = retrieval(model, tokenizer, text, context, keys=keys)
+        found[f"passkey_{context}"] = retrieval(model, tokenizer, text, context, depths=depths)
+        found[f"multikey_{context}"] = retrieval(model, tokenizer, text, context, depths=depths, keys=keys)
     result = {"perplexity": perplexity(model, blocks), "tokens": blocks.numel()}
     if isinstance(model, LigerMixin):
         with without_recurrence(model):

@@ -78,8 +78,11 @@ def retrieval(
 ) -> float:
     """Share of five-digit keys, hidden at (i + 1/2) / depths of `length` tokens of text, that greedy decoding finds.
 
-    keys > 1 hides as many under names of their own and asks for one. ValueError if the text is too short.
+    keys > 1 hides as many under names of their own and asks for one. ValueError if the text is too short, or
+    for no depth or too many keys.
     """
+    if depths < 1:
+        raise ValueError(f"depths: expected at least 1, got {depths}")
     model.eval()
     filler, found = to_blocks(tokenizer, text, 2).flatten(), 0
     device = model.get_input_embeddings().weight.device

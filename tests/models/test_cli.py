@@ -24,9 +24,11 @@ def test_the_whole_journey(folder, capsys):
     assert main(["finetune", small, "--out", tuned, *text, *quick]) == 0
     assert main(["generate", tuned, "the quick", "--max-new-tokens", "5"]) == 0
     report = folder / "figures.json"
-    assert main(["evaluate", tuned, *text, "--length", "32", "--max-blocks", "3", "--json", str(report)]) == 0
+    keys = ["--contexts", "64", "--depths", "2", "--keys", "3"]
+    assert main(["evaluate", tuned, *text, *keys, "--length", "32", "--max-blocks", "3", "--json", str(report)]) == 0
     assert "perplexity_window_only" in capsys.readouterr().out
-    assert set(json.loads(report.read_text())) == {"perplexity", "perplexity_window_only", "tokens"}
+    figures = {"perplexity", "perplexity_window_only", "tokens", "passkey_64", "multikey_64"}
+    assert set(json.loads(report.read_text())) == figures
     assert sorted(p.name for p in folder.iterdir()) == ["figures.json", "original", "small", "text.txt", "tuned"]
 
 
@@ -46,6 +48,7 @@ def test_the_whole_journey(folder, capsys):
         (["generate", "{0}/original", ""], "prompt: expected at least one token"),
         (["evaluate", "{0}/original", "--text", "{0}/text.txt", "--length", "0"], "length: expected blocks"),
         (["evaluate", "{0}/original", "--text", "{0}/text.txt", "--length", "9", "--max-blocks", "0"], "max_blocks: "),
+        (["evaluate", "{0}/original", "--text", "{0}/text.txt", "--contexts", "9", "--depths", "0"], "depths: "),
         (["evaluate", "{0}/original", "--json", "{0}/none/x.json"], "json: expected a file in a folder"),
     ],
 )  # fmt: skip

@@ -66,9 +66,18 @@ def test_a_model_that_reads_finds_every_key(keys):
         assert retrieval(blind, blind.tokenizer, TEXT, 600, keys=keys) < 0.6
 
 
+@pytest.mark.parametrize("depths", [1, 3])
+def test_a_key_stands_once_at_each_depth(depths):
+    reader = Reader(Plain())
+    assert retrieval(reader, reader.tokenizer, TEXT, 600, depths=depths) == 1.0
+    places = [text.index("Rememberit") / len(text) for text in reader.prompts]
+    assert len(places) == depths
+    assert all(abs(place - (i + 0.5) / depths) < 0.2 for i, place in enumerate(places))
+
+
 def test_evaluate_hides_keys_when_asked():
     model = linearize_tiny(tiny(), window=8)
-    figures = evaluate(model, tiny_tokenizer(), TEXT, length=32, max_blocks=1, contexts=[64, 128])
+    figures = evaluate(model, tiny_tokenizer(), TEXT, length=32, max_blocks=1, contexts=[64, 128], depths=2, keys=3)
     assert {n for n in figures if "key" in n} == {"passkey_64", "multikey_64", "passkey_128", "multikey_128"}
     assert all(0 <= figures[n] <= 1 for n in figures if "key" in n)
     assert not any("key" in n for n in evaluate(model, tiny_tokenizer(), TEXT, length=32, max_blocks=1))
@@ -119,6 +128,7 @@ def test_what_is_refused():
         (lambda: select_layers(model, "short", 1, tokenizer=tokenizer), "text: expected at least 512 tokens of filler"),
         (lambda: select_layers(linearize_tiny(tiny()), TEXT, 1, tokenizer=tokenizer), "it is already linearized"),
         (lambda: retrieval(model, tokenizer, TEXT, 64, keys=9), "keys: expected 1 to 8, got 9"),
+        (lambda: retrieval(model, tokenizer, TEXT, 64, depths=0), "depths: expected at least 1, got 0"),
         (lambda: retrieval(model, tokenizer, TEXT, 10**6), "text: expected at least 1000000 tokens of filler"),
     ):
         with pytest.raises(ValueError, match=message):
