@@ -78,8 +78,17 @@ POOLINGS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+# What a layer of a pattern may be besides a gate: "liger" is the gate that the rest of the options name, "own" a window
+# that a layer has by itself.
+PLACES = ("liger", "full", "window", "own", "memories")
+
+
 def register_gate(name: str, gate: Gate) -> None:
     """Add a gate under a new name; ValueError if the name is taken or the gate contradicts itself."""
+    if not isinstance(name, str) or not name or name in PLACES:
+        raise ValueError(f"name: expected a name other than {', '.join(PLACES)}, got {name!r}")
+    if not isinstance(gate, Gate):
+        raise ValueError(f"gate: expected a Gate, got {type(gate).__name__}")
     if name in GATES:
         raise ValueError(f"gate: expected a new name, got {name!r}, which exists ({', '.join(GATES)})")
     if gate.writes not in WRITES:

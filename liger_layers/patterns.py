@@ -2,10 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from liger_layers.gates import GATES
+from liger_layers.gates import GATES, PLACES
 
-# "liger" is the gate that the rest of the options name, "own" a window that a layer has by itself.
-PLACES = ("liger", "full", "window", "own", "memories")
 LETTERS: dict[str, str] = {
     "L": "liger",
     "F": "full",

@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import BaseStreamer
 
 from liger_models.families import project, traits
+from liger_models.generation import without_settings
 
 # A rotary channel counts as slow when it turns by less than a radian over this many tokens.
 _REACH = 512
@@ -58,21 +59,22 @@ def draw_text(model: PreTrainedModel, batch: int = 8, length: int = 256) -> torc
             first = torch.full((batch, 1), start)
         else:
             first = torch.randint(model.config.vocab_size, (batch, 1))
-        return model.generate(
-            first.to(device),
-            attention_mask=torch.ones_like(first).to(device),
-            streamer=_Bar(length),
-            generation_config=GenerationConfig(
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                min_new_tokens=length - 1,
-                max_new_tokens=length - 1,
-                eos_token_id=model.generation_config.eos_token_id,
-                pad_token_id=0,
-            ),
-        )
+        with without_settings(model) as own:
+            return model.generate(
+                first.to(device),
+                attention_mask=torch.ones_like(first).to(device),
+                streamer=_Bar(length),
+                generation_config=GenerationConfig(
+                    do_sample=True,
+                    temperature=1.0,
+                    top_k=0,
+                    top_p=1.0,
+                    min_new_tokens=length - 1,
+                    max_new_tokens=length - 1,
+                    eos_token_id=own.eos_token_id,
+                    pad_token_id=0,
+                ),
+            )
 
 
 class _Moments:

@@ -79,7 +79,8 @@ def check_output(folder: str | Path, overwrite: bool) -> Path:
 @contextmanager
 def written_whole(folder: str | Path, overwrite: bool = False):
     """Yield a sibling folder to write into; it takes the name of `folder` only after everything in it was written."""
-    folder = check_output(folder, overwrite)
+    # Through links, and a name even for ".".
+    folder = check_output(folder, overwrite).resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
     try:

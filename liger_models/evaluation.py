@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,8 +24,14 @@ def perplexity(model: PreTrainedModel, blocks: torch.Tensor, description: str = 
     model.eval()
     device = model.get_input_embeddings().weight.device
     rows = tqdm(blocks, desc=description, leave=False)
-    losses = [model(row[None].to(device), labels=row[None].to(device), use_cache=False).loss.item() for row in rows]
+    losses = [_loss(model, row[None].to(device)) for row in rows]
     return math.exp(sum(losses) / len(losses))
+
+
+def _loss(model: PreTrainedModel, ids: torch.Tensor) -> float:
+    """Mean next-token loss on ids [1,T]; the model's own may hold more, such as that of its routers."""
+    logits = model(ids, use_cache=False).logits[0, :-1]
+    return F.cross_entropy(logits.float(), ids[0, 1:]).item()
 
 
 @contextmanager
@@ -66,16 +73,16 @@ def evaluate(
         raise ValueError(f"max_blocks: expected at least 1, got {max_blocks}")
     blocks = to_blocks(tokenizer, text, length)[:max_blocks]
     training, found = model.training, {}
-    # First: a context that the text cannot fill is to be known at once.
-    for context in contexts:
-        found[f"passkey_{context}"] = retrieval(model, tokenizer, text, context, depths=depths)
+    # First, and the longest before the others: a context that the text cannot fill is to be known at once.
+    for context in sorted(contexts, reverse=True):
         found[f"multikey_{context}"] = retrieval(model, tokenizer, text, context, depths=depths, keys=keys)
+        found[f"passkey_{context}"] = retrieval(model, tokenizer, text, context, depths=depths)
     result = {"perplexity": perplexity(model, blocks), "tokens": blocks.numel()}
     if isinstance(model, LigerMixin):
         with without_recurrence(model):
             result["perplexity_window_only"] = perplexity(model, blocks, "Perplexity, window only")
     model.train(training)
-    return result | found
+    return result | dict(reversed(found.items()))
 
 
 @torch.no_grad()

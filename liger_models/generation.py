@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@contextmanager
+def without_settings(model: PreTrainedModel):
+    """The model without its own generation settings for a while: generate fills with them what its caller leaves out.
+
+    Yields those settings.
+    """
+    holders = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
+    settings = [holder.generation_config for holder in holders]
+    try:
+        for holder in holders:
+            holder.generation_config = GenerationConfig()
+        yield settings[0]
+    finally:
+        for holder, own in zip(holders, settings, strict=True):
+            holder.generation_config = own
 
 
 @torch.no_grad()

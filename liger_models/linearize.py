@@ -129,6 +129,8 @@ def check_architecture(model: PreTrainedModel) -> None:
     reason = None
     if isinstance(model, LigerMixin):
         reason = "it is already linearized"
+    elif getattr(model, "_hf_peft_config_loaded", False):
+        reason = "it carries adapters, which are to be merged first"
     elif config.is_encoder_decoder:
         reason = "it is an encoder-decoder; only decoders are linearized"
     elif getattr(config, "kv_lora_rank", None):

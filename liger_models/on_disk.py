@@ -65,9 +65,11 @@ def linearize_on_disk(
 
     Raises:
         ValueError: as for `linearize`; weights that are quantized or not in safetensors; no tokenizer in the folder
-            to read text with, where a calibration is needed and not given.
+            to read text with, where a calibration is needed and not given; a source that lies in `out`.
     """
     source, out = Path(source), checkpoint.check_output(out, overwrite)
+    if out.resolve() in source.resolve().parents:
+        raise ValueError(f"out: expected a folder that does not hold the model to read, got {out}")
     files = _files(source)
     skeleton = _skeleton(source)
     config = resolved(skeleton, config, preset, keep, changes)
@@ -97,6 +99,10 @@ def _files(folder: Path) -> dict[str, list[str]]:
     single, index = folder / _SINGLE, folder / _INDEX
     if not (folder / "config.json").is_file():
         raise ValueError(f"model: expected a local folder with a config.json, got {str(folder)!r}")
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(
+            f"model: expected weights alone, got {str(folder)!r} with adapters, which are to be merged first"
+        )
     try:
         if single.is_file():
             with safe_open(single, "pt") as file:

@@ -12,6 +12,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from liger_models.generation import without_settings
 from liger_models.text import to_blocks
 
 # Filler starts at a multiple of so many tokens, one of the first hundred.
@@ -42,6 +43,8 @@ def make_prompt(
     One key stands at depth (0 to 1) and has no name; several have names and stand evenly, and the one nearest to depth
     is asked for.
     """
+    if length < 1:
+        raise ValueError(f"length: expected at least one token of filler, got {length}")
     if not 1 <= keys <= len(_NAMES):
         raise ValueError(f"keys: expected 1 to {len(_NAMES)}, got {keys}")
     draw = random.Random(seed)
@@ -83,15 +86,17 @@ def retrieval(
     """
     if depths < 1:
         raise ValueError(f"depths: expected at least 1, got {depths}")
-    model.eval()
     filler, found = to_blocks(tokenizer, text, 2).flatten(), 0
-    device = model.get_input_embeddings().weight.device
-    for i in tqdm(range(depths), desc=f"Keys in {length} tokens", leave=False):
-        prompt = make_prompt(tokenizer, filler, length, i, (i + 0.5) / depths, keys)
-        ids = torch.tensor([prompt.ids], device=device)
-        new = len(tokenizer(f" {prompt.key}", add_special_tokens=False)["input_ids"])
-        # The model's own settings may sample or penalise repetition.
-        plain = GenerationConfig(do_sample=False, max_new_tokens=new + 1, pad_token_id=0, eos_token_id=None)
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=plain)
-        found += prompt.key in tokenizer.decode(out[0, ids.shape[1] :])
+    prompts = [make_prompt(tokenizer, filler, length, i, (i + 0.5) / depths, keys) for i in range(depths)]
+    training, device = model.training, model.get_input_embeddings().weight.device
+    model.eval()
+    # The model's own settings may sample or penalise repetition.
+    with without_settings(model):
+        for prompt in tqdm(prompts, desc=f"Keys in {length} tokens", leave=False):
+            ids = torch.tensor([prompt.ids], device=device)
+            new = len(tokenizer(f" {prompt.key}", add_special_tokens=False)["input_ids"])
+            plain = GenerationConfig(do_sample=False, max_new_tokens=new + 1, pad_token_id=0)
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=plain)
+            found += prompt.key in tokenizer.decode(out[0, ids.shape[1] :])
+    model.train(training)
     return found / depths

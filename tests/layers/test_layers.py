@@ -106,7 +106,12 @@ def test_the_state_has_one_size_and_keeps_no_prompt_alive(layer):
 def test_the_future_does_not_reach_the_past(layer):
     x = torch.randn(1, 30, width(layer))
     y = torch.cat([x[:, :17], torch.randn(1, 13, width(layer))], 1)
-    assert torch.equal(layer(x)[0][:, :17], layer(y)[0][:, :17])
+    if getattr(layer, "memories", None) is None:
+        assert torch.equal(layer(x)[0][:, :17], layer(y)[0][:, :17])
+    else:
+        # How many tokens a memory gets is the size of its products, which may round otherwise for another one.
+        layer, x, y = layer.double(), x.double(), y.double()
+        assert (layer(x)[0] - layer(y)[0])[:, :17].abs().max() <= 1e-14
 
 
 def test_every_parameter_gets_a_finite_gradient(layer):
@@ -202,6 +207,11 @@ def test_a_registered_gate_works_in_a_layer():
         assert torch.isfinite(y).all()
         with pytest.raises(ValueError, match="gate: expected a new name"):
             register_gate("test_gate", GATES["gla"])
+        for name in ("window", "full", "liger", "memories", "own", "", 5):
+            with pytest.raises(ValueError, match="name: expected a name other than liger, full"):
+                register_gate(name, GATES["gla"])
+        with pytest.raises(ValueError, match="gate: expected a Gate, got function"):
+            register_gate("another", lambda k: k)
         with pytest.raises(ValueError, match="writes: expected one of key, complement, slots, got 'nothing'"):
             register_gate("another", GATES["gla"]._replace(writes="nothing"))
         with pytest.raises(ValueError, match="writes: expected 'key' unless a gate decays per channel"):

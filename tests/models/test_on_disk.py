@@ -88,6 +88,29 @@ def test_a_folder_may_be_replaced_by_what_becomes_of_it(source):
     assert checkpoint.open_weights(str(folder), str(folder)).config.model_type == "liger_llama"
 
 
+def test_the_folder_behind_a_link_is_replaced_and_the_link_stays(source, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    linearize_on_disk(source(), tmp_path / "link", calibration=IDS, overwrite=True)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "config.json").is_file()
+
+
+def test_what_holds_the_source_is_not_replaced(source, tmp_path):
+    inner = source()
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="out: expected a folder that does not hold the model to read"):
+        linearize_on_disk(inner, tmp_path, calibration=IDS, overwrite=True)
+    assert (inner / "config.json").is_file()
+
+
+def test_adapters_are_not_left_behind_in_silence(source, tmp_path):
+    folder = source()
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="model: expected no adapters, which are to be merged first"):
+        linearize_on_disk(folder, tmp_path / "out", calibration=IDS)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_second_time_needs_leave_and_then_replaces(source, tmp_path):
     folder, out = source(), tmp_path / "out"
     linearize_on_disk(folder, out, calibration=IDS, window=8)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -32,6 +33,12 @@ def deepseek():
     return DeepseekV3ForCausalLM(DeepseekV3Config(**SMALL, **sizes, **experts, intermediate_size=16))
 
 
+def adapted():
+    model = tiny()
+    model.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
@@ -42,8 +49,9 @@ def deepseek():
         (lambda: LlamaForSequenceClassification(tiny().config), "only the causal LM"),
         (lambda: linearize_tiny(tiny(), window=8), "already linearized"),
         (lambda: tiny("gemma3_text", use_bidirectional_attention=True), "not causal"),
+        (adapted, "it carries adapters"),
     ],
-    ids=["t5", "deepseek", "bloom", "gpt2", "classifier", "twice", "embedding"],
+    ids=["t5", "deepseek", "bloom", "gpt2", "classifier", "twice", "embedding", "adapted"],
 )  # fmt: skip
 def test_architectures(make, reason):
     model = make()
@@ -103,7 +111,7 @@ def test_damaged_weights(damage, message):
         (dict(pattern=["full", "half"]), "pattern: expected names of liger, full, .*, kda; got 'half'"),
         (dict(pattern="LLLF"), "pattern: expected at most 3 layers, as deep as the model, got 4"),
         (dict(pattern={5: "full"}), r"pattern: expected layer indices from -3 to 2, got \[5\]"),
-        (dict(pattern="GF", memories=2), "memories: expected 0 with a pattern that has no place for them, got 2"),
+        (dict(pattern="GF", memories=2), "memories: expected 0 where no layer has a place for them, got 2"),
         (dict(pattern=["own"]), "pattern: expected a window of its own in layer 0, which sees everything"),
         (dict(mix=float("nan")), "mix: expected a weight >= 0"),
         (dict(tau=float("inf")), "tau: expected a number > 0"),

@@ -22,12 +22,16 @@ class Reader:
 
     def __init__(self, tokenizer, perfect=True):
         self.tokenizer, self.perfect, self.prompts = tokenizer, perfect, []
+        self.training, self.generation_config = False, None
 
     def get_input_embeddings(self):
         return SimpleNamespace(weight=torch.zeros(1))
 
+    def train(self, training=True):
+        self.training = training
+
     def eval(self):
-        pass
+        self.train(False)
 
     def generate(self, ids, **options):
         # Without white space, which the tokenizer does not know.
@@ -128,6 +132,7 @@ def test_what_is_refused():
         (lambda: select_layers(model, "short", 1, tokenizer=tokenizer), "text: expected at least 512 tokens of filler"),
         (lambda: select_layers(linearize_tiny(tiny()), TEXT, 1, tokenizer=tokenizer), "it is already linearized"),
         (lambda: retrieval(model, tokenizer, TEXT, 64, keys=9), "keys: expected 1 to 8, got 9"),
+        (lambda: retrieval(model, tokenizer, TEXT, 0), "length: expected at least one token of filler, got 0"),
         (lambda: retrieval(model, tokenizer, TEXT, 64, depths=0), "depths: expected at least 1, got 0"),
         (lambda: retrieval(model, tokenizer, TEXT, 10**6), "text: expected at least 1000000 tokens of filler"),
     ):
