@@ -100,9 +100,7 @@ def _files(folder: Path) -> dict[str, list[str]]:
     if not (folder / "config.json").is_file():
         raise ValueError(f"model: expected a local folder with a config.json, got {str(folder)!r}")
     if (folder / "adapter_config.json").exists():
-        raise ValueError(
-            f"model: expected weights alone, got {str(folder)!r} with adapters, which are to be merged first"
-        )
+        raise ValueError(f"model: expected no adapters, which are to be merged first, got some in {str(folder)!r}")
     try:
         if single.is_file():
             with safe_open(single, "pt") as file:
