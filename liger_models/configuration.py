@@ -93,6 +93,8 @@ class LigerConfig:
         names = spread(self.pattern or ("liger",), depth)
         if self.memories and "memories" not in names:
             names = ["memories" if name == "liger" else name for name in names]
+            if "memories" not in names:
+                raise ValueError(f"memories: expected 0 with a pattern that has no place for them, got {self.memories}")
         for index in self.keep:
             names[index] = "full"
         mixed = None in own and not self.pattern
@@ -102,8 +104,7 @@ class LigerConfig:
             if names[index] != "full" and window is not None and (mixed or window <= self.window):
                 names[index] = "own"
         keep = tuple(i for i, name in enumerate(names) if name == "full")
-        if self.memories and "memories" not in names:
-            raise ValueError(f"memories: expected 0 where no layer has a place for them, got {self.memories}")
+        # None where layers that stay have taken every place: a saved model resolves what is written here once more.
         memories = (self.memories or 4) if "memories" in names else 0
         return replace(self, keep=keep, pattern=tuple(names), memories=memories)
 

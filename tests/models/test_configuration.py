@@ -39,12 +39,11 @@ def test_a_resolved_config_resolves_to_itself(pattern, keep, memories, own):
         ("gemma2", dict(pattern={0: "memories"})),
     ],
 )
-def test_memories_without_a_layer_are_refused_before_anything_changes(name, options):
-    model = tiny(name)
-    kind = type(model)
-    with pytest.raises(ValueError, match="memories: expected 0 where no layer has a place for them, got 2"):
-        linearize_tiny(model, memories=2, window=16, **options)
-    assert type(model) is kind
+def test_memories_whose_layers_all_stay_are_none_and_the_model_comes_back(name, options, tmp_path):
+    model = linearize_tiny(tiny(name), memories=2, window=16, **options)
+    assert model.config.liger["memories"] == 0
+    model.save_pretrained(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.liger == model.config.liger
 
 
 def test_memories_in_one_layer_come_back(tmp_path):

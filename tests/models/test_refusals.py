@@ -111,7 +111,7 @@ def test_damaged_weights(damage, message):
         (dict(pattern=["full", "half"]), "pattern: expected names of liger, full, .*, kda; got 'half'"),
         (dict(pattern="LLLF"), "pattern: expected at most 3 layers, as deep as the model, got 4"),
         (dict(pattern={5: "full"}), r"pattern: expected layer indices from -3 to 2, got \[5\]"),
-        (dict(pattern="GF", memories=2), "memories: expected 0 where no layer has a place for them, got 2"),
+        (dict(pattern="GF", memories=2), "memories: expected 0 with a pattern that has no place for them, got 2"),
         (dict(pattern=["own"]), "pattern: expected a window of its own in layer 0, which sees everything"),
         (dict(mix=float("nan")), "mix: expected a weight >= 0"),
         (dict(tau=float("inf")), "tau: expected a number > 0"),
