@@ -85,6 +85,9 @@ class LigerAttention(nn.Module):
     ):
         super().__init__()
         chosen = settle(gate, feature_map, mixing, mix, normalize, pool)
+        for name, size in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads), ("head_dim", head_dim)):
+            if size is not None:
+                _checks.check_positive(name, size)
         num_kv_heads = num_kv_heads or num_heads
         head_dim = head_dim or hidden_size // num_heads
         if num_heads % num_kv_heads:

@@ -17,7 +17,7 @@ class Choices(NamedTuple):
 
 
 def _choose(name: str, value: str, choices) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 

@@ -43,6 +43,8 @@ def read_pattern(pattern: Pattern) -> tuple[str, ...] | dict[int, str]:
     """
     if isinstance(pattern, Mapping):
         return {index: _name(name, False) for index, name in pattern.items()}
+    if not isinstance(pattern, Sequence):
+        raise ValueError(f"pattern: expected letters, a list of names, or names by index, got {pattern!r}")
     return tuple(_name(entry, isinstance(pattern, str)) for entry in pattern)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -53,7 +54,7 @@ class LigerConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ValueError(f"{name}: expected an integer >= {low}, got {value!r}")
-        if not 0 < self.tau < math.inf:
+        if isinstance(self.tau, bool) or not isinstance(self.tau, (int, float)) or not 0 < self.tau < math.inf:
             raise ValueError(f"tau: expected a number > 0, got {self.tau!r}")
         if self.memories and self.top_k > self.memories:
             raise ValueError(f"top_k: expected an integer from 1 to {self.memories} memories, got {self.top_k}")
@@ -63,7 +64,7 @@ class LigerConfig:
         for name in ("learn_mix", "normalize"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
-        object.__setattr__(self, "keep", tuple(sorted({int(i) for i in self.keep})))
+        object.__setattr__(self, "keep", _indices(self.keep))
         object.__setattr__(self, "pattern", read_pattern(self.pattern))
 
     @classmethod
@@ -119,6 +120,17 @@ class LigerConfig:
             told |= dict.fromkeys(("feature_map", "mixing", "mix", "normalize", "pool"))
             told["gate"] = name
         return told
+
+
+def _indices(keep: Iterable[int]) -> tuple[int, ...]:
+    try:
+        given = list(keep)
+        found = {operator.index(i) for i in given}
+    except TypeError:
+        found = None
+    if found is None or any(isinstance(i, bool) for i in given):
+        raise ValueError(f"keep: expected indices of layers, got {keep!r}")
+    return tuple(sorted(found))
 
 
 # The published code: softmax features without a denominator, half recurrence, half window, no sinks.

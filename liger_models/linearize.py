@@ -77,7 +77,7 @@ def resolved(
     config = config or LigerConfig.from_preset(preset, **changes)
     check_architecture(model)
     if keep is not None:
-        config = replace(config, keep=tuple(keep))
+        config = replace(config, keep=keep)
     return config.resolve(own_windows(model.config))
 
 

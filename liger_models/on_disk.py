@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.utils import CHAT_TEMPLATE_DIR
 
 from liger_models import checkpoint
 from liger_models._calibration import calibrate, check_calibration
@@ -90,6 +91,8 @@ def linearize_on_disk(
         for path in source.iterdir():
             if path.is_file() and path.suffix not in _WEIGHTS and not path.name.endswith(".index.json"):
                 shutil.copyfile(path, part / path.name)
+        if (source / CHAT_TEMPLATE_DIR).is_dir():
+            shutil.copytree(source / CHAT_TEMPLATE_DIR, part / CHAT_TEMPLATE_DIR)
         linearized_config(model, config).save_pretrained(part)
     return out
 
@@ -116,7 +119,7 @@ def _files(folder: Path) -> dict[str, list[str]]:
             with safe_open(folder / file, "pt") as opened:
                 if missing := set(names) - set(opened.keys()):
                     raise ValueError(f"model: expected {min(missing)} in {folder / file}, as {index.name} says")
-    except (SafetensorError, json.JSONDecodeError, KeyError) as error:
+    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"model: could not read the weights in {folder}: {error}") from error
     return dict(sorted(files.items()))
 

@@ -1,6 +1,7 @@
 """Names survive linearizing, folders reload to the same logits, and nothing half-written stays behind."""
 
 import errno
+import json
 
 import pytest
 import torch
@@ -86,6 +87,24 @@ def test_a_damaged_file_is_refused(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         checkpoint.load(tmp_path / "model")
     file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="model: could not load"):
+        checkpoint.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", {"model_type": "llama", "num_hidden_layers": "two"}),
+        ("config.json", []),
+        ("config.json", {"model_type": "liger_llama", "liger": {"gates": "gla"}}),
+        ("config.json", {"model_type": "liger_llama", "liger": [1]}),
+        ("tokenizer.json", {}),
+        ("tokenizer_config.json", []),
+    ],
+)
+def test_a_malformed_file_is_refused(tmp_path, file, content):
+    checkpoint.save(tiny(), tiny_tokenizer(), tmp_path / "model")
+    (tmp_path / "model" / file).write_text(json.dumps(content))
     with pytest.raises(ValueError, match="model: could not load"):
         checkpoint.load(tmp_path / "model")
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from benchmarks import on_disk
 from liger_models import checkpoint, linearize, linearize_on_disk
@@ -88,6 +88,15 @@ def test_a_folder_may_be_replaced_by_what_becomes_of_it(source):
     assert checkpoint.open_weights(str(folder), str(folder)).config.model_type == "liger_llama"
 
 
+def test_every_chat_template_goes_along(source, tmp_path):
+    folder = source(tokenizer=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
+    tokenizer.save_pretrained(folder)
+    out = linearize_on_disk(folder, tmp_path / "out", calibration=IDS)
+    assert AutoTokenizer.from_pretrained(out).chat_template == tokenizer.chat_template
+
+
 def test_the_folder_behind_a_link_is_replaced_and_the_link_stays(source, tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
@@ -144,6 +153,8 @@ def with_nan(tensor):
         (lambda f: max(f.glob("*.safetensors")).unlink(), {}, "expected every file of model.safetensors.index.json"),
         (lambda f: max(f.glob("*.safetensors")).write_bytes(b"x" * 99), {}, "could not read the weights"),
         (lambda f: (f / "model.safetensors.index.json").unlink(), {}, "found neither"),
+        (lambda f: (f / "model.safetensors.index.json").write_text("[]"), {}, "could not read the weights"),
+        (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": 0}'), {}, "could not read the"),
         (lambda f: (f / "config.json").unlink(), {}, "expected a local folder with a config.json"),
         (lambda f: (f / "config.json").write_text("{"), {}, "could not load"),
         (lambda f: None, dict(keep=[3]), "keep: expected layer indices from -3 to 2"),
