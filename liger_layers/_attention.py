@@ -225,7 +225,7 @@ class LigerAttention(nn.Module):
         return o.to(v.dtype), state
 
     def _query(self, q):
-        query = self.feature_map.query(q)
+        query = self.feature_map(q, "query")
         if not self.feature_map.log:
             return query
         # A query's common factor cancels, and must not overflow before it does.
@@ -234,7 +234,7 @@ class LigerAttention(nn.Module):
     def _features(self, k, g):
         if GATES[self.gate].writes == "complement":
             return -torch.expm1(g)
-        features = self.feature_map.key(k)
+        features = self.feature_map(k, "key")
         return features.clamp(max=MAX_LOG).exp() if self.feature_map.log else features
 
     def _joint(self, q, q_near, keys, values, leaving, visible, state):
@@ -243,8 +243,8 @@ class LigerAttention(nn.Module):
             q_near,
             keys,
             values,
-            self.feature_map.query(q),
-            self.feature_map.key(leaving),
+            self.feature_map(q, "query"),
+            self.feature_map(leaving, "key"),
             log_decay(self.gate, leaving, self.tau, self.pool),
             self.mix().clamp(min=0),
             window=self.window,

@@ -11,7 +11,14 @@ import torch
 from torch import nn
 
 
-class Softmax(nn.Module):
+class FeatureMap(nn.Module):
+    """forward(x, side) is `query(x)` or `key(x)`: called as a module, its weights are there, wherever they are kept."""
+
+    def forward(self, x: torch.Tensor, side: str) -> torch.Tensor:
+        return getattr(self, side)(x)
+
+
+class Softmax(FeatureMap):
     """exp(log_softmax(x)): the published map (arXiv 2503.01496, sec. 3.1). M = K."""
 
     log, paired = True, False
@@ -25,7 +32,7 @@ class Softmax(nn.Module):
     key = query
 
 
-class UnitLength(nn.Module):
+class UnitLength(FeatureMap):
     """x as it is: the delta rule gives it length 1, and signed features have no logarithm. M = K."""
 
     log, paired = False, False
@@ -39,7 +46,7 @@ class UnitLength(nn.Module):
     key = query
 
 
-class SoftmaxKernel(nn.Module):
+class SoftmaxKernel(FeatureMap):
     """Positive features whose inner product estimates exp(q k / sqrt(K)) for unrotated q and k. M = K.
 
     With d = k - mean(k), the score splits into q mean(k), a factor of the query alone, mean(q) d, a factor of the
@@ -149,4 +156,4 @@ def _power(matrix: torch.Tensor, exponent: float) -> torch.Tensor:
     return vectors @ torch.diag_embed(values**exponent) @ vectors.transpose(-1, -2)
 
 
-FEATURE_MAPS: dict[str, type[nn.Module]] = {"softmax": Softmax, "kernel": SoftmaxKernel, "unit": UnitLength}
+FEATURE_MAPS: dict[str, type[FeatureMap]] = {"softmax": Softmax, "kernel": SoftmaxKernel, "unit": UnitLength}

@@ -10,7 +10,7 @@ from torch import nn
 
 from liger_layers._routing import Dispatch, OneToken, choose, dispatch, memory_load, one_token
 from liger_layers._state import MemoryState
-from liger_layers.rules import UPDATE_RULES, Sizes, UpdateRule
+from liger_layers.rules import UPDATE_RULES, Sizes, Tensors, UpdateRule
 from liger_ops import _checks
 
 
@@ -39,6 +39,15 @@ class ShortConvolution(nn.Module):
         own = own + past * torch.searchsorted(cu_seqlens[1:].to(own), own, right=True)
         last = starts[1:, None] + torch.arange(-past, 0, device=x.device)
         return y.index_select(0, own), line.index_select(0, last.flatten()).view_as(before)
+
+
+class RuleParameters(nn.ParameterDict):
+    """forward() gives them by name: called as a module, they are there, wherever they are kept."""
+
+    __call__ = nn.Module.__call__
+
+    def forward(self) -> dict[str, nn.Parameter]:
+        return dict(self)
 
 
 class MixtureOfMemories(nn.Module):
@@ -100,7 +109,7 @@ class MixtureOfMemories(nn.Module):
         self.v_proj = nn.Linear(hidden_size, M * H * V, bias=False)
         gates = M * H * sum(self.update.widths(self.sizes))
         self.gate_proj = nn.Linear(hidden_size, gates) if gates else None
-        self.rule_parameters = nn.ParameterDict({n: start(self.sizes) for n, start in self.update.parameters.items()})
+        self.rule_parameters = RuleParameters({n: start(self.sizes) for n, start in self.update.parameters.items()})
         self.g_proj = nn.Linear(hidden_size, num_heads * V, bias=False)
         self.norm = nn.RMSNorm(V, eps=1e-5)
         self.o_proj = nn.Linear(num_heads * V, hidden_size, bias=False)
@@ -184,15 +193,16 @@ class MixtureOfMemories(nn.Module):
         q = own.gather(self.q_proj(h).unflatten(-1, (HQ, K)))
         v = own.gather_chosen(self.v_proj(h).unflatten(-1, (M, H, V)))
         k = own.gather_chosen(self.k_proj(h).unflatten(-1, (M, H, K))) if rule.key else None
-        gates, before = self._gates(h, own), tuple(own.before(x) for x in state)
-        o, last = rule.run(q, k, v, gates, self.rule_parameters, self.sizes, before, own.cu_seqlens, q.shape[1])
+        parameters, before = self.rule_parameters(), tuple(own.before(x) for x in state)
+        gates = self._gates(h, own, parameters)
+        o, last = rule.run(q, k, v, gates, parameters, self.sizes, before, own.cu_seqlens, q.shape[1])
         return own.scatter(o, weights), tuple(own.after(*pair) for pair in zip(state, last, strict=True))
 
-    def _gates(self, h: torch.Tensor, own: Dispatch | OneToken) -> dict[str, torch.Tensor]:
+    def _gates(self, h: torch.Tensor, own: Dispatch | OneToken, parameters: Tensors) -> dict[str, torch.Tensor]:
         if self.gate_proj is None:
             return {}
         raw = self.gate_proj(h).unflatten(-1, (self.sizes.memories, self.sizes.heads, -1))
-        gates = self.update.activate(raw, self.rule_parameters, self.sizes)
+        gates = self.update.activate(raw, parameters, self.sizes)
         return {name: own.gather_chosen(x) for name, x in gates.items()}
 
     def _check(self, x, mask, state, cu_seqlens) -> int:

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from liger_layers._memories import Mix
 from liger_models.cache import cache_bytes, make_cache
-from liger_models.modeling import LigerMixin, LinearizedAttention
+from liger_models.modeling import LigerMixin
 from liger_models.retrieval import retrieval
 from liger_models.text import to_blocks
 
@@ -36,19 +37,17 @@ def _loss(model: PreTrainedModel, ids: torch.Tensor) -> float:
 
 @contextmanager
 def without_recurrence(model: PreTrainedModel):
-    """Set every layer's mix, and that of its routed memories, to zero for a while: the window branch alone."""
-    layers = [m for m in model.modules() if isinstance(m, LinearizedAttention)]
-    weights = [m.mix.weight for m in layers] + [m.memories.mix.weight for m in layers if m.memories is not None]
-    before = [x.detach().clone() for x in weights]
+    """Take every layer's mix, and that of its routed memories, for zero for a while: the window branch alone."""
+    hooks = [m.register_forward_hook(_nothing) for m in model.modules() if isinstance(m, Mix)]
     try:
-        with torch.no_grad():
-            for x in weights:
-                x.zero_()
         yield
     finally:
-        with torch.no_grad():
-            for x, value in zip(weights, before, strict=True):
-                x.copy_(value)
+        for hook in hooks:
+            hook.remove()
+
+
+def _nothing(module: Mix, args: tuple, weight: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(weight)
 
 
 def evaluate(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections import deque
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -335,7 +336,8 @@ class LigerForCausalLM(ConstantCacheMixin, LigerPreTrainedModel, GenerationMixin
         **kwargs,
     ) -> MoeCausalLMOutputWithPast:
         routing = self.config.output_router_logits if output_router_logits is None else output_router_logits
-        router_logits = [] if routing else None
+        # Hooks that move inputs between devices would copy a list, and leave ours empty.
+        router_logits = deque() if routing else None
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -145,6 +146,8 @@ class LigerMixin(ConstantCacheMixin):
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
+        if not isinstance(config.liger, Mapping):
+            raise ValueError(f"config: expected that of a linearized model, with a section liger, got {config.liger!r}")
         liger = LigerConfig(**config.liger).resolve(own_windows(config))
         config.liger = liger.to_dict()
         swap_attention(self, liger)
@@ -173,7 +176,8 @@ def _with_routers(forward):
         liger = self.config.liger
         if not output_router_logits or "memories" not in liger["pattern"]:
             return forward(self, *args, **kwargs)
-        given, logits = inspect.signature(forward).bind(self, *args, **kwargs).arguments, []
+        # Hooks that move inputs between devices would copy a list, and leave ours empty.
+        given, logits = inspect.signature(forward).bind(self, *args, **kwargs).arguments, deque()
         out = forward(self, *args, **{**kwargs, "return_dict": True}, liger_router_logits=logits)
         if torch.is_grad_enabled() and out.logits.requires_grad and not logits[0].requires_grad:
             raise RuntimeError("aux_loss: expected non-reentrant gradient checkpointing, which reentrant one cuts off")
@@ -184,7 +188,9 @@ def _with_routers(forward):
         if experts:
             aux, logits = out.aux_loss + aux.to(out.aux_loss.device), [*out.router_logits, *logits]
         fields = {**out, "loss": loss, "aux_loss": aux, "router_logits": tuple(logits)}
-        return MoeCausalLMOutputWithPast(**fields)
+        out = MoeCausalLMOutputWithPast(**fields)
+        asked = kwargs.get("return_dict")
+        return out if (self.config.return_dict if asked is None else asked) else out.to_tuple()
 
     return call
 
