@@ -57,6 +57,8 @@ def spread(pattern: tuple[str, ...] | dict[int, str], depth: int, rest: str = "l
         if bad := [i for i in pattern if isinstance(i, bool) or not isinstance(i, int) or not -depth <= i < depth]:
             raise ValueError(f"pattern: expected layer indices from {-depth} to {depth - 1}, got {bad}")
         chosen = {i % depth: name for i, name in pattern.items()}
+        if len(chosen) < len(pattern):
+            raise ValueError(f"pattern: expected a layer once, got indices {sorted(pattern)} of {depth} layers")
         return [chosen.get(i, rest) for i in range(depth)]
     if not pattern:
         raise ValueError("pattern: expected at least one layer, got none")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 from liger_layers import FEATURE_MAPS, GATES, POOLINGS
 from liger_layers.patterns import LETTERS
 from liger_models import checkpoint
-from liger_models.configuration import PRESETS
+from liger_models.configuration import PRESETS, LigerConfig
 from liger_models.evaluation import evaluate
 from liger_models.finetune import RECIPES, finetune
 from liger_models.generation import generate
@@ -30,12 +31,20 @@ def _parser() -> argparse.ArgumentParser:
         epilog="A first session: liger linearize MODEL --out small; liger finetune small --text book.txt --out tuned; "
         'liger generate tuned "Once upon a time"; liger evaluate tuned --text other.txt',
     )
+    parser.add_argument(
+        "--import",
+        dest="modules",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import a Python module first, one that registers a gate; may be repeated",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     p = _command(commands, "linearize", "Swap the attention of a pretrained causal LM for Liger Attention.")
     _output(p)
     p.add_argument("--preset", default="default", choices=PRESETS, help="starting point (default: %(default)s)")
-    p.add_argument("--gate", choices=GATES, help="how the recurrence forgets")
+    p.add_argument("--gate", metavar="NAME", help=f"how the recurrence forgets: {', '.join(GATES)}")
     p.add_argument("--tau", type=float, help="temperature of the gate: the larger, the slower it forgets")
     p.add_argument("--pool", choices=POOLINGS, help="what the gate averages the key over")
     p.add_argument("--feature-map", choices=FEATURE_MAPS, help="features of the recurrent branch")
@@ -44,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--mix", type=float, help="initial weight of the recurrence; 0 leaves the window alone")
     p.add_argument("--memories", type=int, help="routed memories beside the one that sees every token (default: 0)")
     p.add_argument("--top-k", type=int, help="routed memories that a token uses (default: 2)")
-    p.add_argument("--pattern", help=f"a letter a layer, repeated: {_LETTERS}")
+    p.add_argument("--pattern", type=_layers, help=f"a letter a layer, repeated: {_LETTERS}; or names, as in gla,full")
     p.add_argument("--keep", type=_indices, metavar="I,J,...", help="layers that stay full attention")
     p.add_argument("--select", type=int, metavar="N", help="measure which N layers should stay full attention")
 
@@ -108,6 +117,10 @@ def _indices(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"expected indices such as 0,7,-1, got {text!r}") from None
 
 
+def _layers(text: str) -> str | list[str]:
+    return text if text.isupper() and "," not in text else text.split(",")
+
+
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
@@ -118,8 +131,9 @@ def _read(path: Path) -> str:
 def _linearize(args) -> None:
     checkpoint.check_output(args.out, args.overwrite)
     names = ("gate", "tau", "pool", "feature_map", "window", "sinks", "mix", "memories", "top_k", "pattern")
-    changes = {name: getattr(args, name) for name in names}
-    keep = args.keep
+    changes, keep = {name: getattr(args, name) for name in names}, args.keep
+    # Before a model is loaded, which takes longer.
+    LigerConfig.from_preset(args.preset, **changes)
     if args.on_disk:
         if args.select is not None or args.dtype != "auto":
             raise ValueError("on-disk: expected neither --select nor --dtype, which need the model in memory")
@@ -173,10 +187,23 @@ def _evaluate(args) -> None:
         args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
+def _import(modules: list[str]) -> None:
+    """Modules on the path or in the folder that the command runs in."""
+    sys.path.append("")
+    try:
+        for name in modules:
+            importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(f"import: could not import {name!r}: {error}") from error
+    finally:
+        sys.path.remove("")
+
+
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     commands = {"linearize": _linearize, "finetune": _finetune, "generate": _generate, "evaluate": _evaluate}
     try:
+        _import(args.modules)
         commands[args.command](args)
     except (ValueError, OSError) as error:
         print(f"liger: {error}", file=sys.stderr)

@@ -25,7 +25,8 @@ class LigerConfig:
     normalize: divide the recurrence by its accumulated keys ("joint" always does).
     window, sinks: tokens that keep exact softmax attention. keep: indices of layers that stay as they are.
     pattern: what the layers are, in letters of liger_layers.patterns ("LLLLLLLF"), names or names by index: "liger" as
-    these options say, "full", "window", "memories", or a gate, which takes the options that suit it; it repeats.
+    these options say, "full", "window", "memories", or a gate; it repeats. A gate takes every option that was given,
+    and what suits it for those which are as `gate` has them by itself.
     memories: routed memories of a layer, beside the one that sees every token; top_k: how many a token uses.
     router_aux_loss_coef: weight of the loss that fine-tuning adds to balance them.
     """
@@ -54,12 +55,12 @@ class LigerConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ValueError(f"{name}: expected an integer >= {low}, got {value!r}")
-        if isinstance(self.tau, bool) or not isinstance(self.tau, (int, float)) or not 0 < self.tau < math.inf:
+        if not _number(self.tau) or not 0 < self.tau < math.inf:
             raise ValueError(f"tau: expected a number > 0, got {self.tau!r}")
         if self.memories and self.top_k > self.memories:
             raise ValueError(f"top_k: expected an integer from 1 to {self.memories} memories, got {self.top_k}")
         for name in ("mix", "router_aux_loss_coef"):
-            if not isinstance(getattr(self, name), (int, float)) or not 0 <= getattr(self, name) < math.inf:
+            if not _number(getattr(self, name)) or not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a weight >= 0, got {getattr(self, name)!r}")
         for name in ("learn_mix", "normalize"):
             if not isinstance(getattr(self, name), bool):
@@ -70,7 +71,7 @@ class LigerConfig:
     @classmethod
     def from_preset(cls, preset: str = "default", **changes: Any) -> LigerConfig:
         """A preset with some fields changed; changes of None are ignored. ValueError lists presets and fields."""
-        if preset not in PRESETS:
+        if not isinstance(preset, str) or preset not in PRESETS:
             raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(changes) - known):
@@ -117,9 +118,13 @@ class LigerConfig:
         if name != "memories":
             told["memories"] = 0
         if name in GATES and name != self.gate:
-            told |= dict.fromkeys(("feature_map", "mixing", "mix", "normalize", "pool"))
-            told["gate"] = name
+            usual = settle(self.gate)._asdict() | dict(gate=self.gate, pool=None)
+            told |= {field: None for field, value in usual.items() if getattr(self, field) == value} | dict(gate=name)
         return told
+
+
+def _number(x: Any) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool)
 
 
 def _indices(keep: Iterable[int]) -> tuple[int, ...]:

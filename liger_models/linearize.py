@@ -74,7 +74,9 @@ def resolved(
     """What `linearize` was told, with a name for every layer of the model; ValueError if the two do not fit."""
     if config is not None and (preset != "default" or keep is not None or changes):
         raise ValueError("config: expected alone, got further options beside it")
-    config = config or LigerConfig.from_preset(preset, **changes)
+    config = LigerConfig.from_preset(preset, **changes) if config is None else config
+    if not isinstance(config, LigerConfig):
+        raise ValueError(f"config: expected a LigerConfig, got {config!r}")
     check_architecture(model)
     if keep is not None:
         config = replace(config, keep=keep)

@@ -1,9 +1,11 @@
 """The command line on a tiny local folder, from linearize to evaluate, and its one-line refusals."""
 
 import json
+import sys
 
 import pytest
 
+from liger_layers import GATES
 from liger_models import checkpoint
 from liger_models.cli import main
 from tests.models.tiny import TEXT, tiny, tiny_tokenizer
@@ -78,3 +80,26 @@ def test_help_reads_like_a_manual(command, capsys):
         main([*command, "--help"])
     assert stop.value.code == 0
     assert len(capsys.readouterr().out.splitlines()) > 8
+
+
+def test_a_pattern_of_names_and_a_gate_from_a_module(folder, capsys, monkeypatch):
+    source = "from liger_layers import GATES, register_gate\nregister_gate('mine', GATES['gla'])\n"
+    (folder / "my_gates.py").write_text(source)
+    monkeypatch.chdir(folder)
+    try:
+        given = ["linearize", "original", "--out", "new", "--window", "8", "--pattern", "mine,gla,full"]
+        assert main(given) == 2
+        assert "pattern: expected names of liger, full, " in capsys.readouterr().err
+        assert main(["--import", "my_gates", *given]) == 0
+        assert main(["--import", "my_gates", "generate", "new", "the quick", "--max-new-tokens", "2"]) == 0
+        assert json.loads((folder / "new" / "config.json").read_text())["liger"]["pattern"] == ["mine", "gla", "full"]
+        assert (
+            main(["linearize", "original", "--out", "other", "--window", "8", "--pattern", "mine", "--keep", "1"]) == 0
+        )
+    finally:
+        GATES.pop("mine", None)
+        sys.modules.pop("my_gates", None)
+    assert main(["--import", "no_gates", *given]) == 2
+    assert "import: could not import 'no_gates'" in capsys.readouterr().err
+    assert main(["linearize", "nowhere", "--out", "x", "--gate", "none"]) == 2
+    assert "gate: expected one of gla, " in capsys.readouterr().err

@@ -23,7 +23,8 @@ def test_a_resolved_config_resolves_to_itself(pattern, keep, memories, own):
     try:
         resolved = LigerConfig(pattern=pattern, keep=keep, memories=memories).resolve(own)
     except ValueError as error:
-        assert str(error).startswith(("memories: expected 0", "pattern: expected a window of its own"))
+        known = "memories: expected 0", "pattern: expected a window of its own", "pattern: expected a layer once"
+        assert str(error).startswith(known)
         return
     assert resolved.resolve(own) == resolved
     assert LigerConfig(**resolved.to_dict()).resolve(own) == resolved
@@ -52,3 +53,30 @@ def test_memories_in_one_layer_come_back(tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert again.config.liger == model.config.liger
     assert [layer.self_attn.memories is not None for layer in again.model.layers[1:]] == [True, False]
+
+
+@pytest.mark.parametrize("pattern", ["GSX", ["gla", "gsa", "mlstm"], {0: "gla", 1: "gsa", 2: "mlstm"}])
+def test_gates_in_a_pattern_take_what_was_given(pattern):
+    model = linearize_tiny(tiny(), window=8, pattern=pattern, mix=0.25, pool="heads")
+    layers = [layer.self_attn for layer in model.model.layers]
+    assert [layer.gate for layer in layers] == ["gla", "gsa", "mlstm"]
+    assert all((layer.mix.weight == 0.25).all() and layer.pool == "heads" for layer in layers)
+
+
+def test_gates_in_a_pattern_take_what_a_preset_says():
+    config = LigerConfig.from_preset("paper-gla", pattern=["gsa", "gla"]).resolve([None, None])
+    gsa, gla = (config.options(name) for name in config.pattern)
+    assert gsa == gla | dict(gate="gsa")
+
+
+def test_gates_in_a_pattern_have_their_own_of_the_rest():
+    config = LigerConfig(pattern="LGS").resolve([None] * 3)
+    gates = {name: LigerConfig(**{**config.options(name), "pattern": ()}) for name in ("gla", "gsa")}
+    assert gates["gla"].mixing == "joint" and gates["gla"].mix == 1.0 and gates["gla"].normalize
+    assert gates["gsa"].mixing == "sum" and gates["gsa"].mix == 0.05 and not gates["gsa"].normalize
+    assert gates["gsa"].feature_map == "softmax"
+
+
+def test_what_does_not_suit_a_gate_in_a_pattern_is_refused():
+    with pytest.raises(ValueError, match="feature_map: expected one for queries alone with gate 'hgrn2'"):
+        linearize_tiny(tiny(), gate="kda", feature_map="kernel", pattern="LH")

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from liger_models import LigerConfig, linearize
+from liger_models.modeling import FAMILIES
 from tests.models.test_exactness import ids
 from tests.models.tiny import linearize_tiny, tiny
 
@@ -129,6 +130,10 @@ def test_damaged_weights(damage, message):
         (dict(calibration=torch.full((2, 50), 97)), "calibration: expected ids from 0 to 96, got 97 to 97"),
         (dict(calibration=[1, 2]), "calibration: expected token ids .* got list"),
         (dict(config=LigerConfig(), window=3), "config: expected alone"),
+        (dict(config={}), "config: expected a LigerConfig, got {}"),
+        (dict(preset=["default"]), "preset: expected one of default, paper-gla"),
+        (dict(mix=True), "mix: expected a weight >= 0, got True"),
+        (dict(pattern={-1: "full", 2: "gla"}), r"pattern: expected a layer once, got indices \[-1, 2\] of 3 layers"),
         (dict(config=LigerConfig(keep=(5,))), "keep: expected layer indices from -3 to 2"),
     ],
 )
@@ -140,6 +145,12 @@ def test_options(options, message):
         with pytest.raises(ValueError, match=message):
             linearize(model, **options)
         assert torch.equal(model(x).logits, before)
+
+
+def test_a_model_that_is_not_linearized_is_not_opened_as_one(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="config: expected that of a linearized model, with a section liger, got None"):
+        FAMILIES["llama"][1].from_pretrained(tmp_path)
 
 
 def test_packed_documents_are_refused():
