@@ -23,11 +23,9 @@ from liger_models.selection import hidden_keys, key_loss
 from liger_models.text import standard_text, to_blocks
 
 TRAINING, HELD_OUT = standard_text()
+CONTEXTS = (256, 512, 1024)
 # Seed of keys that neither `select_layers` nor `retrieval` hides.
 SEED = 100
-
-
-CONTEXTS = (256, 512, 1024)
 
 
 def load(dtype: torch.dtype = torch.float32):

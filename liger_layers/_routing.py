@@ -194,6 +194,7 @@ def load_balancing_loss(
         raise ValueError(f"top_k: expected a number from 1 to {memories} memories, got {top_k}")
     if mask is not None and mask.numel() != tokens:
         raise ValueError(f"mask: expected {tokens} tokens as in router_logits, got {tuple(mask.shape)}")
+    # The layers of one model may lie on several devices.
     layers = [x.to(layers[0].device) for x in layers]
     mask = None if mask is None else mask.to(layers[0].device)
     load = torch.stack([memory_load(x, top_k, mask) for x in layers]).mean(0)

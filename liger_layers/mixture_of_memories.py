@@ -44,6 +44,7 @@ class ShortConvolution(nn.Module):
 class RuleParameters(nn.ParameterDict):
     """forward() gives them by name: called as a module, they are there, wherever they are kept."""
 
+    # ParameterDict refuses to be called.
     __call__ = nn.Module.__call__
 
     def forward(self) -> dict[str, nn.Parameter]:

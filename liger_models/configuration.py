@@ -118,8 +118,9 @@ class LigerConfig:
         if name != "memories":
             told["memories"] = 0
         if name in GATES and name != self.gate:
-            usual = settle(self.gate)._asdict() | dict(gate=self.gate, pool=None)
-            told |= {field: None for field, value in usual.items() if getattr(self, field) == value} | dict(gate=name)
+            usual = settle(self.gate)._asdict() | dict(pool=None)
+            told |= {field: None for field, value in usual.items() if told[field] == value}
+            told["gate"] = name
         return told
 
 

@@ -93,9 +93,7 @@ def test_a_pattern_of_names_and_a_gate_from_a_module(folder, capsys, monkeypatch
         assert main(["--import", "my_gates", *given]) == 0
         assert main(["--import", "my_gates", "generate", "new", "the quick", "--max-new-tokens", "2"]) == 0
         assert json.loads((folder / "new" / "config.json").read_text())["liger"]["pattern"] == ["mine", "gla", "full"]
-        assert (
-            main(["linearize", "original", "--out", "other", "--window", "8", "--pattern", "mine", "--keep", "1"]) == 0
-        )
+        assert main(["linearize", "original", "--out", "other", "--window", "8", "--pattern", "mine"]) == 0
     finally:
         GATES.pop("mine", None)
         sys.modules.pop("my_gates", None)

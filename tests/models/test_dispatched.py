@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from liger_layers import UPDATE_RULES
-from liger_models import LigerForCausalLM, LigerModelConfig, evaluate, linearize
+from liger_models import LigerForCausalLM, LigerModelConfig, evaluate
 from tests.models.test_exactness import ids
 from tests.models.tiny import linearize_tiny, tiny, tiny_tokenizer
 
@@ -55,10 +55,3 @@ def test_the_window_alone_is_scored_there_too(tmp_path):
     here, there = (evaluate(m, tiny_tokenizer(), text, length=64, max_blocks=2) for m in (model, away))
     assert here == pytest.approx(there)
     assert here["perplexity"] != pytest.approx(here["perplexity_window_only"])
-
-
-def test_a_tuple_with_routers():
-    model, x = linearize(tiny(), window=8, memories=2, calibration=ids(2, 40)), ids(1, 12)
-    out = model(x, labels=x, output_router_logits=True)
-    same = model(x, labels=x, output_router_logits=True, return_dict=False)
-    assert isinstance(same, tuple) and torch.equal(same[0], out.loss) and len(same) == len(out.to_tuple())

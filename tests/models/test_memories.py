@@ -168,3 +168,10 @@ def test_bad_options_leave_the_model_alone(options, message):
     with pytest.raises(ValueError, match=message):
         linearize(model, **options)
     assert type(model) is kind
+
+
+def test_routers_in_a_tuple():
+    model, x = linearize_tiny(tiny(), window=8, memories=2), ids(1, 12)
+    out = model(x, labels=x, output_router_logits=True)
+    same = model(x, labels=x, output_router_logits=True, return_dict=False)
+    assert isinstance(same, tuple) and torch.equal(same[0], out.loss) and len(same) == len(out.to_tuple())
