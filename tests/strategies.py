@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from hypothesis import strategies as st
 
-MAGNITUDES = (0.0, -1e-4, -1.39, -5.6, -100.0, -1e4, -float("inf"))
+MAGNITUDES = (0.0, -1e-4, -1.39, -3.5, -5.6, -100.0, -1e4, -float("inf"))
 GATES = ("channel", "head", "fixed", "none")
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from liger_ops._torch import delta
+from liger_ops._torch.backward import backward
 from liger_ops._torch.decay import Decay, between, make_decay, running, unit
 from liger_ops._torch.forward import forward
 from liger_ops._torch.layout import full_precision, head_major, pack, side_by_side, unpack
@@ -100,9 +101,13 @@ def _segment(chunk, scale, rows, state, out, q, k, v, g, gv, beta):
     return o.flatten(2, 3) if out is None else out.unflatten(2, (H, -1)).copy_(o), state
 
 
+def _reverse(chunk, scale, state, do, dlast, grads, q, k, v, g, gv, beta):
+    return backward(chunk, scale, state, do, dlast, grads[:4], q, k, v, g) if gv is None and beta is None else None
+
+
 def _plan(q, k, v, g, gv, beta, state, cu_seqlens, scale, chunk):
-    body, inputs = partial(_segment, chunk, scale), [q, k, v, g, gv, beta]
-    return Plan(body, _CHUNKS * chunk, v.shape[-1], state, inputs, [0] * len(inputs), cu_seqlens)
+    body, reverse, inputs = partial(_segment, chunk, scale), partial(_reverse, chunk, scale), [q, k, v, g, gv, beta]
+    return Plan(body, _CHUNKS * chunk, v.shape[-1], state, inputs, [0] * len(inputs), cu_seqlens, reverse)
 
 
 _recurrence = define(

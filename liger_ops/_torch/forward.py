@@ -1,109 +1,130 @@
-"""The additive recurrence where nothing records: in place, chunks outermost, so that a scan steps through one block.
+"""The additive recurrence where nothing records, in place.
 
-Shapes: as in `additive`, except that chunks come first: [N,B,H,C,...].
+Shapes: as in `chunks`; log decays g [B,N,C,H] or [B,N,C,H,K].
 """
 
-import itertools
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
+from liger_ops._torch.chunks import chunks, fill, matrices, outermost, packed, scores, states
 from liger_ops._torch.decay import FACTORABLE, factor, margin, running, unit
 
 
-def _by_chunk(x: torch.Tensor, size: int) -> torch.Tensor:
-    """[B,T,H,...] -> a view [N,B,H,C,...] if T is a multiple of C, of a zero-padded copy otherwise."""
-    short = -x.shape[1] % size
-    x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, short)) if short else x
-    x = x.unflatten(1, (-1, size))
-    return x.permute(1, 0, 3, 2, *range(4, x.ndim))
+class Fall(NamedTuple):
+    """Decays of a chunk up to its rows [N,B,H,C,K]: from its start, times half, and from about its middle.
+
+    `late`, None unless some chunk is too strong for the first, is a power of two of it, so that both round alike: times
+    half from the middle on, where it serves queries; earlier rows, which only keys want, need none of it.
+    """
+
+    fall: torch.Tensor
+    half: float
+    late: torch.Tensor | None
 
 
-def _packed(x: torch.Tensor) -> torch.Tensor:
-    return x.clone(memory_format=torch.contiguous_format)
+class Factored(NamedTuple):
+    """Causal scores a, and what they are products of: queries times their fall, keys over fall * of_k."""
+
+    a: torch.Tensor
+    q: torch.Tensor
+    k: torch.Tensor
+    of_k: float
 
 
-def _matrices(x: torch.Tensor) -> torch.Tensor:
-    """[N,B,H,...] -> one batch of matrices; query heads of a key head count as rows."""
-    return (x.flatten(3, 4) if x.ndim == 6 else x).flatten(0, 2)
+def make_fall(g: torch.Tensor, dtype: torch.dtype) -> Fall | None:
+    """None where decays and their inverses may not multiply apart, from the middle of a chunk either."""
+    # In the layout of g: its chunks sum faster than a copy's.
+    sums = g.cumsum(2, dtype=torch.float64)
+    last, middle = sums[:, :, -1], sums.shape[2] // 2
+    lowest = last.amin().item()
+    strong = not lowest >= FACTORABLE
+    if strong:
+        first = sums[:, :, middle - 1]
+        if not torch.minimum(first, last - first).amin().item() >= FACTORABLE:
+            return None
+    half = margin(lowest)
+    start = sums.exp_() if half == 1.0 else sums.exp_().mul_(half)
+    late = None
+    if strong:
+        there = start[:, :, middle - 1, None]
+        # Exact: the mantissa over the number is a power of two.
+        late = start * (half * torch.frexp(there).mantissa / there)
+        late[:, :, :middle] /= half
+        late = outermost(late.to(dtype))
+    return Fall(outermost(start.to(dtype)), half, late)
 
 
-def _cut(a: torch.Tensor, rows: int) -> torch.Tensor:
-    """a [...,C*rows,C] in place, zero where a key comes after its query, whatever was there: infinite, not a number."""
-    C, bits = a.shape[-1], torch.int64 if a.dtype == torch.float64 else torch.int32
-    seen = -torch.ones(C, C, dtype=bits, device=a.device).tril()
-    a.flatten(-2).view(bits).bitwise_and_(seen.unsqueeze(1).expand(-1, rows, -1).flatten())
-    return a
+def factored(q: torch.Tensor, k: torch.Tensor, fall: torch.Tensor, half: float) -> Factored:
+    of_q, of_k = unit(q, half), unit(k, half)
+    q = torch.mul(q, (fall if of_q == 1.0 else fall / of_q).unsqueeze(3), out=q.new_empty(q.shape))
+    k = torch.div(k, fall if of_k == 1.0 else fall * of_k, out=k.new_empty(k.shape))
+    a = scores(q, k)
+    if half != 1.0:
+        a, q = a.mul_(of_q * of_k), q.div_(half / of_q)
+    return Factored(a, q, k, of_k)
 
 
-def _states(k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor | None, state: torch.Tensor) -> torch.Tensor:
-    """k [N,B,H,C,K] decayed to the end of its chunk, keep [N,B,H,1 or K,1] -> states around chunks [N+1,B,H,K,V]."""
-    states = k.new_empty(len(k) + 1, *state.shape)
-    states[0] = state
-    torch.bmm(_matrices(k).transpose(1, 2), _matrices(v), out=states[1:].flatten(0, 2))
-    each = states.unbind()
-    if keep is None:
-        for before, after in itertools.pairwise(each):
-            after += before
-    else:
-        for (before, after), kept in zip(itertools.pairwise(each), keep.unbind(), strict=True):
-            after.addcmul_(kept, before)
-    return states
+def weights(sums: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Running sums [N,B,H,C] -> decays between rows and earlier ones [N,B,H,C,C]; above the diagonal, anything <= 1."""
+    log = torch.empty(*sums.shape, sums.shape[-1], dtype=dtype, device=sums.device)
+    # Above the diagonal, where the difference is no decay, nothing that could overflow.
+    return factor(torch.sub(sums.unsqueeze(4), sums.unsqueeze(3), out=log).clamp_(max=0.0), dtype)
 
 
 def _per_head(q, k, g):
-    """Scores, and the queries, keys and factors that `_states` and the state before a chunk want."""
-    G, q, k = q.shape[4], _packed(q), _packed(k)
-    a = torch.bmm(_matrices(q), _matrices(k).transpose(1, 2))
+    """Scores, and the queries, keys and factors that `states` and the state before a chunk want."""
+    q, k = packed(q), packed(k)
+    a = scores(q, k)
     if g is None:
-        return _cut(a, G), q, k, None
-    sums = running(g)
+        return a, q, k, None
+    sums = running(outermost(g))
     last = sums[..., -1:]
-    log = a.new_empty(*sums.shape, sums.shape[-1])
-    # Above the diagonal, where the difference is no decay, nothing that could overflow.
-    torch.sub(sums.unsqueeze(4), sums.unsqueeze(3), out=log).clamp_(max=0.0)
-    weights = _cut(factor(log, q.dtype), 1)
-    a.view(-1, *q.shape[3:5], a.shape[-1]).mul_(weights.flatten(0, 2).unsqueeze(2))
+    a *= weights(sums, a.dtype).unsqueeze(3)
     k *= factor(last - sums, k.dtype).unsqueeze(-1)
-    q *= factor(sums, q.dtype)[..., None, None]
+    q *= factor(sums, q.dtype)[:, :, :, None, :, None]
     return a, q, k, factor(last, k.dtype).unsqueeze(-1)
 
 
+def _from_middle(q, k, late, half):
+    """Scores of the later half of the rows of strong chunks, and all keys at the end."""
+    middle = late.shape[3] // 2
+    a, _, k, of_k = factored(q, k, late, half)
+    a[..., :middle] /= half
+    k *= late[:, :, :, -1:] * of_k
+    k[:, :, :, :middle] /= half
+    return a[:, :, :, :, middle:], k
+
+
 def _per_channel(q, k, g):
-    """As `_per_head`; None where decays and their inverses may not multiply apart."""
-    sums = _packed(g).cumsum(3, dtype=torch.float64)
-    lowest = sums[:, :, :, -1].amin().item()
-    if lowest < FACTORABLE:
+    """As `_per_head`; None for strong decays."""
+    found = make_fall(g, q.dtype)
+    if found is None:
         return None
-    half = margin(lowest)
-    of_q, of_k = unit(q, half), unit(k, half)
-    start = sums.exp_()
-    keep = start[:, :, :, -1].to(q.dtype, copy=True).unsqueeze(-1)
-    fall = (start if half == 1.0 else start.mul_(half)).to(q.dtype)
-    q = torch.mul(q, (fall if of_q == 1.0 else fall / of_q).unsqueeze(4), out=q.new_empty(q.shape))
-    k = torch.div(k, fall if of_k == 1.0 else fall * of_k, out=k.new_empty(k.shape))
-    a = _cut(torch.bmm(_matrices(q), _matrices(k).transpose(1, 2)), q.shape[4])
-    if half != 1.0:
-        a, q, fall = a.mul_(of_q * of_k), q.div_(half / of_q), fall.mul_(of_k)
-    k *= fall[:, :, :, -1:]
-    return a, q, k, keep
+    fall, half, late = found
+    a, q_start, k_end, of_k = factored(q, k, fall, half)
+    last = fall[:, :, :, -1:]
+    if late is None:
+        k_end *= last if half == 1.0 else last * of_k
+    else:
+        a[:, :, :, :, fall.shape[3] // 2 :], k_end = _from_middle(q, k, late, half)
+    return a, q_start, k_end, (last if half == 1.0 else last / half).transpose(3, 4)
 
 
 def forward(chunk, scale, state, out, q, k, v, g) -> torch.Tensor | None:
     """Fills out [B,T,HQ,V] and returns the state after the last token; None, and nothing done, for strong decays."""
-    (_, T, H, _), C = k.shape, min(chunk, k.shape[1])
-    q, k, v, g = (x if x is None else _by_chunk(x, C) for x in (q.unflatten(2, (H, -1)), k, v, g))
-    found = _per_channel(q, k, g) if g is not None and g.ndim == 5 else _per_head(q, k, g)
+    (_, T, H, _), per_channel = k.shape, g is not None and g.ndim == 4
+    # Two chunks at once, each with decays of its own, have half as many states.
+    C = min(2 * chunk if per_channel else chunk, T)
+    q, k, v, g = (x if x is None else chunks(x, C) for x in (q.unflatten(2, (H, -1)), k, v, g))
+    q, k, v = (outermost(x) for x in (q, k, v))
+    found = (_per_channel if per_channel else _per_head)(q, k, g)
     if found is None:
         return None
     a, q, k, keep = found
-    v = _packed(v)
-    states = _states(k, v, keep, state)
-    o = torch.bmm(a, _matrices(v)).baddbmm_(_matrices(q), _matrices(states[:-1]))
-    o, out = o.view(*q.shape[:5], -1).permute(1, 0, 3, 2, 4, 5), out.unflatten(2, (H, -1))
-    whole = T // C
-    torch.mul(o[:, :whole], scale, out=out[:, : whole * C].unflatten(1, (whole, C)))
-    if T % C:
-        torch.mul(o[:, whole, : T % C], scale, out=out[:, whole * C :])
+    v = packed(v)
+    around = states(k, v, keep, state)
+    o = torch.bmm(matrices(a), matrices(v)).baddbmm_(matrices(q), matrices(around[:-1]))
+    fill(out.unflatten(2, (H, -1)), o.view(*q.shape[:5], -1), scale)
     # A copy, so that the states of all chunks may go.
-    return states[-1].clone()
+    return around[-1].clone()

@@ -15,6 +15,9 @@ from liger_ops._torch.layout import full_precision
 _LIBRARY = torch.library.Library("liger_ops", "FRAGMENT")
 # body(rows, state, out, *inputs) -> (o, state): fills out [B,rows,HQ,U] if given, otherwise returns a new o.
 Body = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+# reverse(state, do, dlast, grads, *inputs) -> the gradient of state: fills those of grads that are not None, or returns
+# None and leaves them to autograd. For plans that reach no further.
+Reverse = Callable[..., torch.Tensor | None]
 
 
 class Segment(NamedTuple):
@@ -41,6 +44,7 @@ class Plan(NamedTuple):
     inputs: list[torch.Tensor | None]
     reach: list[int | None]
     cu_seqlens: torch.Tensor | None = None
+    reverse: Reverse | None = None
 
     @property
     def most(self) -> int:
@@ -85,6 +89,20 @@ def _forward(plan: Plan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return o, final, starts
 
 
+def _differentiate(plan: Plan, rows: slice, start, do, later, grads, shares) -> torch.Tensor:
+    """Adds one segment's gradients to `grads`, through autograd, and returns that of the state it starts from."""
+    shares = [x if x is None else x.detach() for x in shares]
+    wanted = [x.requires_grad_() for x, grad in zip(shares, grads, strict=True) if grad is not None]
+    start = start.detach().requires_grad_()
+    with torch.enable_grad():
+        o, state = plan.body(rows, start, None, *shares)
+    *found, first = torch.autograd.grad((o, state), [*wanted, start], (do, later), allow_unused=True)
+    for grad, new in zip((x for x in grads if x is not None), found, strict=True):
+        if new is not None:
+            grad += new
+    return first
+
+
 def _backward(
     plan: Plan, starts: torch.Tensor, do: torch.Tensor, dstate: torch.Tensor, needs: list[bool]
 ) -> list[torch.Tensor | None]:
@@ -93,19 +111,14 @@ def _backward(
     dfirst, later = dstate.clone(memory_format=torch.contiguous_format), dstate
     # More starts than segments only where sequences are packed.
     for start, (rows, place, first, last) in reversed(list(zip(starts, plan.segments(), strict=False))):
-        shares = [x if x is None else x.detach() for x in plan.shares(rows)]
-        wanted = [x.requires_grad_() for x, grad in zip(shares, grads, strict=True) if grad is not None]
-        start = start.detach().requires_grad_()
-        with torch.enable_grad():
-            o, state = plan.body(rows, start, None, *shares)
-        later = dstate[place] if last else later
-        *found, later = torch.autograd.grad((o, state), [*wanted, start], (do[:, rows], later), allow_unused=True)
+        arguments = start, do[:, rows], dstate[place] if last else later, plan.shares(rows, grads)
+        shares, later = plan.shares(rows), None
+        if plan.reverse is not None:
+            later = plan.reverse(*arguments, *shares)
+        if later is None:
+            later = _differentiate(plan, rows, *arguments, shares)
         if first:
             dfirst[place] = later
-        kept = [x for x in plan.shares(rows, grads) if x is not None]
-        for grad, new in zip(kept, found, strict=True):
-            if new is not None:
-                grad += new
     return [*grads, dfirst]
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -125,6 +126,44 @@ def test_the_future_changes_no_bit_of_the_past(case, data):
             x[:, cut:] += torch.rand_like(x[:, cut:])
     after, _ = run(case)
     assert torch.equal(before[:, :cut], after[:, :cut])
+
+
+# Per token and channel: chunks that factor from their start, with a margin, from their middle, and just so.
+@settings(max_examples=60)
+@given(st.integers(0, 2**31), st.lists(st.sampled_from((0.01, 1.3, 2.4, 4.9)), min_size=3, max_size=3))
+def test_no_strength_of_later_gates_changes_a_bit_of_the_past_or_of_its_gradients(seed, strengths):
+    generator = torch.Generator().manual_seed(seed)
+    draw = partial(torch.randn, generator=generator)
+    T = 33 + seed % 90
+    cut = 1 + seed % (T - 1)
+    q, k, v, do = draw(1, T, 4, 16), draw(1, T, 2, 16), draw(1, T, 2, 12), draw(1, cut, 4, 12)
+    g = -strengths[0] * torch.rand(1, T, 2, 16, generator=generator)
+    seen = []
+    for strength in strengths[1:]:
+        leaves = [x.clone() for x in (q, k, v, g)]
+        for x in leaves[:3]:
+            x[:, cut:] = 100 * draw(x[:, cut:].shape)
+        leaves[3][:, cut:] = -strength
+        with torch.no_grad():
+            alone, _ = chunk_gla(*leaves)
+        o, _ = chunk_gla(*(x.requires_grad_() for x in leaves))
+        assert torch.equal(o, alone)
+        seen.append([x[:, :cut] for x in (o, *torch.autograd.grad(o[:, :cut], leaves, do))])
+    for a, b in zip(*seen, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("gate", ["channel", "head", "none"])
+def test_gradients_over_several_segments_match_naive_float64(gate):
+    B, T, H, K, V = 2, 1100, 2, 16, 12
+    g = None if gate == "none" else -0.05 * torch.rand(B, T, H, *([K] if gate == "channel" else []))
+    q, k, v, state = (torch.randn(B, *rest) for rest in ((T, 4, K), (T, H, K), (T, H, V), (H, K, V)))
+    case = Case(q, k, v, g, state, None, False, gate)
+    exact, fast = case.leaves(torch.float64), case.leaves(torch.float32)
+    wanted, got = naive_recurrence(*exact[:4], initial_state=exact[4]), run(case, leaves=fast)
+    weights = [torch.randn(x.shape) for x in wanted]
+    for a, b in zip(gradients(got, fast, weights), gradients(wanted, exact, weights), strict=True):
+        assert distance(a, b) <= 1e-6
 
 
 @settings(max_examples=30)
