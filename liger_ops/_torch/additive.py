@@ -9,7 +9,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from liger_ops._torch import delta
+from liger_ops._torch import chunks, delta
 from liger_ops._torch.backward import backward
 from liger_ops._torch.decay import Decay, between, make_decay, running, unit
 from liger_ops._torch.forward import forward
@@ -88,7 +88,7 @@ def _segment(chunk, scale, rows, state, out, q, k, v, g, gv, beta):
         if last is not None:
             return out, last
     T, H = q.shape[1], k.shape[2]
-    C = min(chunk, T)
+    C = chunks.rows(chunk, T)
     N, short = -(-T // C), -T % C
     k, v, g, gv, beta = (None if x is None else head_major(x, short).unflatten(2, (N, C)) for x in (k, v, g, gv, beta))
     decay, decay_v = make_decay(g), make_decay(gv)
@@ -149,13 +149,18 @@ def recurrence(
     N = B if cu_seqlens is None else len(cu_seqlens) - 1
     state = q.new_zeros(N, H, K, V) if state is None else state.to(work)
     if T == 0 or B == 0:
-        return q.new_zeros(B, T, q.shape[2], V).to(dtype), state.clone()
+        # Nothing, but of all inputs: a loss of it has gradients.
+        nothing = sum(x.sum() for x in (q, k, v, g, gv, beta) if x is not None)
+        return (q.new_zeros(B, T, q.shape[2], V) + nothing).to(dtype), state.clone()
     if T == 1 and cu_seqlens is None and not torch.is_grad_enabled():
         q, k, v, g, gv, beta = (None if x is None else x[:, 0] for x in (q * scale, k, v, g, gv, beta))
         o, state = step(q, k, v, g, gv, state) if beta is None else delta.step(q, k, v, beta, g, state)
         o = o.unsqueeze(1)
     else:
+        short = -V % chunks.ALIGNED if K * V % chunks.ALIGNED else 0
+        v, gv, state = (F.pad(x, (0, short)) if short and x is not None else x for x in (v, gv, state))
         o, state, _ = _recurrence(q, k, v, g, gv, beta, state, cu_seqlens, scale, chunk)
+        o, state = o[..., :V], state[..., :V]
     return o.to(dtype), state
 
 

@@ -6,8 +6,9 @@ state behind.
 """
 
 import torch
+import torch.nn.functional as F
 
-from liger_ops._torch.chunks import chunks, fill, matrices, outermost, packed, scores, states
+from liger_ops._torch.chunks import chunks, fill, matrices, outermost, packed, rows, scores, states
 from liger_ops._torch.decay import factor, running
 from liger_ops._torch.forward import factored, make_fall, weights
 
@@ -17,14 +18,13 @@ def _values(a, do, k, later):
 
 
 def _after(x: torch.Tensor) -> torch.Tensor:
-    """Sums over each row of a chunk and those behind it, in float64, where a difference of sums loses nothing."""
-    sums = x.cumsum(3, dtype=torch.float64)
-    return sums[:, :, :, -1:] - sums + x
+    """Sums over each row of a chunk and those behind it, in float64: none a difference, in which small ones drown."""
+    return x.flip(3).cumsum(3, dtype=torch.float64).flip(3)
 
 
 def _before(x: torch.Tensor) -> torch.Tensor:
     """Sums over the rows of a chunk before each, in float64."""
-    return x.cumsum(3, dtype=torch.float64) - x
+    return F.pad(x, (0, 0) * (x.ndim - 4) + (1, -1)).cumsum(3, dtype=torch.float64)
 
 
 def _per_head(q, k, v, g, do, state, dlast, gate):
@@ -69,22 +69,22 @@ def _per_channel(q, k, v, g, do, state, dlast, gate):
     if found is None or found.late is not None:
         return None
     fall, half, _ = found
-    a, q_start, k_rise, of_k = factored(q, k, fall, half)
-    last = fall[:, :, :, -1:]
-    keep, end = (last / half).transpose(3, 4), last / fall
+    a, q_start, k_rise, of_q, of_k = factored(q, k, fall, half)
+    da = scores(do, v)
+    own = da.diagonal(dim1=4, dim2=5).unsqueeze(-1).clone()
+    da = matrices(da.tril_(-1))
+    # No bit depends on the powers of two, which keep small numbers from underflow until they are divided out.
+    dq = torch.bmm(da, matrices(k_rise)).view(q.shape).mul_((fall * of_k).unsqueeze(3))
+    dk = torch.bmm(da.transpose(1, 2), matrices(q_start)).view(k.shape).div_(fall / of_q)
+    q_start, start = q_start.div_(half / of_q), fall / half
+    last = start[:, :, :, -1:]
+    keep, end = last.transpose(3, 4), last / start
     k_end = k * end
     before = states(k_end, v, keep, state)[:-1]
     dstates = states(q_start, do, keep, dlast, reverse=True)
     later = dstates[1:]
     dv = _values(a, do, k_end, later)
-    da = scores(do, v)
-    own = da.diagonal(dim1=4, dim2=5).unsqueeze(-1).clone()
-    da = matrices(da.tril_(-1))
-    # In units of k_rise: no bit depends on powers of two.
-    dq = torch.bmm(da, matrices(k_rise))
-    dq.baddbmm_(matrices(do), matrices(before).transpose(1, 2), alpha=1.0 / (half * of_k))
-    dq = dq.view(q.shape).mul_((fall * of_k).unsqueeze(3))
-    dk = torch.bmm(da.transpose(1, 2), matrices(q_start)).view(k.shape).div_(fall / half)
+    dq.addcmul_(torch.bmm(matrices(do), matrices(before).transpose(1, 2)).view(q.shape), start.unsqueeze(3))
     dk_end = torch.bmm(matrices(v), matrices(later).transpose(1, 2)).view(k.shape).mul_(end)
     dg = None
     if gate:
@@ -103,7 +103,7 @@ def backward(chunk, scale, state, do, dlast, grads, q, k, v, g) -> torch.Tensor 
     """
     T, H = k.shape[1:3]
     q, do = (x.unflatten(2, (H, -1)) for x in (q, do))
-    q, k, v, g, do = (x if x is None else chunks(x, min(chunk, T)) for x in (q, k, v, g, do))
+    q, k, v, g, do = (x if x is None else chunks(x, rows(chunk, T)) for x in (q, k, v, g, do))
     q, k, v, do = (outermost(x) for x in (q, k, v, do))
     do = torch.mul(do, scale, out=do.new_empty(do.shape))
     run = _per_channel if g is not None and g.ndim == 5 else _per_head

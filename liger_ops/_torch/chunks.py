@@ -9,6 +9,15 @@ import itertools
 import torch
 import torch.nn.functional as F
 
+# A matrix of chunks starts at a multiple of 64 bytes if this divides its size: kernels of products choose by that, and
+# so would round one batch row in another way than the next.
+ALIGNED = 16
+
+
+def rows(chunk: int, length: int) -> int:
+    """Of a chunk, where `chunk` are wanted and `length` there."""
+    return -(-min(chunk, length) // ALIGNED) * ALIGNED
+
 
 def chunks(x: torch.Tensor, size: int) -> torch.Tensor:
     """[B,T,...] -> a view [B,N,C,...] if T is a multiple of C, of a zero-padded copy otherwise."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from liger_ops._torch.chunks import chunks, fill, matrices, outermost, packed, scores, states
+from liger_ops._torch.chunks import chunks, fill, matrices, outermost, packed, rows, scores, states
 from liger_ops._torch.decay import FACTORABLE, factor, margin, running, unit
 
 
@@ -24,11 +24,12 @@ class Fall(NamedTuple):
 
 
 class Factored(NamedTuple):
-    """Causal scores a, and what they are products of: queries times their fall, keys over fall * of_k."""
+    """Causal scores a, and what they are products of: queries times fall / of_q, keys over fall * of_k."""
 
     a: torch.Tensor
     q: torch.Tensor
     k: torch.Tensor
+    of_q: float
     of_k: float
 
 
@@ -55,14 +56,16 @@ def make_fall(g: torch.Tensor, dtype: torch.dtype) -> Fall | None:
     return Fall(outermost(start.to(dtype)), half, late)
 
 
-def factored(q: torch.Tensor, k: torch.Tensor, fall: torch.Tensor, half: float) -> Factored:
+def factored(q: torch.Tensor, k: torch.Tensor, fall: torch.Tensor, half: float, early: int = 0) -> Factored:
+    """early: the first so many rows of fall lack the margin."""
     of_q, of_k = unit(q, half), unit(k, half)
     q = torch.mul(q, (fall if of_q == 1.0 else fall / of_q).unsqueeze(3), out=q.new_empty(q.shape))
     k = torch.div(k, fall if of_k == 1.0 else fall * of_k, out=k.new_empty(k.shape))
     a = scores(q, k)
     if half != 1.0:
-        a, q = a.mul_(of_q * of_k), q.div_(half / of_q)
-    return Factored(a, q, k, of_k)
+        a[..., :early] /= half
+        a *= of_q * of_k
+    return Factored(a, q, k, of_q, of_k)
 
 
 def weights(sums: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -89,8 +92,7 @@ def _per_head(q, k, g):
 def _from_middle(q, k, late, half):
     """Scores of the later half of the rows of strong chunks, and all keys at the end."""
     middle = late.shape[3] // 2
-    a, _, k, of_k = factored(q, k, late, half)
-    a[..., :middle] /= half
+    a, _, k, _, of_k = factored(q, k, late, half, middle)
     k *= late[:, :, :, -1:] * of_k
     k[:, :, :, :middle] /= half
     return a[:, :, :, :, middle:], k
@@ -102,7 +104,8 @@ def _per_channel(q, k, g):
     if found is None:
         return None
     fall, half, late = found
-    a, q_start, k_end, of_k = factored(q, k, fall, half)
+    a, q_start, k_end, of_q, of_k = factored(q, k, fall, half)
+    q_start = q_start if half == 1.0 else q_start.div_(half / of_q)
     last = fall[:, :, :, -1:]
     if late is None:
         k_end *= last if half == 1.0 else last * of_k
@@ -115,7 +118,7 @@ def forward(chunk, scale, state, out, q, k, v, g) -> torch.Tensor | None:
     """Fills out [B,T,HQ,V] and returns the state after the last token; None, and nothing done, for strong decays."""
     (_, T, H, _), per_channel = k.shape, g is not None and g.ndim == 4
     # Two chunks at once, each with decays of its own, have half as many states.
-    C = min(2 * chunk if per_channel else chunk, T)
+    C = rows(2 * chunk if per_channel else chunk, T)
     q, k, v, g = (x if x is None else chunks(x, C) for x in (q.unflatten(2, (H, -1)), k, v, g))
     q, k, v = (outermost(x) for x in (q, k, v))
     found = (_per_channel if per_channel else _per_head)(q, k, g)
