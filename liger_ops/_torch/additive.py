@@ -160,7 +160,9 @@ def recurrence(
         short = -V % chunks.ALIGNED if K * V % chunks.ALIGNED else 0
         v, gv, state = (F.pad(x, (0, short)) if short and x is not None else x for x in (v, gv, state))
         o, state, _ = _recurrence(q, k, v, g, gv, beta, state, cu_seqlens, scale, chunk)
-        o, state = o[..., :V], state[..., :V]
+        if short:
+            # Copies: a view would keep the padding alive.
+            o, state = (x[..., :V].clone(memory_format=torch.contiguous_format) for x in (o, state))
     return o.to(dtype), state
 
 
