@@ -193,7 +193,7 @@ def chunk_gated_delta_rule(
         use_gate_in_kernel (by name, as all that follow): g is raw, -exp(A_log) softplus(g + dt_bias) counts;
             A_log [H], dt_bias as many numbers as a token of g has.
         reverse: run time backwards.
-        chunk_size: tokens handled by one matrix product; changes speed only.
+        chunk_size: about how many tokens one matrix product handles; changes speed only.
         max_seqlen: length of the longest sequence; with it a GPU's cu_seqlens are neither checked nor waited for.
 
     Returns:

@@ -97,7 +97,7 @@ def chunk_gla(
         cu_seqlens_cpu: the same on the host, which spares a synchronisation.
         normalize: divide o_t by the same recurrence over values of 1, except where that is 0; its column rides last in
             the state.
-        chunk_size: tokens handled by one matrix product; changes speed only.
+        chunk_size: about how many tokens one matrix product handles; changes speed only.
         max_seqlen: length of the longest sequence; with it a GPU's cu_seqlens are neither checked nor waited for.
 
     Returns:

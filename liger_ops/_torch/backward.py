@@ -69,14 +69,14 @@ def _per_channel(q, k, v, g, do, state, dlast, gate):
     if found is None or found.late is not None:
         return None
     fall, half, _ = found
-    a, q_start, k_rise, of_q, of_k = factored(q, k, fall, half)
+    a, q_fall, k_rise, of_q, of_k = factored(q, k, fall, half)
     da = scores(do, v)
     own = da.diagonal(dim1=4, dim2=5).unsqueeze(-1).clone()
     da = matrices(da.tril_(-1))
     # No bit depends on the powers of two, which keep small numbers from underflow until they are divided out.
     dq = torch.bmm(da, matrices(k_rise)).view(q.shape).mul_((fall * of_k).unsqueeze(3))
-    dk = torch.bmm(da.transpose(1, 2), matrices(q_start)).view(k.shape).div_(fall / of_q)
-    q_start, start = q_start.div_(half / of_q), fall / half
+    dk = torch.bmm(da.transpose(1, 2), matrices(q_fall)).view(k.shape).div_(fall / of_q)
+    q_start, start = q_fall.div_(half / of_q), fall / half
     last = start[:, :, :, -1:]
     keep, end = last.transpose(3, 4), last / start
     k_end = k * end

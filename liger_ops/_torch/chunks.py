@@ -15,7 +15,7 @@ ALIGNED = 16
 
 
 def rows(chunk: int, length: int) -> int:
-    """Of a chunk, where `chunk` are wanted and `length` there."""
+    """Rows of a chunk: `chunk` of them, or `length` if that is less, rounded up to what is aligned."""
     return -(-min(chunk, length) // ALIGNED) * ALIGNED
 
 

@@ -2,7 +2,7 @@
 
 Shapes: B batch, H key/value heads, N chunks of C tokens, K channels. Sums are float64, where a difference of two is as
 good as a sum of the gates between them; what leaves float64 is a factor <= 1, except in chunks whose sums are no less
-than FACTORABLE: there decays and their inverses from the chunk's start multiply apart.
+than FACTORABLE: there decays and their inverses from the chunk's start multiply apart. In `forward`, halves of chunks.
 """
 
 import math

@@ -16,7 +16,7 @@ _LIBRARY = torch.library.Library("liger_ops", "FRAGMENT")
 # body(rows, state, out, *inputs) -> (o, state): fills out [B,rows,HQ,U] if given, otherwise returns a new o.
 Body = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 # reverse(state, do, dlast, grads, *inputs) -> the gradient of state: fills those of grads that are not None, or returns
-# None and leaves them to autograd. For plans that reach no further.
+# None and leaves them to autograd. Only for plans whose reach is 0: rows that two segments share would add up.
 Reverse = Callable[..., torch.Tensor | None]
 
 
@@ -112,9 +112,8 @@ def _backward(
     # More starts than segments only where sequences are packed.
     for start, (rows, place, first, last) in reversed(list(zip(starts, plan.segments(), strict=False))):
         arguments = start, do[:, rows], dstate[place] if last else later, plan.shares(rows, grads)
-        shares, later = plan.shares(rows), None
-        if plan.reverse is not None:
-            later = plan.reverse(*arguments, *shares)
+        shares = plan.shares(rows)
+        later = None if plan.reverse is None else plan.reverse(*arguments, *shares)
         if later is None:
             later = _differentiate(plan, rows, *arguments, shares)
         if first:
