@@ -1,4 +1,7 @@
-"""Deterministic tests: one seed each, hypothesis without deadline or database; Triton interpreted, without a GPU."""
+"""Deterministic tests: one seed each, hypothesis without deadline or database; Triton interpreted, without a GPU.
+
+LIGER_TEST_DEVICE=cuda pytest tests/kernels/test_ops.py ... puts every tensor on a GPU instead, where kernels compile.
+"""
 
 import os
 
@@ -6,8 +9,12 @@ import pytest
 import torch
 from hypothesis import settings
 
-# Read when a kernel is defined, so before any of them is imported.
-os.environ["TRITON_INTERPRET"] = "1"
+DEVICE = os.environ.get("LIGER_TEST_DEVICE", "cpu")
+if DEVICE == "cpu":
+    # Read when a kernel is defined, so before any of them is imported.
+    os.environ["TRITON_INTERPRET"] = "1"
+else:
+    torch.set_default_device(DEVICE)
 settings.register_profile("liger", deadline=None, database=None, derandomize=True, print_blob=True)
 settings.load_profile("liger")
 # A core each where tests run in several processes.

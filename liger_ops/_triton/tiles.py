@@ -40,16 +40,26 @@ def load_decays(g, i_t, i_h, H, D, o_r, o_d, m_r):
 
 
 @triton.jit
+def scan(b_g, REVERSE: tl.constexpr = False):
+    """Running sums of the rows of b_g [C,BG]. One column goes as a vector: Triton 3.6 cannot scan it as a matrix."""
+    if b_g.shape[1] == 1:
+        b_sum = tl.cumsum(tl.reshape(b_g, [b_g.shape[0]]), 0, reverse=REVERSE)[:, None]
+    else:
+        b_sum = tl.cumsum(b_g, 0, reverse=REVERSE)
+    return b_sum
+
+
+@triton.jit
 def to_row(b_g):
     """[C,BG] log decays -> factors from the chunk's start through each row."""
-    return tl.exp(tl.cumsum(b_g, 0))
+    return tl.exp(scan(b_g))
 
 
 @triton.jit
 def from_row(g, i_t, n, i_h, H, D, o_r, o_d):
     """Factors [C,BG] from behind each row through the last of n rows: the decays one row further on, summed."""
     b_g = load_decays(g, i_t + 1, i_h, H, D, o_r, o_d, o_r < n - 1)
-    return tl.exp(tl.cumsum(b_g, 0, reverse=True))
+    return tl.exp(scan(b_g, REVERSE=True))
 
 
 @triton.jit
@@ -67,11 +77,20 @@ def head_scale(scale, i_g, G, STRICT: tl.constexpr):
 
 
 @triton.jit
+def rounded(x, PRECISION: tl.constexpr):
+    """float32 x as tf32 holds it, to nearest: matrix units cut off what they cannot hold. Halves are as they are."""
+    if PRECISION == "tf32" and x.dtype == tl.float32:
+        x = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return x
+
+
+@triton.jit
 def dot(a, b, PRECISION: tl.constexpr):
     """a @ b summed in float32. Operands of different dtypes meet in float32, which tf32 holds halves in exactly.
 
     With float64 on either side all of it is in float64.
     """
+    a, b = rounded(a, PRECISION), rounded(b, PRECISION)
     if a.dtype == tl.float64 or b.dtype == tl.float64:
         b_c = tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64)
     elif a.dtype != b.dtype:

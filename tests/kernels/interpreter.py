@@ -30,9 +30,8 @@ def _narrow(x: np.ndarray) -> np.ndarray:
 
 
 def _tf32(x: np.ndarray) -> np.ndarray:
-    """float32 with ten bits of mantissa, halves away from zero."""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    return ((bits + np.uint32(1 << 12)) & np.uint32(0xFFFFE000)).view(np.float32)
+    """float32 with ten bits of mantissa, the others cut off."""
+    return (np.ascontiguousarray(x, np.float32).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
 def _cast(original):
@@ -147,7 +146,13 @@ class Sanitizer:
 
 @contextlib.contextmanager
 def sanitized() -> Iterator[None]:
-    """Every launch inside runs between guards of NaN; what torch.empty returns and masked loads leave open is NaN."""
+    """Every launch inside runs between guards of NaN; what torch.empty returns and masked loads leave open is NaN.
+
+    Nothing watches a GPU.
+    """
+    if torch.get_default_device().type != "cpu":
+        yield
+        return
     B, G, watch = InterpreterBuilder, GridExecutor, []
     load, store, call = B.create_masked_load, B.create_masked_store, G.__call__
 

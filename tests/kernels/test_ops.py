@@ -39,6 +39,11 @@ OPS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _pytorch_first(monkeypatch):
+    monkeypatch.setattr(_packed, "on_triton", lambda q: False)
+
+
 def use_kernels(monkeypatch):
     monkeypatch.setattr(_packed, "on_triton", lambda q: True)
 
