@@ -9,12 +9,12 @@ from typing import NamedTuple
 import torch
 from triton import cdiv, next_power_of_2
 
-from liger_ops._triton import gradients, outputs, pairs, states
+from liger_ops._triton import decays, gradients, outputs, pairs, states
 from liger_ops._triton.launch import Chunks, Pieces, equal_chunks, launch, make_chunks, make_pieces, precision
 
 _ROWS = 16
 # Chains of states that fill no GPU are cut into pieces of so many tokens, which run side by side.
-_CHAINS, PIECE = 64, 1024
+_CHAINS, PIECE = 32, 1024
 
 
 def chunk_size(dtype: torch.dtype, wanted: int | None) -> int:
@@ -25,13 +25,29 @@ def chunk_size(dtype: torch.dtype, wanted: int | None) -> int:
     return (64 if dtype == torch.bfloat16 else 32) if wanted is None else min(max(next_power_of_2(wanted), 16), 64)
 
 
+class Decays(NamedTuple):
+    """Factors of rows [S,H,1 or K], from the chunk's start and to its end; per head those of its pairs, e [S,H,C].
+
+    Per channel fine [chunks,H,C//16]: in which blocks they may divide.
+    """
+
+    to: torch.Tensor
+    behind: torch.Tensor
+    e: torch.Tensor
+    fine: torch.Tensor
+
+
 class Call(NamedTuple):
-    """Contiguous q [S,HQ,K], k [S,H,K], v [S,H,V], g [S,H,1 or K] or None, where chunks lie, and the constants."""
+    """Contiguous q [S,HQ,K], k [S,H,K], v [S,H,V], g [S,H,1 or K] or None, where chunks lie, and the constants.
+
+    Without a gate no kernel reads decays, and they may be anything.
+    """
 
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
     g: torch.Tensor | None
+    decays: Decays
     chunks: Chunks
     pieces: Pieces | None
     constants: dict
@@ -46,10 +62,6 @@ class Call(NamedTuple):
     def per_channel(self) -> bool:
         return self.constants["PER_CHANNEL"]
 
-    def gate(self) -> torch.Tensor:
-        """g, or anything in its place: without a gate no kernel reads it."""
-        return self.q if self.g is None else self.g
-
 
 def prepare(q, k, v, g, cu_seqlens, chunk) -> Call:
     chunk = chunk_size(q.dtype, chunk)
@@ -63,7 +75,18 @@ def prepare(q, k, v, g, cu_seqlens, chunk) -> Call:
     pieces = make_pieces(where.sequences, B * T, PIECE, chunk) if few else None
     constants = dict(C=chunk, GATED=g is not None, PER_CHANNEL=per_channel, PRECISION=precision(q.dtype))
     constants |= dict(ALONE=False, STRICT=False)
-    return Call(q, k, v, g, where, pieces, constants)
+    factors = Decays(q, q, q, q) if g is None else _decays(g, where.chunks, q, v, constants)
+    return Call(q, k, v, g, factors, where, pieces, constants)
+
+
+def _decays(g, table, q, v, constants) -> Decays:
+    (S, H, KG), C, count = g.shape, constants["C"], len(table)
+    to, behind, per_channel = torch.empty_like(g), torch.empty_like(g), constants["PER_CHANNEL"]
+    e = g if per_channel else g.new_empty(S, H, C)
+    fine = g.new_empty(count, H, C // _ROWS, dtype=torch.int8) if per_channel else g
+    args = g, to, behind, e, fine, table, H, KG
+    launch(decays.decays_kernel, lambda _: (count, H), q.shape[-1], v.shape[-1], *args, **constants, R=_ROWS)
+    return Decays(to, behind, e, fine)
 
 
 def _states(x: Call, k, v, first, scale=1.0, reverse=False):
@@ -74,7 +97,7 @@ def _states(x: Call, k, v, first, scale=1.0, reverse=False):
     last = torch.empty_like(first)
 
     def run(first, last, sequences, total=None):
-        args = k, v, x.gate(), first, h, last, x.q if total is None else total, sequences
+        args = k, v, *x.decays[:2], first, h, last, x.q if total is None else total, sequences
         sizes = scale, H, k.shape[1] // H, K, V, KG
         constants = dict(x.constants, REVERSE=reverse, PART=total is not None)
         launch(states.states_kernel, grid(len(sequences)), K, V, *args, *sizes, **constants)
@@ -104,9 +127,11 @@ def scores(x: Call, kind: torch.dtype = torch.float32) -> torch.Tensor:
     if not x.per_channel:
         return x.q
     H, G, K, V, _ = x.sizes
-    a, count, C = _pairs(x, kind), len(x.chunks.chunks), x.constants["C"]
-    args = x.q, x.k, x.g, a, x.chunks.chunks, H, G, K
-    launch(pairs.scores_kernel, lambda _: (count, cdiv(C, _ROWS), H * G), K, V, *args, **x.constants, R=_ROWS)
+    a, count = _pairs(x, kind), len(x.chunks.chunks)
+    args = x.q, x.k, x.g, x.decays.fine, a, x.chunks.chunks, H, G, K
+    heads = 2 if G % 2 == 0 else 1
+    launch(pairs.scores_kernel, lambda _: (count, H * G // heads), K, V, *args, **x.constants, R=_ROWS, HEADS=heads)
+    launch(pairs.own_scores_kernel, lambda _: (count, H * G), K, V, *args, **x.constants, R=_ROWS)
     return a
 
 
@@ -122,7 +147,7 @@ def forward(q, k, v, g, state, cu_seqlens, scale, chunk):
 def read(x: Call, h, scale, o):
     """Fills o [B,T,HQ,V] from the states h [chunks,H,K,V] that chunks start from, and their own rows."""
     H, G, K, V, KG = x.sizes
-    args = x.q, x.k, x.v, x.gate(), h, scores(x), o, x.chunks.chunks, scale, H, G, K, V, KG
+    args = x.q, x.k, x.v, x.decays.to, x.decays.e, h, scores(x), o, x.chunks.chunks, scale, H, G, K, V, KG
     launch(outputs.outputs_kernel, lambda c: (len(h), cdiv(V, c.BV), H * G), K, V, *args, **x.constants)
 
 
@@ -130,7 +155,7 @@ def values_gradient(x: Call, dh, do, scale, alone=False):
     """dv [S,H,V] like v, from the gradients dh [chunks,H,K,V] of states behind chunks and do [S,HQ,V], or do alone."""
     H, G, K, V, KG = x.sizes
     dv, count = torch.empty_like(x.v), len(x.chunks.chunks)
-    args = x.q, x.k, do, x.gate(), dh, scores(x), dv, x.chunks.chunks, scale, H, G, K, V, KG
+    args = x.q, x.k, do, x.decays.behind, x.decays.e, dh, scores(x), dv, x.chunks.chunks, scale, H, G, K, V, KG
     constants = {**x.constants, "ALONE": alone}
     launch(outputs.values_kernel, lambda c: (count, cdiv(V, c.BV), H), K, V, *args, **constants)
     return dv
@@ -176,13 +201,14 @@ def differentiate(x: Call, h, dh, do, scale, gate_gradient, kind=None):
     """
     H, G, K, V, KG = x.sizes
     tokens, count = len(x.q), len(h)
-    da, *own = _own_gradients(x, do, scale) if x.per_channel else (x.q, x.q, x.k)
+    da = _products(x, do, scale)
+    own = _own_gradients(x, da) if x.per_channel else (x.q, x.k)
     dq, dk, dg = torch.empty_like(x.q, dtype=kind), torch.empty_like(x.k, dtype=kind), x.q
     if gate_gradient:
         # Per head a part for every block of channels, as many as the configuration has.
         dg = torch.empty_like(x.g) if x.per_channel else x.g.new_empty(cdiv(K, 16), tokens, H)
     table = x.chunks.chunks
-    args = x.q, x.k, x.v, x.gate(), h, dh, do, da, *own, dq, dk, dg, table, scale, tokens, H, G, K, V, KG
+    args = x.q, x.k, x.v, *x.decays[:2], h, dh, do, da, *own, dq, dk, dg, table, scale, tokens, H, G, K, V, KG
     config = launch(
         gradients.gradients_kernel,
         lambda c: (count, cdiv(K, c.BK), H),
@@ -195,18 +221,20 @@ def differentiate(x: Call, h, dh, do, scale, gate_gradient, kind=None):
     return dq, dk, dg if x.per_channel or not gate_gradient else dg[: cdiv(K, config.BK)].sum(0)
 
 
-def _own_gradients(x: Call, do, scale):
-    """The gradients of the scores within chunks, and what they make of queries and keys."""
+def _products(x: Call, do, scale) -> torch.Tensor:
+    """The gradients [S,HQ,C] of scores within chunks; per head or without a gate, of the products they are made of."""
     H, G, K, V, _ = x.sizes
-    table, C, count = x.chunks.chunks, x.constants["C"], len(x.chunks.chunks)
-    da = _pairs(x)
+    da, count = _pairs(x), len(x.chunks.chunks)
+    args = do, x.v, x.decays.e, da, x.chunks.chunks, scale, H, G, V
+    launch(pairs.products_kernel, lambda _: (count, H * G), K, V, *args, **x.constants)
+    return da
+
+
+def _own_gradients(x: Call, da) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the gradients of the scores within chunks make of queries and keys."""
+    H, G, K, V, _ = x.sizes
     dq, dk = (torch.empty_like(y, dtype=torch.float32) for y in (x.q, x.k))
-    launch(pairs.products_kernel, lambda _: (count, H * G), K, V, do, x.v, da, table, scale, H, G, V, **x.constants)
-    for kernel, y, dy in ((pairs.queries_gradient_kernel, x.k, dq), (pairs.keys_gradient_kernel, x.q, dk)):
-        heads = dy.shape[1]
-
-        def grid(c, heads=heads):
-            return count, cdiv(C, _ROWS), heads * cdiv(K, c.BK)
-
-        launch(kernel, grid, K, V, da, y, x.g, dy, table, H, G, K, **x.constants, R=_ROWS)
-    return da, dq, dk
+    args, count = (da, x.q, x.k, x.g, x.decays.fine, dq, dk, x.chunks.chunks, H, G, K), len(x.chunks.chunks)
+    for kernel in (pairs.pairs_gradient_kernel, pairs.own_gradients_kernel):
+        launch(kernel, lambda c: (count, cdiv(K, c.BK), H), K, V, *args, **x.constants, R=_ROWS)
+    return dq, dk

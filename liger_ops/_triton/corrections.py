@@ -9,18 +9,7 @@ With L[t,s] = k_t exp(g_{s+1} + ... + g_t) k_s, s < t, the errors e = v - (what 
 import triton
 import triton.language as tl
 
-from liger_ops._triton.outputs import load_pairs
-from liger_ops._triton.tiles import (
-    between,
-    dot,
-    from_row,
-    load_chunk,
-    load_decays,
-    load_rows,
-    offsets,
-    store_rows,
-    to_row,
-)
+from liger_ops._triton.tiles import between, dot, load_chunk, load_decays, load_pairs, load_rows, offsets, store_rows
 
 
 @triton.jit
@@ -106,7 +95,8 @@ def mixed_kernel(
     m,
     x,
     beta,
-    g,
+    to,
+    behind,
     y,
     chunks,
     sign,
@@ -137,23 +127,31 @@ def mixed_kernel(
         b_m = tl.trans(b_m)
         b_x = b_x * load_weights(beta, i_t, i_h, H, o_r, m_r)[:, None]
         if DECAYED:
-            b_x *= from_row(g, i_t, n, i_h, H, KG, o_r, o_g)
+            b_x *= load_rows(behind, i_t, i_h, H, KG, o_r, o_g, m_r)
     elif DECAYED:
-        b_x = b_x * to_row(load_decays(g, i_t, i_h, H, KG, o_r, o_g, m_r))
+        b_x = b_x * load_rows(to, i_t, i_h, H, KG, o_r, o_g, m_r)
     store_rows(y, dot(b_m, b_x, PRECISION) * sign, i_t, i_h, H, K, o_r, o_k, m_r)
 
 
 @triton.jit
 def take(b_h, i_k):
     """Block i_k of a state in blocks [NB,BK,BV]."""
-    o_n = tl.arange(0, b_h.shape[0])
-    return tl.sum(tl.where((o_n == i_k)[:, None, None], b_h, 0.0), 0)
+    if b_h.shape[0] == 1:
+        b_part = tl.reshape(b_h, [b_h.shape[1], b_h.shape[2]])
+    else:
+        o_n = tl.arange(0, b_h.shape[0])
+        b_part = tl.sum(tl.where((o_n == i_k)[:, None, None], b_h, 0.0), 0)
+    return b_part
 
 
 @triton.jit
 def put(b_h, i_k, b_part):
-    o_n = tl.arange(0, b_h.shape[0])
-    return tl.where((o_n == i_k)[:, None, None], b_part[None, :, :], b_h)
+    if b_h.shape[0] == 1:
+        b_h = b_part[None, :, :]
+    else:
+        o_n = tl.arange(0, b_h.shape[0])
+        b_h = tl.where((o_n == i_k)[:, None, None], b_part[None, :, :], b_h)
+    return b_h
 
 
 @triton.jit
@@ -162,7 +160,8 @@ def corrected_states_kernel(
     x,
     y,
     beta,
-    g,
+    to,
+    behind,
     q,
     do,
     first,
@@ -227,9 +226,9 @@ def corrected_states_kernel(
             b_part = take(b_h, i_k)
             if GATED:
                 o_g = o_k if BG > 1 else tl.arange(0, 1)
-                b_g = load_decays(g, i_t, i_h, H, KG, o_r, o_g, m_r)
-                b_part *= tl.exp(tl.sum(b_g, 0))[:, None]
-                b_w = to_row(b_g) if REVERSE else from_row(g, i_t, n, i_h, H, KG, o_r, o_g)
+                p_last = to + ((i_t + n - 1) * H + i_h) * KG + o_g
+                b_part *= tl.load(p_last, mask=o_g < KG, other=0.0)[:, None]
+                b_w = load_rows(to if REVERSE else behind, i_t, i_h, H, KG, o_r, o_g, m_r)
                 b_k = b_k * b_w
             b_part += dot(tl.trans(b_k), b_e, PRECISION)
             if REVERSE:

@@ -35,7 +35,7 @@ def _inverse(x: Call, beta: torch.Tensor) -> torch.Tensor:
     kind, C = torch.float64 if x.k.dtype == torch.float32 else torch.float32, x.constants["C"]
     m = x.k.new_empty(len(x.k), H, C, dtype=kind)
     a = scores(x._replace(q=x.k), kind)
-    args = x.k, beta, x.gate(), a, m, x.chunks.chunks, H, K
+    args = x.k, beta, x.k if x.g is None else x.g, a, m, x.chunks.chunks, H, K
     launch(corrections.inverse_kernel, lambda _: (len(x.chunks.chunks), H), K, V, *args, **x.constants)
     return m
 
@@ -45,7 +45,7 @@ def _mixed(x: Call, m, rows, beta, sign=1.0, transposed=False, decayed=False) ->
     (_, H, D), KG = rows.shape, x.sizes[-1]
     y = torch.empty_like(rows, dtype=torch.float32)
     decayed = decayed and x.constants["GATED"]
-    args = m, rows, beta, x.gate(), y, x.chunks.chunks, sign, H, D, KG
+    args = m, rows, beta, *x.decays[:2], y, x.chunks.chunks, sign, H, D, KG
     constants = {**x.constants, "TRANSPOSED": transposed, "DECAYED": decayed}
     constants["PER_CHANNEL"] = constants["PER_CHANNEL"] and decayed
     launch(corrections.mixed_kernel, lambda c: (len(x.chunks.chunks), cdiv(D, c.BK), H), D, D, *args, **constants)
@@ -62,7 +62,7 @@ def _states(x: Call, rows, taken, beta, first, do=None, scale=1.0, keep=True):
     h = x.k.new_empty(len(x.chunks.chunks), H, K, V, dtype=kept)
     u, last = torch.empty_like(rows), torch.empty_like(first)
     e = torch.empty_like(rows) if keep and do is None else u
-    args = x.k, rows, taken, beta, x.gate(), x.q, x.q if do is None else do, first, h, e, u, last
+    args = x.k, rows, taken, beta, *x.decays[:2], x.q, x.q if do is None else do, first, h, e, u, last
     args = *args, x.chunks.sequences, scale, H, G, K, V, KG
     constants = {**x.constants, "REVERSE": do is not None, "KEEP": keep, "WIDTH": block(K, 256)}
     launch(corrections.corrected_states_kernel, lambda c: (len(first) * H, cdiv(V, c.BV)), K, V, *args, **constants)

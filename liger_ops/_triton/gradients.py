@@ -6,17 +6,7 @@ Shapes: as in `tiles`; h, dh [chunks,H,K,V]: the state before a chunk, and the g
 import triton
 import triton.language as tl
 
-from liger_ops._triton.tiles import (
-    between,
-    dot,
-    from_row,
-    head_scale,
-    load_chunk,
-    load_decays,
-    load_rows,
-    store_rows,
-    to_row,
-)
+from liger_ops._triton.tiles import dot, head_scale, load_chunk, load_pairs, load_rows, store_rows
 
 
 # As a constant, G = 1 next to V = 1 makes LLVM give up in Triton 3.9.
@@ -25,7 +15,8 @@ def gradients_kernel(
     q,
     k,
     v,
-    g,
+    to,
+    behind,
     h,
     dh,
     do,
@@ -54,8 +45,8 @@ def gradients_kernel(
 ):
     """dq [S,HQ,K], dk [S,H,K], dg [S,H,K] per channel or, a part per block of channels, [blocks,S,H].
 
-    Per channel da [S,HQ,C] are the gradients of the chunk's scores, dq_own and dk_own what its pairs s < t make of
-    them. STRICT: the last head of a group is the key, which asks for what came before it: its gradient is part of dk.
+    da [S,HQ,C] are the gradients of the products of the chunk's queries and keys; per channel of its scores instead, and
+    dq_own and dk_own what its pairs s < t make of them. STRICT: the last head of a group is the key, which asks for what came before it: its gradient is part of dk.
     dg_r sums over all pairs s < r <= t: both outside of the chunk, one of them, or none. Only the last is a
     difference, of sums that neither token's own pair enters.
     """
@@ -82,16 +73,13 @@ def gradients_kernel(
             b_h = tl.load(h + o_h, mask=m_h, other=0.0)
             b_straddle += tl.sum(b_h.to(tl.float32) * b_dh.to(tl.float32), 1)
     if GATED:
-        b_g = load_decays(g, i_t, i_h, H, KG, o_r, o_g, m_r)
-        b_dk *= from_row(g, i_t, n, i_h, H, KG, o_r, o_g)
-        b_to = to_row(b_g)
-    b_e = tl.where(o_r[:, None] >= o_r[None, :], 1.0, 0.0)
-    if GATED and BG == 1:
-        b_e = between(b_g, o_r)
+        b_dk *= load_rows(behind, i_t, i_h, H, KG, o_r, o_g, m_r)
+        b_to = load_rows(to, i_t, i_h, H, KG, o_r, o_g, m_r)
     if GATE_GRADIENT:
         # No gate follows the last row: it keeps everything, and would cover what strong gates leave of others.
         b_part = tl.where((o_r < n - 1)[:, None], b_k * b_dk, 0.0)
-        b_dg = tl.cumsum(b_part, 0) - b_part + (b_straddle * tl.exp(tl.sum(b_g, 0)))[None, :]
+        b_whole = tl.load(to + ((i_t + n - 1) * H + i_h) * KG + o_g, mask=o_g < KG, other=0.0)
+        b_dg = tl.cumsum(b_part, 0) - b_part + (b_straddle * b_whole)[None, :]
     if BG > 1:
         b_own = load_rows(dk_own, i_t, i_h, H, K, o_r, o_k, m_r)
         b_dk += b_own
@@ -102,17 +90,13 @@ def gradients_kernel(
         i_q = i_h * G + i_g
         b_q = load_rows(q, i_t, i_q, HQ, K, o_r, o_k, m_r)
         b_dq = tl.zeros([C, BK], tl.float32)
-        b_a = tl.zeros([C, C], tl.float32)
         for i_v in range(n_v):
             o_v = i_v * BV + tl.arange(0, BV)
             p_h = h + (i_c * H + i_h) * K * V + o_k[:, None] * V + o_v[None, :]
             b_h = tl.load(p_h, mask=(o_k < K)[:, None] & (o_v < V)[None, :], other=0.0)
             b_do = load_rows(do, i_t, i_q, HQ, V, o_r, o_v, m_r)
             b_dq += dot(b_do, tl.trans(b_h), PRECISION)
-            if BG == 1:
-                b_a += dot(b_do, tl.trans(load_rows(v, i_t, i_h, H, V, o_r, o_v, m_r)), PRECISION)
-        b_scale = head_scale(scale, i_g, G, STRICT)
-        b_dq *= b_scale
+        b_dq *= head_scale(scale, i_g, G, STRICT)
         if GATED:
             b_dq *= b_to
         if BG > 1:
@@ -121,7 +105,7 @@ def gradients_kernel(
             b_same = tl.load(p_a, mask=m_r, other=0.0)
             b_own_k = tl.zeros([C, BK], tl.float32)
         else:
-            b_a *= b_e * b_scale
+            b_a = load_pairs(da, i_t, i_q, HQ, o_r, n, C)
             b_same = tl.sum(tl.where(o_r[:, None] == o_r[None, :], b_a, 0.0), 1)
             b_a = tl.where(o_r[:, None] > o_r[None, :], b_a, 0.0)
             b_own_q = dot(b_a, b_k, PRECISION)

@@ -31,8 +31,11 @@ CONFIGS: dict[str, list[Config]] = {
     "values_kernel": [Config(32, 64, 8, 2), Config(32, 64, 4, 1)],
     "scores_kernel": [Config(16, 16, 4, 2), Config(32, 16, 8, 2)],
     "products_kernel": [Config(16, 32, 4, 2), Config(16, 64, 4, 3)],
-    "queries_gradient_kernel": [Config(32, 16, 2, 2), Config(64, 16, 4, 2)],
-    "keys_gradient_kernel": [Config(32, 16, 2, 2), Config(64, 16, 4, 2)],
+    "pairs_gradient_kernel": [Config(32, 16, 4, 1)],
+    "decays_kernel": [Config(32, 16, 4, 1)],
+    "own_scores_kernel": [Config(32, 16, 1, 1)],
+    # It adds to what is there: nothing to try twice.
+    "own_gradients_kernel": [Config(32, 16, 1, 1)],
     "gradients_kernel": [Config(16, 32, 8, 1), Config(32, 32, 8, 1)],
     "inverse_kernel": [Config(32, 16, 4, 2)],
     "mixed_kernel": [Config(32, 32, 4, 1), Config(64, 64, 4, 2)],
@@ -188,7 +191,14 @@ def make_pieces(sequences: torch.Tensor, tokens: int, most: int, C: int) -> Piec
 
 
 def equal_chunks(batch: int, length: int, C: int, device: torch.device) -> Chunks:
-    """The chunks of `batch` sequences of one length."""
+    """The chunks of `batch` sequences of one length; kept for the next call, nobody writes to them."""
+    # What is allocated while a graph is captured holds nothing before its replay.
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return (_equal_chunks.__wrapped__ if capturing else _equal_chunks)(batch, length, C, device)
+
+
+@functools.lru_cache(64)
+def _equal_chunks(batch: int, length: int, C: int, device: torch.device) -> Chunks:
     each = -(-length // C)
     i, n = torch.arange(batch * each, device=device), torch.arange(batch, device=device)
     within = i % each * C

@@ -6,25 +6,7 @@ Shapes: as in `tiles`.
 import triton
 import triton.language as tl
 
-from liger_ops._triton.tiles import (
-    between,
-    dot,
-    from_row,
-    head_scale,
-    load_chunk,
-    load_decays,
-    load_rows,
-    offsets,
-    store_rows,
-    to_row,
-)
-
-
-@triton.jit
-def load_pairs(a, i_t, i_h, HQ, o_r, n, C: tl.constexpr):
-    """Tile [C,C] of the chunk's pairs in a [S,HQ,C]: row t, column s <= t; the rest was never written."""
-    m_a = (o_r[:, None] >= o_r[None, :]) & (o_r < n)[:, None]
-    return tl.load(a + offsets(i_t, i_h, HQ, C, o_r, o_r), mask=m_a, other=0.0)
+from liger_ops._triton.tiles import dot, head_scale, load_chunk, load_pairs, load_rows, store_rows
 
 
 @triton.jit
@@ -32,7 +14,8 @@ def outputs_kernel(
     q,
     k,
     v,
-    g,
+    to,
+    e,
     h,
     a,
     o,
@@ -50,9 +33,9 @@ def outputs_kernel(
     GATED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """q [S,HQ,K], k [S,H,K], v [S,H,V], g [S,H,KG], h [chunks,H,K,V] -> o [S,HQ,V].
+    """q [S,HQ,K], k [S,H,K], v [S,H,V], factors to [S,H,KG], h [chunks,H,K,V] -> o [S,HQ,V].
 
-    Per channel (BG > 1) the scores of a chunk's own rows come ready in a [S,HQ,C].
+    Per channel (BG > 1) the scores of a chunk's own rows come ready in a [S,HQ,C], per head their decays in e [S,H,C].
     """
     i_q, i_v, i_c = tl.program_id(2).to(tl.int64), tl.program_id(1), tl.program_id(0).to(tl.int64)
     i_h, HQ = i_q // G, H * G
@@ -70,7 +53,7 @@ def outputs_kernel(
         p_h = h + (i_c * H + i_h) * K * V + o_k[:, None] * V + o_v[None, :]
         b_h = tl.load(p_h, mask=(o_k < K)[:, None] & (o_v < V)[None, :], other=0.0)
         if BG > 1:
-            b_o += dot(b_q * to_row(load_decays(g, i_t, i_h, H, KG, o_r, o_k, m_r)), b_h, PRECISION)
+            b_o += dot(b_q * load_rows(to, i_t, i_h, H, KG, o_r, o_k, m_r), b_h, PRECISION)
         else:
             b_k = load_rows(k, i_t, i_h, H, K, o_r, o_k, m_r)
             b_o += dot(b_q, b_h, PRECISION)
@@ -78,9 +61,8 @@ def outputs_kernel(
     if BG > 1:
         b_a = load_pairs(a, i_t, i_q, HQ, o_r, n, C)
     elif GATED:
-        b_g = load_decays(g, i_t, i_h, H, KG, o_r, tl.arange(0, 1), m_r)
-        b_o *= to_row(b_g)
-        b_a *= between(b_g, o_r)
+        b_o *= load_rows(to, i_t, i_h, H, KG, o_r, tl.arange(0, 1), m_r)
+        b_a *= load_pairs(e, i_t, i_h, H, o_r, n, C)
     else:
         b_a = tl.where(o_r[:, None] >= o_r[None, :], b_a, 0.0)
     b_o += dot(b_a, load_rows(v, i_t, i_h, H, V, o_r, o_v, m_r), PRECISION)
@@ -92,7 +74,8 @@ def values_kernel(
     q,
     k,
     do,
-    g,
+    behind,
+    e,
     dh,
     a,
     dv,
@@ -133,11 +116,11 @@ def values_kernel(
         b_dh = tl.load(p_h, mask=(o_k < K)[:, None] & (o_v < V)[None, :], other=0.0)
         if GATED:
             o_g = o_k if BG > 1 else tl.arange(0, 1)
-            b_dv += dot(b_k * from_row(g, i_t, n, i_h, H, KG, o_r, o_g), b_dh, PRECISION)
+            b_dv += dot(b_k * load_rows(behind, i_t, i_h, H, KG, o_r, o_g, m_r), b_dh, PRECISION)
         else:
             b_dv += dot(b_k, b_dh, PRECISION)
     if GATED and BG == 1:
-        b_e = between(load_decays(g, i_t, i_h, H, KG, o_r, tl.arange(0, 1), m_r), o_r)
+        b_e = load_pairs(e, i_t, i_h, H, o_r, n, C)
     else:
         b_e = tl.where(o_r[:, None] >= o_r[None, :], 1.0, 0.0)
     for i_g in range(G):

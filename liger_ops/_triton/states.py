@@ -6,14 +6,15 @@ Shapes: as in `tiles`; N sequences, in M pieces where they are few and long, R h
 import triton
 import triton.language as tl
 
-from liger_ops._triton.tiles import dot, from_row, load_decays, load_rows, to_row
+from liger_ops._triton.tiles import dot, load_rows
 
 
 @triton.jit
 def states_kernel(
     k,
     v,
-    g,
+    to,
+    behind,
     first,
     h,
     last,
@@ -34,7 +35,7 @@ def states_kernel(
     PART: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """k [S,H*R,K], v [S,H*R,V], g [S,H,KG], first and last [N,H,K,V] -> h [chunks,H,K,V], what a chunk starts from.
+    """k [S,H*R,K], v [S,H*R,V], factors to and behind [S,H,KG], first and last [N,H,K,V] -> h [chunks,H,K,V], what a chunk starts from.
 
     PART: a sequence is a piece of one, starts from nothing, and instead of h gives what it keeps, total [N,H,KG].
     REVERSE starts at the last token, and a row decays on its way to what precedes it: by itself and all before it.
@@ -62,12 +63,11 @@ def states_kernel(
         if not PART:
             tl.store(h + ((i_first + i_c) * H + i_h) * K * V + o_h, b_h.to(h.dtype.element_ty), mask=m_h)
         if GATED:
-            b_g = load_decays(g, i_t, i_h, H, KG, o_r, o_g, m_r)
-            b_decay = tl.exp(tl.sum(b_g, 0))
+            b_decay = tl.load(to + ((i_t + n - 1) * H + i_h) * KG + o_g, mask=o_g < KG, other=0.0)
             b_h *= b_decay[:, None]
             if PART:
                 b_total *= b_decay
-            b_w = to_row(b_g) if REVERSE else from_row(g, i_t, n, i_h, H, KG, o_r, o_g)
+            b_w = load_rows(to if REVERSE else behind, i_t, i_h, H, KG, o_r, o_g, m_r)
         for i_r in range(R):
             b_k = load_rows(k, i_t, i_h * R + i_r, H * R, K, o_r, o_k, m_r)
             b_v = load_rows(v, i_t, i_h * R + i_r, H * R, V, o_r, o_v, m_r)

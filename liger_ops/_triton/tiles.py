@@ -40,6 +40,13 @@ def load_decays(g, i_t, i_h, H, D, o_r, o_d, m_r):
 
 
 @triton.jit
+def load_pairs(a, i_t, i_h, HQ, o_r, n, C: tl.constexpr):
+    """Tile [C,C] of the chunk's pairs in a [S,HQ,C]: row t, column s <= t; the rest was never written."""
+    m_a = (o_r[:, None] >= o_r[None, :]) & (o_r < n)[:, None]
+    return tl.load(a + offsets(i_t, i_h, HQ, C, o_r, o_r), mask=m_a, other=0.0)
+
+
+@triton.jit
 def scan(b_g, REVERSE: tl.constexpr = False):
     """Running sums of the rows of b_g [C,BG]. One column goes as a vector: Triton 3.6 cannot scan it as a matrix."""
     if b_g.shape[1] == 1:
@@ -47,19 +54,6 @@ def scan(b_g, REVERSE: tl.constexpr = False):
     else:
         b_sum = tl.cumsum(b_g, 0, reverse=REVERSE)
     return b_sum
-
-
-@triton.jit
-def to_row(b_g):
-    """[C,BG] log decays -> factors from the chunk's start through each row."""
-    return tl.exp(scan(b_g))
-
-
-@triton.jit
-def from_row(g, i_t, n, i_h, H, D, o_r, o_d):
-    """Factors [C,BG] from behind each row through the last of n rows: the decays one row further on, summed."""
-    b_g = load_decays(g, i_t + 1, i_h, H, D, o_r, o_d, o_r < n - 1)
-    return tl.exp(scan(b_g, REVERSE=True))
 
 
 @triton.jit
@@ -85,16 +79,39 @@ def rounded(x, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def dot(a, b, PRECISION: tl.constexpr):
-    """a @ b summed in float32. Operands of different dtypes meet in float32, which tf32 holds halves in exactly.
+def dot_parts(a, b, PRECISION: tl.constexpr):
+    """a @ b where one is bfloat16 and the other float32, of which two parts in bfloat16 hold 16 bits, three all 24."""
+    if a.dtype == tl.float32:
+        b_high = a.to(tl.bfloat16)
+        b_rest = a - b_high.to(tl.float32)
+        b_low = b_rest.to(tl.bfloat16)
+        b_c = tl.dot(b_low, b, tl.dot(b_high, b))
+        if PRECISION == "tf32x3":
+            b_c = tl.dot((b_rest - b_low.to(tl.float32)).to(tl.bfloat16), b, b_c)
+    else:
+        b_high = b.to(tl.bfloat16)
+        b_rest = b - b_high.to(tl.float32)
+        b_low = b_rest.to(tl.bfloat16)
+        b_c = tl.dot(a, b_low, tl.dot(a, b_high))
+        if PRECISION == "tf32x3":
+            b_c = tl.dot(a, (b_rest - b_low.to(tl.float32)).to(tl.bfloat16), b_c)
+    return b_c
 
-    With float64 on either side all of it is in float64.
+
+@triton.jit
+def dot(a, b, PRECISION: tl.constexpr):
+    """a @ b summed in float32; in float64 where either is.
+
+    bfloat16 and float32 meet in bfloat16, which matrix units are fastest at, float16 and float32 in float32.
     """
-    a, b = rounded(a, PRECISION), rounded(b, PRECISION)
     if a.dtype == tl.float64 or b.dtype == tl.float64:
         b_c = tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64)
+    elif a.dtype != b.dtype and (a.dtype == tl.bfloat16 or b.dtype == tl.bfloat16):
+        b_c = dot_parts(a, b, PRECISION)
     elif a.dtype != b.dtype:
-        b_c = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=PRECISION)
+        b_c = tl.dot(
+            rounded(a.to(tl.float32), PRECISION), rounded(b.to(tl.float32), PRECISION), input_precision=PRECISION
+        )
     else:
-        b_c = tl.dot(a, b, input_precision=PRECISION)
+        b_c = tl.dot(rounded(a, PRECISION), rounded(b, PRECISION), input_precision=PRECISION)
     return b_c
