@@ -39,6 +39,7 @@ _POINTERS = {
     torch.float32: "*fp32",
     torch.float64: "*fp64",
     torch.int64: "*i64",
+    torch.int32: "*i32",
 }
 
 

@@ -33,19 +33,12 @@ def _gate(g, A_log, dt_bias, lower_bound, k):
 
 def _with_unit_keys(q, k, v, beta, g, state, scale, chunk_size, cu_seqlens):
     """The recurrence for q and k of length 1; o in the dtype of v."""
-    kind = q.dtype
-    # Once each, so that what their gradients are the sum of is rounded only as a whole.
-    q, k = (x if kind == torch.float64 else x.float() for x in (q, k))
-    long_q, long_k = ((x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
-    if q.dtype == kind or not _packed.on_triton(q):
-        arguments = q / long_q, k / long_k, v, g, scale, state, chunk_size, None, cu_seqlens, beta
-        return _packed.recurrence(*arguments)
-    # A key rounded to length 1 in halves is longer or shorter, which strengths near 2 let grow: what belongs to its
-    # length goes to values and strengths, that of a query to the output, all in float32.
-    strength = beta.float() / long_k.squeeze(-1).square()
-    arguments = q, k, v * long_k, g, scale, state, chunk_size, None, cu_seqlens, strength, kind
-    o, state = _packed.recurrence(*arguments)
-    return (o / long_q).to(v.dtype), state
+    if q.dtype in (torch.float16, torch.bfloat16) and _packed.on_triton(q):
+        return _packed.recurrence(q, k, v, g, scale, state, chunk_size, None, cu_seqlens, beta, True)
+    # Rounded to halves only as a whole, as are the gradients.
+    q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
+    q, k = q / _packed.length(q), k / _packed.length(k)
+    return _packed.recurrence(q, k, v, g, scale, state, chunk_size, None, cu_seqlens, beta)
 
 
 def _strength(beta, sigmoid, doubled, v):

@@ -52,10 +52,33 @@ def _packed(
     cu_seqlens: torch.Tensor | None,
     scale: float,
     chunk: int | None,
-    halves: torch.dtype | None,
+    unit: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """halves: q and k are float32 for the sake of their gradients, and hold numbers of that dtype."""
-    q, k = (q, k) if halves is None else (q.to(halves), k.to(halves))
+    """unit: as if q and k had length 1."""
+    if not unit:
+        return _forward(q, k, v, g, gv, beta, state, cu_seqlens, scale, chunk)
+    long_q, long_k = length(q), length(k)
+    beta = _strength(beta, long_k)
+    o, last = _forward(q, k, v * long_k, g, gv, beta, state, cu_seqlens, scale, chunk)
+    return torch.div(o, long_q, out=torch.empty_like(o, dtype=v.dtype)), last
+
+
+def _strength(beta: torch.Tensor, long_k: torch.Tensor) -> torch.Tensor:
+    """That of keys longer than 1 which does what beta does to those of length 1.
+
+    A key rounded to length 1 in halves is longer or shorter, which strengths near 2 let grow. So keys stay as they are:
+    what belongs to their length goes to values and strengths, that of queries to the output, all in float32.
+    """
+    return beta.float() / long_k.squeeze(-1).square()
+
+
+def length(x: torch.Tensor) -> torch.Tensor:
+    """sqrt(|x|^2 + 1e-6) over the last dimension [...,1], in float32 or float64."""
+    kind = torch.promote_types(x.dtype, torch.float32)
+    return (torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=kind).square() + 1e-6).sqrt()
+
+
+def _forward(q, k, v, g, gv, beta, state, cu_seqlens, scale, chunk) -> tuple[torch.Tensor, torch.Tensor]:
     both = g is not None and gv is not None
     if both or (gv is None and cu_seqlens is None and q.shape[1] <= _FEW and k.shape[-1] <= WIDEST):
         from liger_ops._triton.recurrent import forward
@@ -76,7 +99,7 @@ def _packed(
 
 
 @_packed.register_fake
-def _(q, k, v, g, gv, beta, state, cu_seqlens, scale, chunk, halves):
+def _(q, k, v, g, gv, beta, state, cu_seqlens, scale, chunk, unit):
     return v.new_empty(*q.shape[:3], v.shape[-1]), torch.empty_like(state, memory_format=torch.contiguous_format)
 
 
@@ -94,16 +117,14 @@ def _packed_backward(
     cu_seqlens: torch.Tensor | None,
     scale: float,
     chunk: int | None,
-    halves: torch.dtype | None,
+    unit: bool,
     gate: bool,
 ) -> list[torch.Tensor]:
     """Gradients of q, k, v, beta if there is one, and state, and of the gate, g or gv, if wanted."""
-    kind = q.dtype
-    q, k = (q, k) if halves is None else (q.to(halves), k.to(halves))
     if beta is not None:
-        from liger_ops._triton.delta import backward
-
-        *found, dgate, dfirst = backward(do, dstate, q, k, v, beta, g, state, cu_seqlens, scale, chunk, gate, kind)
+        *found, dgate, dfirst = _delta_backward(
+            do, dstate, q, k, v, beta, g, state, cu_seqlens, scale, chunk, unit, gate
+        )
         return [*found, dfirst] + ([dgate] if gate else [])
     from liger_ops._triton import additive as kernels
 
@@ -112,14 +133,33 @@ def _packed_backward(
     return [*found, dfirst] + ([dgate] if gate else [])
 
 
+def _delta_backward(do, dstate, q, k, v, beta, g, state, cu_seqlens, scale, chunk, unit, gate):
+    """The gradients of q, k, v, beta, g and the initial state; those of q and k are rounded only as a whole."""
+    from liger_ops._triton.delta import backward
+
+    shared = g, state, cu_seqlens, scale, chunk, gate
+    if not unit:
+        return backward(do, dstate, q, k, v, beta, *shared)
+    long_q, long_k = length(q), length(k)
+    strength = _strength(beta, long_k)
+    args = do / long_q, dstate, q, k, v * long_k, strength
+    dq, dk, dv, dstrength, dg, dfirst = backward(*args, *shared, torch.float32)
+    # An output is linear in its query, so that q dq is what the query's length would have.
+    dq = torch.addcmul(dq, q.float(), (q * dq).sum(-1, keepdim=True) / long_q.square(), value=-1)
+    dlength = (dv * v).sum(-1, keepdim=True) - 2 * (dstrength * strength).unsqueeze(-1) / long_k
+    dk = torch.addcmul(dk, k.float(), dlength / long_k)
+    dbeta = dstrength / long_k.squeeze(-1).square()
+    return dq.to(q.dtype), dk.to(k.dtype), (dv * long_k).to(v.dtype), dbeta.to(beta.dtype), dg, dfirst
+
+
 @_packed_backward.register_fake
-def _(do, dstate, q, k, v, g, gv, beta, state, cu_seqlens, scale, chunk, halves, gate):
+def _(do, dstate, q, k, v, g, gv, beta, state, cu_seqlens, scale, chunk, unit, gate):
     given = q, k, v, *(() if beta is None else (beta,)), state, *((g if gv is None else gv,) if gate else ())
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in given]
 
 
 def _setup(ctx, inputs, output):
-    *tensors, ctx.scale, ctx.chunk, ctx.halves = inputs
+    *tensors, ctx.scale, ctx.chunk, ctx.unit = inputs
     ctx.save_for_backward(*tensors)
 
 
@@ -128,7 +168,7 @@ def _differentiate(ctx, do, dstate):
         raise RuntimeError("liger_ops::packed_backward: expected one differentiation, got create_graph=True")
     gate = any(ctx.needs_input_grad[3:5])
     held = ctx.saved_tensors
-    dq, dk, dv, *found = _packed_backward(do, dstate, *held, ctx.scale, ctx.chunk, ctx.halves, gate)
+    dq, dk, dv, *found = _packed_backward(do, dstate, *held, ctx.scale, ctx.chunk, ctx.unit, gate)
     dbeta = None if held[5] is None else found.pop(0)
     dfirst, *dg = found
     gates = [dg[0] if need else None for need in ctx.needs_input_grad[3:5]]
@@ -186,13 +226,12 @@ def recurrence(
     gv: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
     beta: torch.Tensor | None = None,
-    halves: torch.dtype | None = None,
+    unit: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q [B,T,HQ,K], k [B,T,H,K], v [B,T,H,V] -> o [B,T,HQ,V] in the dtype of v, and the last state [N,H,K,V].
 
     Log decays g [B,T,H] or [B,T,H,K] and gv [B,T,H,V], or None; cu_seqlens [N+1] packs sequences into batch 1. With
-    beta [B,T,H], and then without gv, the delta rule; float32 q and k then may hold numbers of `halves`, which is what
-    kernels multiply, with gradients in float32.
+    beta [B,T,H], and then without gv, the delta rule; unit: for q and k of length 1, which kernels take as they are.
     """
     (B, T, H, K), V = k.shape, v.shape[-1]
     N = B if cu_seqlens is None else len(cu_seqlens) - 1
@@ -202,6 +241,8 @@ def recurrence(
     if kernels and state is None:
         state = q.new_zeros(N, H, K, V, dtype=torch.float32)
     if not (kernels and T and B):
+        if unit:
+            q, k = q / length(q), k / length(k)
         return additive.recurrence(q, k, v, g, scale, state, default_chunk(g, chunk), gv, cu_seqlens, beta)
     _checks.refuse_tangents("packed", (q, k, v, g, gv, beta, state))
-    return _packed(q, k, v, g, gv, beta, state.float(), cu_seqlens, scale, chunk, halves)
+    return _packed(q, k, v, g, gv, beta, state.float(), cu_seqlens, scale, chunk, unit)

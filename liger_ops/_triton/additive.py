@@ -83,7 +83,7 @@ def _decays(g, table, q, v, constants) -> Decays:
     (S, H, KG), C, count = g.shape, constants["C"], len(table)
     to, behind, per_channel = torch.empty_like(g), torch.empty_like(g), constants["PER_CHANNEL"]
     e = g if per_channel else g.new_empty(S, H, C)
-    fine = g.new_empty(count, H, C // _ROWS, dtype=torch.int8) if per_channel else g
+    fine = g.new_empty(count, H, C // _ROWS, dtype=torch.int32) if per_channel else g
     args = g, to, behind, e, fine, table, H, KG
     launch(decays.decays_kernel, lambda _: (count, H), q.shape[-1], v.shape[-1], *args, **constants, R=_ROWS)
     return Decays(to, behind, e, fine)
@@ -128,9 +128,11 @@ def scores(x: Call, kind: torch.dtype = torch.float32) -> torch.Tensor:
         return x.q
     H, G, K, V, _ = x.sizes
     a, count = _pairs(x, kind), len(x.chunks.chunks)
-    args = x.q, x.k, x.g, x.decays.fine, a, x.chunks.chunks, H, G, K
+    args = a, x.chunks.chunks, H, G, K
     heads = 2 if G % 2 == 0 else 1
-    launch(pairs.scores_kernel, lambda _: (count, H * G // heads), K, V, *args, **x.constants, R=_ROWS, HEADS=heads)
+    grid, constants = (count, H * G // heads), {**x.constants, "R": _ROWS, "HEADS": heads}
+    launch(pairs.scores_kernel, lambda _: grid, K, V, x.q, x.k, x.g, *args, **constants)
+    args = x.q, x.k, x.g, x.decays.fine, *args
     launch(pairs.own_scores_kernel, lambda _: (count, H * G), K, V, *args, **x.constants, R=_ROWS)
     return a
 
@@ -151,11 +153,14 @@ def read(x: Call, h, scale, o):
     launch(outputs.outputs_kernel, lambda c: (len(h), cdiv(V, c.BV), H * G), K, V, *args, **x.constants)
 
 
-def values_gradient(x: Call, dh, do, scale, alone=False):
-    """dv [S,H,V] like v, from the gradients dh [chunks,H,K,V] of states behind chunks and do [S,HQ,V], or do alone."""
+def values_gradient(x: Call, a, dh, do, scale, alone=False):
+    """dv [S,H,V] like v, from the gradients dh [chunks,H,K,V] of states behind chunks and do [S,HQ,V], or do alone.
+
+    a as `scores` gives it.
+    """
     H, G, K, V, KG = x.sizes
     dv, count = torch.empty_like(x.v), len(x.chunks.chunks)
-    args = x.q, x.k, do, x.decays.behind, x.decays.e, dh, scores(x), dv, x.chunks.chunks, scale, H, G, K, V, KG
+    args = x.q, x.k, do, x.decays.behind, x.decays.e, dh, a, dv, x.chunks.chunks, scale, H, G, K, V, KG
     constants = {**x.constants, "ALONE": alone}
     launch(outputs.values_kernel, lambda c: (count, cdiv(V, c.BV), H), K, V, *args, **constants)
     return dv
@@ -168,7 +173,7 @@ def backward(do, dstate, q, k, v, g, state, cu_seqlens, scale, chunk, gate_gradi
     h, _ = _states(x, x.k, x.v, state.contiguous())
     dh, dfirst = _states(x, x.q, do, dstate.contiguous(), scale, reverse=True)
     dq, dk, dg = differentiate(x, h, dh, do, scale, gate_gradient)
-    dv = values_gradient(x, dh, do, scale)
+    dv = values_gradient(x, scores(x), dh, do, scale)
     dg = dg.view(g.shape).to(g.dtype) if gate_gradient else None
     return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape), dg, dfirst
 

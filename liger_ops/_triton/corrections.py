@@ -9,7 +9,17 @@ With L[t,s] = k_t exp(g_{s+1} + ... + g_t) k_s, s < t, the errors e = v - (what 
 import triton
 import triton.language as tl
 
-from liger_ops._triton.tiles import between, dot, load_chunk, load_decays, load_pairs, load_rows, offsets, store_rows
+from liger_ops._triton.tiles import (
+    between,
+    dot,
+    load_chunk,
+    load_decays,
+    load_pairs,
+    load_pairs_turned,
+    load_rows,
+    offsets,
+    store_rows,
+)
 
 
 @triton.jit
@@ -121,15 +131,16 @@ def mixed_kernel(
     o_g = o_k if BG > 1 else tl.arange(0, 1)
     m_r = o_r < n
 
-    b_m = load_pairs(m, i_t, i_h, H, o_r, n, C)
     b_x = load_rows(x, i_t, i_h, H, K, o_r, o_k, m_r)
     if TRANSPOSED:
-        b_m = tl.trans(b_m)
+        b_m = load_pairs_turned(m, i_t, i_h, H, o_r, n, C)
         b_x = b_x * load_weights(beta, i_t, i_h, H, o_r, m_r)[:, None]
         if DECAYED:
             b_x *= load_rows(behind, i_t, i_h, H, KG, o_r, o_g, m_r)
-    elif DECAYED:
-        b_x = b_x * load_rows(to, i_t, i_h, H, KG, o_r, o_g, m_r)
+    else:
+        b_m = load_pairs(m, i_t, i_h, H, o_r, n, C)
+        if DECAYED:
+            b_x = b_x * load_rows(to, i_t, i_h, H, KG, o_r, o_g, m_r)
     store_rows(y, dot(b_m, b_x, PRECISION) * sign, i_t, i_h, H, K, o_r, o_k, m_r)
 
 

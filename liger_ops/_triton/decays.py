@@ -8,7 +8,6 @@ import triton.language as tl
 
 from liger_ops._triton.tiles import between, load_chunk, load_decays, offsets, scan, store_rows
 
-
 # The smallest sum of decays within a block that float32 bears as a divisor.
 FACTORABLE = tl.constexpr(-80.0)
 
@@ -54,4 +53,4 @@ def decays_kernel(
             b_own = tl.reshape(tl.where((o_r % R > 0)[:, None], b_g, 0.0), [C // R, R, BG])
             b_lowest = tl.minimum(b_lowest, tl.min(tl.sum(b_own, 1), 1))
     if BG > 1:
-        tl.store(fine + (i_c * H + i_h) * (C // R) + o_b, (b_lowest >= FACTORABLE).to(tl.int8))
+        tl.store(fine + (i_c * H + i_h) * (C // R) + o_b, (b_lowest >= FACTORABLE).to(tl.int32))

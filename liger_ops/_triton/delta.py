@@ -18,10 +18,11 @@ from liger_ops._triton.launch import block, launch, precision
 
 
 class _Held(NamedTuple):
-    """The inverse m [S,H,C], states h [chunks,H,K,V] before chunks, errors e (or, not kept, anything) and values
-    u = beta e [S,H,V], last.
+    """Scores a [S,H,C] of the keys among themselves, the inverse m [S,H,C], states h [chunks,H,K,V] before chunks,
+    errors e (or, not kept, anything) and values u = beta e [S,H,V], last.
     """
 
+    a: torch.Tensor
     m: torch.Tensor
     h: torch.Tensor
     e: torch.Tensor
@@ -29,15 +30,15 @@ class _Held(NamedTuple):
     last: torch.Tensor
 
 
-def _inverse(x: Call, beta: torch.Tensor) -> torch.Tensor:
-    """m [S,H,C] in float32, or float64 for float32 keys."""
+def _inverse(x: Call, beta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores a, per channel, and m, both [S,H,C] in float32, or float64 for float32 keys."""
     H, _, K, V, _ = x.sizes
     kind, C = torch.float64 if x.k.dtype == torch.float32 else torch.float32, x.constants["C"]
     m = x.k.new_empty(len(x.k), H, C, dtype=kind)
     a = scores(x._replace(q=x.k), kind)
     args = x.k, beta, x.k if x.g is None else x.g, a, m, x.chunks.chunks, H, K
     launch(corrections.inverse_kernel, lambda _: (len(x.chunks.chunks), H), K, V, *args, **x.constants)
-    return m
+    return a, m
 
 
 def _mixed(x: Call, m, rows, beta, sign=1.0, transposed=False, decayed=False) -> torch.Tensor:
@@ -70,14 +71,15 @@ def _states(x: Call, rows, taken, beta, first, do=None, scale=1.0, keep=True):
 
 
 def _forward(x: Call, beta, state, keep: bool) -> _Held:
-    m = _inverse(x, beta)
+    a, m = _inverse(x, beta)
     rows, taken = _mixed(x, m, x.v, beta), _mixed(x, m, x.k, beta, decayed=True)
     h, e, u, last = _states(x, rows, taken, beta, state, keep=keep)
-    return _Held(m, h, e, u, last)
+    return _Held(a, m, h, e, u, last)
 
 
 def _prepare(q, k, v, beta, g, cu_seqlens, chunk) -> tuple[Call, torch.Tensor]:
-    x = prepare(q, k, v, g, cu_seqlens, 32 if chunk is None else chunk)
+    # Longer chunks cost more to invert than they save.
+    x = prepare(q, k, v, g, cu_seqlens, 32 if chunk is None else min(chunk, 32))
     # Corrected values change sign from row to row where keys are alike: bfloat16 gets as many digits as float16.
     finer = precision(torch.float16 if q.dtype == torch.bfloat16 else q.dtype)
     return x._replace(constants={**x.constants, "PRECISION": finer}), beta.float().contiguous().flatten(0, 1)
@@ -97,9 +99,10 @@ def backward(do, dstate, q, k, v, beta, g, state, cu_seqlens, scale, chunk, gate
     x, weights = _prepare(q, k, v, beta, g, cu_seqlens, chunk)
     H, G = x.sizes[:2]
     do = do.contiguous().flatten(0, 1)
-    m, h, e, u, _ = _forward(x, weights, state.contiguous(), keep=True)
+    a_k, m, h, e, u, _ = _forward(x, weights, state.contiguous(), keep=True)
     x = x._replace(v=u)
-    own = _mixed(x, m, values_gradient(x, h, do, scale, alone=True), weights, -1.0, transposed=True)
+    a = scores(x)
+    own = _mixed(x, m, values_gradient(x, a, h, do, scale, alone=True), weights, -1.0, transposed=True)
     taken = _mixed(x, m, x.k, weights, transposed=True, decayed=True)
     dh, dv, _, dfirst = _states(x, own, taken, weights, dstate.contiguous(), do, scale)
 
@@ -109,6 +112,8 @@ def backward(do, dstate, q, k, v, beta, g, state, cu_seqlens, scale, chunk, gate
     both = x._replace(q=asked, constants={**x.constants, "STRICT": True})
     dq, dk, dg = differentiate(both, h, dh, told, scale, gate_gradient, kind)
     dq = dq.unflatten(1, (H, G + 1))[:, :, :G].reshape(q.shape)
-    dbeta = (values_gradient(both, dh, told, scale) * e).sum(-1)
+    if x.per_channel:
+        a = torch.cat([a.unflatten(1, (H, G)), a_k.to(a.dtype).unsqueeze(2)], 2).flatten(1, 2)
+    dbeta = (values_gradient(both, a, dh, told, scale) * e).sum(-1)
     dg = dg.view(g.shape).to(g.dtype) if gate_gradient else None
     return dq, dk.view(k.shape), dv.neg().to(v.dtype).view(v.shape), dbeta.to(beta.dtype).view(beta.shape), dg, dfirst

@@ -6,7 +6,7 @@ Shapes: as in `tiles`; h, dh [chunks,H,K,V]: the state before a chunk, and the g
 import triton
 import triton.language as tl
 
-from liger_ops._triton.tiles import dot, head_scale, load_chunk, load_pairs, load_rows, store_rows
+from liger_ops._triton.tiles import dot, head_scale, load_chunk, load_pairs, load_pairs_turned, load_rows, store_rows
 
 
 # As a constant, G = 1 next to V = 1 makes LLVM give up in Triton 3.9.
@@ -45,8 +45,9 @@ def gradients_kernel(
 ):
     """dq [S,HQ,K], dk [S,H,K], dg [S,H,K] per channel or, a part per block of channels, [blocks,S,H].
 
-    da [S,HQ,C] are the gradients of the products of the chunk's queries and keys; per channel of its scores instead, and
-    dq_own and dk_own what its pairs s < t make of them. STRICT: the last head of a group is the key, which asks for what came before it: its gradient is part of dk.
+    da [S,HQ,C] are the gradients of products of the chunk's queries and keys; per channel of its scores instead, and
+    dq_own and dk_own what its pairs s < t make of them. STRICT: the last head of a group is the key, which asks for
+    what came before it: its gradient is part of dk.
     dg_r sums over all pairs s < r <= t: both outside of the chunk, one of them, or none. Only the last is a
     difference, of sums that neither token's own pair enters.
     """
@@ -108,8 +109,9 @@ def gradients_kernel(
             b_a = load_pairs(da, i_t, i_q, HQ, o_r, n, C)
             b_same = tl.sum(tl.where(o_r[:, None] == o_r[None, :], b_a, 0.0), 1)
             b_a = tl.where(o_r[:, None] > o_r[None, :], b_a, 0.0)
+            b_back = load_pairs_turned(da, i_t, i_q, HQ, o_r, n, C)
             b_own_q = dot(b_a, b_k, PRECISION)
-            b_own_k = dot(tl.trans(b_a), b_q, PRECISION)
+            b_own_k = dot(tl.where(o_r[:, None] < o_r[None, :], b_back, 0.0), b_q, PRECISION)
         b_dq += b_own_q
         if STRICT:
             b_same = tl.where(i_g < G - 1, b_same, 0.0)

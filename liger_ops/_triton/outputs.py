@@ -6,7 +6,7 @@ Shapes: as in `tiles`.
 import triton
 import triton.language as tl
 
-from liger_ops._triton.tiles import dot, head_scale, load_chunk, load_pairs, load_rows, store_rows
+from liger_ops._triton.tiles import dot, head_scale, load_chunk, load_pairs, load_pairs_turned, load_rows, store_rows
 
 
 @triton.jit
@@ -120,23 +120,23 @@ def values_kernel(
         else:
             b_dv += dot(b_k, b_dh, PRECISION)
     if GATED and BG == 1:
-        b_e = load_pairs(e, i_t, i_h, H, o_r, n, C)
+        b_e = load_pairs_turned(e, i_t, i_h, H, o_r, n, C)
     else:
-        b_e = tl.where(o_r[:, None] >= o_r[None, :], 1.0, 0.0)
+        b_e = tl.where(o_r[:, None] <= o_r[None, :], 1.0, 0.0)
     for i_g in range(G):
         i_q = i_h * G + i_g
         if BG > 1:
-            b_a = load_pairs(a, i_t, i_q, HQ, o_r, n, C)
+            b_a = load_pairs_turned(a, i_t, i_q, HQ, o_r, n, C)
         else:
             b_a = tl.zeros([C, C], tl.float32)
             for i_k in range(n_k):
                 o_k = i_k * BK + tl.arange(0, BK)
                 b_q = load_rows(q, i_t, i_q, HQ, K, o_r, o_k, m_r)
                 b_k = load_rows(k, i_t, i_h, H, K, o_r, o_k, m_r)
-                b_a += dot(b_q, tl.trans(b_k), PRECISION)
+                b_a += dot(b_k, tl.trans(b_q), PRECISION)
             b_a *= b_e
         if STRICT:
-            b_a = tl.where((o_r[:, None] > o_r[None, :]) | (i_g < G - 1), b_a, 0.0)
+            b_a = tl.where((o_r[:, None] < o_r[None, :]) | (i_g < G - 1), b_a, 0.0)
         b_do = load_rows(do, i_t, i_q, HQ, V, o_r, o_v, m_r)
-        b_dv += dot(tl.trans(b_a), b_do, PRECISION) * head_scale(scale, i_g, G, STRICT)
+        b_dv += dot(b_a, b_do, PRECISION) * head_scale(scale, i_g, G, STRICT)
     store_rows(dv, b_dv, i_t, i_h, H, V, o_r, o_v, m_r)

@@ -12,9 +12,20 @@ import triton
 import triton.language as tl
 
 from liger_ops._triton.decays import FACTORABLE
-from liger_ops._triton.tiles import dot, head_scale, load_chunk, load_decays, load_pairs, load_rows, offsets, store_rows
+from liger_ops._triton.tiles import (
+    dot,
+    head_scale,
+    load_chunk,
+    load_decays,
+    load_pairs,
+    load_pairs_turned,
+    load_rows,
+    offsets,
+    store_rows,
+)
 
-# About half of what FACTORABLE allows in powers of two, moved from one factor to the other, keeps both clear of underflow.
+# About half of what FACTORABLE allows, in powers of two: moved from one factor to the other, it keeps both clear of
+# underflow.
 HALF = tl.constexpr(57.0)
 LOG2E = tl.constexpr(1.4426950408889634)
 # Running sums of multiples of this stay exact down to FACTORABLE.
@@ -70,12 +81,11 @@ def across(b_near, o_r, R: tl.constexpr):
 
 
 @triton.jit
-def kinds_of_pairs(o_t, o_s, R: tl.constexpr):
+def kinds_of_pairs(b_t, b_s, R: tl.constexpr):
     """Masks of pairs s <= t: within a block, of the second block of a run of two with its first, and between runs."""
-    m_own = ((o_t // R)[:, None] == (o_s // R)[None, :]) & (o_t[:, None] >= o_s[None, :])
-    m_run = (o_t // (2 * R))[:, None] == (o_s // (2 * R))[None, :]
-    m_far = (o_t // (2 * R))[:, None] > (o_s // (2 * R))[None, :]
-    return m_own, m_run & ((o_t // R)[:, None] > (o_s // R)[None, :]), m_far
+    m_own = (b_t // R == b_s // R) & (b_t >= b_s)
+    m_run = (b_t // (2 * R) == b_s // (2 * R)) & (b_t // R > b_s // R)
+    return m_own, m_run, b_t // (2 * R) > b_s // (2 * R)
 
 
 @triton.jit
@@ -100,7 +110,6 @@ def scores_kernel(
     q,
     k,
     g,
-    fine,
     a,
     chunks,
     H,
@@ -114,8 +123,8 @@ def scores_kernel(
 ):
     """a[t,s] = sum_k q_t exp(g_{s+1} + ... + g_t) k_s for s <= t: q [S,HQ,K], k, g [S,H,K] -> a [S,HQ,C].
 
-    In the dtype of a, float32 or float64. A program has HEADS query heads of a group, one below the other. Blocks that
-    are not fine are left to `own_scores_kernel`.
+    In the dtype of a, float32 or float64. A program has HEADS query heads of a group, one below the other. What it
+    says of pairs within blocks that are not fine means nothing: `own_scores_kernel` does.
     """
     i_p, i_c = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
     i_q, HQ = i_p * HEADS, H * G
@@ -126,8 +135,7 @@ def scores_kernel(
     o_r, o_m = tl.arange(0, C), tl.arange(0, HEADS * C)
     o_t = o_m % C
     m_r, m_t = o_r < n, o_t < n
-    m_own, m_run, m_far = kinds_of_pairs(o_t, o_r, R)
-    m_fine = load_fine(fine, i_c, i_h, H, o_r, C, R)
+    m_own, m_run, m_far = kinds_of_pairs(o_t[:, None], o_r[None, :], R)
     # Rows of the other heads of a group lie one head further on.
     p_q, p_a = q + (o_m // C)[:, None] * K, a + (o_m // C)[:, None] * C
 
@@ -140,8 +148,7 @@ def scores_kernel(
         b_g = load_decays(g, i_t, i_h, H, K, o_r, o_k, m_r & (o_r % R > 0)).to(kind)
         b_fall, b_rise = apart(b_g, R)
         b_to = b_q * stacked(b_fall, HEADS)
-        # Zeros where it is not fine: what is infinite would reach other blocks as NaN.
-        b_part = dot(b_to, tl.trans(tl.where(m_fine[:, None], b_k * b_rise, 0.0)), PRECISION)
+        b_part = dot(b_to, tl.trans(b_k * b_rise), PRECISION)
         b_part = tl.where(m_own, b_part, 0.0)
         if C > R:
             b_next = load_decays(g, i_t + 1, i_h, H, K, o_r, o_k, o_r < n - 1).to(kind)
@@ -176,7 +183,8 @@ def own_scores_kernel(
     i_q, i_c = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
     i_h, HQ = i_q // G, H * G
     i_t, n = load_chunk(chunks, i_c)
-    o_r, kind = tl.arange(0, R), a.dtype.element_ty
+    o_r = tl.arange(0, R)
+    kind: tl.constexpr = a.dtype.element_ty
     for i_b in range(tl.cdiv(n, R)):
         if tl.load(fine + (i_c * H + i_h) * (C // R) + i_b) == 0:
             i_first, n_r = i_b * R, tl.minimum(n - i_b * R, R)
@@ -255,8 +263,8 @@ def pairs_gradient_kernel(
 ):
     """What the gradients da [S,HQ,C] of scores make of queries and keys, dq [S,HQ,K] and dk [S,H,K].
 
-    dq_t = sum_{s<t} da[t,s] exp(g_{s+1} + ... + g_t) k_s and dk_s = sum_{t>s} da[t,s] exp(g_{s+1} + ... + g_t) q_t, both
-    in the chunk. What blocks that are not fine give themselves is left to `own_gradients_kernel`.
+    dq_t = sum_{s<t} da[t,s] exp(g_{s+1} + ... + g_t) k_s and dk_s = sum_{t>s} da[t,s] exp(g_{s+1} + ... + g_t) q_t, in
+    the chunk. What blocks that are not fine give themselves is left to `own_gradients_kernel`.
     """
     i_h, i_k, i_c = tl.program_id(2).to(tl.int64), tl.program_id(1), tl.program_id(0).to(tl.int64)
     HQ = H * G
@@ -265,12 +273,14 @@ def pairs_gradient_kernel(
         return
     o_r, o_k = tl.arange(0, C), i_k * BK + tl.arange(0, BK)
     m_r = o_r < n
-    m_own, m_run, m_far = kinds_of_pairs(o_r, o_r, R)
-    m_own &= o_r[:, None] > o_r[None, :]
+    m_own, m_run, m_far = kinds_of_pairs(o_r[:, None], o_r[None, :], R)
+    m_own_turned, m_run_turned, m_far_turned = kinds_of_pairs(o_r[None, :], o_r[:, None], R)
+    m_other = o_r[:, None] != o_r[None, :]
 
     b_k = load_rows(k, i_t, i_h, H, K, o_r, o_k, m_r).to(tl.float32)
     b_g = load_decays(g, i_t, i_h, H, K, o_r, o_k, m_r & (o_r % R > 0))
     b_fall, b_rise = apart(b_g, R)
+    # Zeros where it is not fine: what is infinite would reach other blocks as NaN.
     b_rise = tl.where(load_fine(fine, i_c, i_h, H, o_r, C, R)[:, None], b_rise, 0.0)
     if C > R:
         b_next = load_decays(g, i_t + 1, i_h, H, K, o_r, o_k, o_r < n - 1)
@@ -283,17 +293,16 @@ def pairs_gradient_kernel(
         i_q = i_h * G + i_g
         b_to = load_rows(q, i_t, i_q, HQ, K, o_r, o_k, m_r).to(tl.float32) * b_fall
         b_a = load_pairs(da, i_t, i_q, HQ, o_r, n, C)
-        b_own = tl.where(m_own, b_a, 0.0)
-        b_dq = dot(b_own, b_k * b_rise, PRECISION)
-        b_dk += dot(tl.trans(b_own), b_to, PRECISION) * b_rise
+        b_turned = load_pairs_turned(da, i_t, i_q, HQ, o_r, n, C)
+        b_dq = dot(tl.where(m_own & m_other, b_a, 0.0), b_k * b_rise, PRECISION)
+        b_dk += dot(tl.where(m_own_turned & m_other, b_turned, 0.0), b_to, PRECISION) * b_rise
         if C > R:
-            b_two = tl.where(m_run, b_a, 0.0)
-            b_dq += dot(b_two, b_k * b_from, PRECISION)
-            b_dk += dot(tl.trans(b_two), b_to, PRECISION) * b_from
+            b_dq += dot(tl.where(m_run, b_a, 0.0), b_k * b_from, PRECISION)
+            b_dk += dot(tl.where(m_run_turned, b_turned, 0.0), b_to, PRECISION) * b_from
         if C > 2 * R:
-            b_rest = tl.where(m_far, b_a, 0.0)
-            b_dq += dot(b_rest, b_k * b_from * b_earlier, PRECISION) * b_later
-            b_dk += dot(tl.trans(b_rest), b_to * b_later, PRECISION) * (b_from * b_earlier)
+            b_dq += dot(tl.where(m_far, b_a, 0.0), b_k * b_from * b_earlier, PRECISION) * b_later
+            b_part = dot(tl.where(m_far_turned, b_turned, 0.0), b_to * b_later, PRECISION)
+            b_dk += b_part * (b_from * b_earlier)
         b_dq *= b_fall
         store_rows(dq, b_dq, i_t, i_q, HQ, K, o_r, o_k, m_r)
     store_rows(dk, b_dk, i_t, i_h, H, K, o_r, o_k, m_r)

@@ -35,7 +35,8 @@ def states_kernel(
     PART: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """k [S,H*R,K], v [S,H*R,V], factors to and behind [S,H,KG], first and last [N,H,K,V] -> h [chunks,H,K,V], what a chunk starts from.
+    """k [S,H*R,K], v [S,H*R,V], factors to and behind [S,H,KG], first and last [N,H,K,V] -> h [chunks,H,K,V], what a
+    chunk starts from.
 
     PART: a sequence is a piece of one, starts from nothing, and instead of h gives what it keeps, total [N,H,KG].
     REVERSE starts at the last token, and a row decays on its way to what precedes it: by itself and all before it.

@@ -47,6 +47,17 @@ def load_pairs(a, i_t, i_h, HQ, o_r, n, C: tl.constexpr):
 
 
 @triton.jit
+def load_pairs_turned(a, i_t, i_h, HQ, o_r, n, C: tl.constexpr):
+    """The transpose of `load_pairs`, as it comes from memory.
+
+    Triton before 3.7.1 gets products wrong on Hopper where the left side was turned in registers.
+    """
+    m_a = (o_r[:, None] <= o_r[None, :]) & (o_r < n)[None, :]
+    p_a = a + ((i_t + o_r.to(tl.int64)) * HQ + i_h)[None, :] * C + o_r[:, None]
+    return tl.load(p_a, mask=m_a, other=0.0)
+
+
+@triton.jit
 def scan(b_g, REVERSE: tl.constexpr = False):
     """Running sums of the rows of b_g [C,BG]. One column goes as a vector: Triton 3.6 cannot scan it as a matrix."""
     if b_g.shape[1] == 1:
@@ -58,10 +69,10 @@ def scan(b_g, REVERSE: tl.constexpr = False):
 
 @triton.jit
 def between(b_g, o_r):
-    """[C,1] log decays -> [C,C]: the factor from behind column s through row t, 0 for s > t."""
+    """[C,1] log decays -> [C,C]: the factor from behind column s through row t, 1 for s > t."""
     m_later = o_r[:, None] > o_r[None, :]
     b_sum = tl.cumsum(tl.where(m_later, b_g, 0.0), 0)
-    return tl.where(o_r[:, None] >= o_r[None, :], tl.exp(b_sum), 0.0)
+    return tl.exp(b_sum)
 
 
 @triton.jit

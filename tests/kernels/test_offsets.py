@@ -54,7 +54,7 @@ def test_offsets_beyond_32_bits(gate, monkeypatch):
 def corrections(case, x):
     """What the delta rule's own kernels make of it: products with the inverse, states, errors."""
     call, beta = delta._prepare(*(x[n] for n in ("q", "k", "v", "beta", "g")), case.cu_seqlens(), case.chunk)
-    m = delta._inverse(call, beta)
+    _, m = delta._inverse(call, beta)
     rows, taken = delta._mixed(call, m, call.v, beta), delta._mixed(call, m, call.k, beta, decayed=True)
     back = delta._mixed(call, m, call.k, beta, -1.0, transposed=True, decayed=True)
     _, e, u, last = delta._states(call, rows, taken, beta, x["state"])

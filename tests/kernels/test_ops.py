@@ -154,7 +154,7 @@ def test_the_compiler_sees_one_op(gate, monkeypatch):
     g = {"none": None, "head": decay(1, T, H), "channel": decay(1, T, H, K)}[gate]
     q, k, v = torch.randn(1, T, HQ, K), torch.randn(1, T, H, K), torch.randn(1, T, H, V)
     leaves = [x if x is None else x.requires_grad_() for x in (q, k, v, g, torch.randn(3, H, K, V))]
-    args = *leaves, torch.tensor([0, 20, 20, T]), K**-0.5, None, None
+    args = *leaves, torch.tensor([0, 20, 20, T]), K**-0.5, None, False
     strength = torch.rand(1, T, H).requires_grad_()
     for beta in (None, strength):
         torch.library.opcheck(torch.ops.liger_ops.packed.default, (*args[:4], None, beta, *args[4:]))
