@@ -49,8 +49,10 @@ def gradients_kernel(
     dq_own and dk_own what its pairs s < t make of them. STRICT: the last head of a group is the key, which asks for
     what came before it: its gradient is part of dk.
     dg_r sums over all pairs s < r <= t: both outside of the chunk, one of them, or none. Only the last is a
-    difference, of sums that neither token's own pair enters.
+    difference, of sums that neither token's own pair enters; per head it is the pairs' own sum where products are as
+    fine as float32, which that difference is not.
     """
+    PAIRED: tl.constexpr = BG == 1 and PRECISION == "ieee"
     i_h, i_k, i_c = tl.program_id(2).to(tl.int64), tl.program_id(1), tl.program_id(0).to(tl.int64)
     HQ = H * G
     i_t, n = load_chunk(chunks, i_c)
@@ -87,6 +89,7 @@ def gradients_kernel(
         b_pairs = -(b_k * b_own)
     else:
         b_pairs = tl.zeros([C, BK], tl.float32)
+    b_both = tl.zeros([C, C], tl.float32)
     for i_g in range(G):
         i_q = i_h * G + i_g
         b_q = load_rows(q, i_t, i_q, HQ, K, o_r, o_k, m_r)
@@ -111,13 +114,17 @@ def gradients_kernel(
             b_a = tl.where(o_r[:, None] > o_r[None, :], b_a, 0.0)
             b_back = load_pairs_turned(da, i_t, i_q, HQ, o_r, n, C)
             b_own_q = dot(b_a, b_k, PRECISION)
+            if PAIRED:
+                b_both += b_a * dot(b_q, tl.trans(b_k), PRECISION)
+                b_pairs += b_q * b_dq
             b_own_k = dot(tl.where(o_r[:, None] < o_r[None, :], b_back, 0.0), b_q, PRECISION)
         b_dq += b_own_q
         if STRICT:
             b_same = tl.where(i_g < G - 1, b_same, 0.0)
             b_dk += tl.where(i_g < G - 1, 0.0, b_dq)
         b_dk += b_own_k + b_same[:, None] * b_q
-        b_pairs += b_q * b_dq - b_k * b_own_k
+        if not PAIRED:
+            b_pairs += b_q * b_dq - b_k * b_own_k
         store_rows(dq, b_dq + b_same[:, None] * b_k, i_t, i_q, HQ, K, o_r, o_k, m_r)
     store_rows(dk, b_dk, i_t, i_h, H, K, o_r, o_k, m_r)
     if GATE_GRADIENT:
@@ -125,4 +132,8 @@ def gradients_kernel(
         if BG > 1:
             store_rows(dg, b_dg, i_t, i_h, H, K, o_r, o_k, m_r)
         else:
-            tl.store(dg + (i_k.to(tl.int64) * S + i_t + o_r) * H + i_h, tl.sum(b_dg, 1), mask=m_r)
+            b_row = tl.sum(b_dg, 1)
+            if PAIRED:
+                b_before = tl.cumsum(b_both, 1) - b_both
+                b_row += tl.sum(tl.where(o_r[:, None] >= o_r[None, :], b_before, 0.0), 0)
+            tl.store(dg + (i_k.to(tl.int64) * S + i_t + o_r) * H + i_h, b_row, mask=m_r)
