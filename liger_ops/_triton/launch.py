@@ -29,7 +29,7 @@ CONFIGS: dict[str, list[Config]] = {
     "states_kernel": [Config(32, 64, 4, 1), Config(32, 128, 4, 3), Config(64, 64, 4, 3)],
     "joins_kernel": [Config(32, 64, 4, 1), Config(16, 32, 2, 1)],
     "outputs_kernel": [Config(32, 64, 4, 2), Config(64, 128, 4, 2), Config(32, 128, 4, 2)],
-    "values_kernel": [Config(32, 32, 4, 2), Config(64, 128, 4, 2), Config(64, 64, 4, 2)],
+    "values_kernel": [Config(32, 32, 8, 1), Config(64, 128, 4, 2), Config(64, 64, 4, 2)],
     "scores_kernel": [Config(32, 16, 8, 1), Config(16, 16, 4, 1), Config(32, 16, 4, 1)],
     "own_scores_kernel": [Config(16, 16, 4, 1)],
     "products_kernel": [Config(16, 32, 4, 2), Config(16, 64, 4, 3)],
@@ -37,7 +37,7 @@ CONFIGS: dict[str, list[Config]] = {
     "pairs_gradient_kernel": [Config(16, 16, 8, 1), Config(64, 16, 8, 1)],
     # It adds to what is there: nothing to try twice.
     "own_gradients_kernel": [Config(64, 16, 4, 1)],
-    "gradients_kernel": [Config(16, 16, 8, 1), Config(64, 128, 8, 1)],
+    "gradients_kernel": [Config(16, 16, 8, 2), Config(64, 128, 8, 1)],
     "inverse_kernel": [Config(32, 16, 4, 2), Config(32, 16, 2, 1)],
     "mixed_kernel": [Config(32, 32, 4, 1), Config(64, 64, 4, 2)],
     # It holds all channels of the key as well, in blocks.
@@ -49,7 +49,9 @@ CONFIGS: dict[str, list[Config]] = {
 _FINE: dict[tuple[str, str], list[Config]] = {
     ("corrected_states_kernel", "ieee"): [Config(16, 32, 8, 1), Config(16, 32, 4, 1)],
     ("gradients_kernel", "ieee"): [Config(16, 16, 8, 1), Config(32, 32, 8, 1)],
-    ("gradients_kernel", "tf32x3"): [Config(16, 16, 8, 1), Config(128, 64, 8, 1)],
+    ("gradients_kernel", "tf32x3"): [Config(16, 16, 4, 1), Config(128, 64, 8, 1)],
+    ("pairs_gradient_kernel", "ieee"): [Config(16, 16, 4, 1), Config(64, 16, 8, 1)],
+    ("values_kernel", "ieee"): [Config(32, 64, 8, 1), Config(32, 32, 8, 1)],
     ("states_kernel", "tf32x3"): [Config(16, 64, 4, 1), Config(32, 32, 8, 1)],
 }
 _chosen: dict[tuple, Config] = {}

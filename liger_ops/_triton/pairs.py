@@ -1,6 +1,6 @@
 """Pairs of rows within a chunk under a decay per channel, in blocks of R rows.
 
-Shapes: as in `tiles`; R rows of a block, NB = C // R blocks, a [S,HQ,C] pairs of a chunk: row t, column s.
+Shapes: as in `tiles`; R rows of a block, a [S,HQ,C] pairs of a chunk: row t, column s.
 
 A pair's decay is split at a row between its two: sums on either side, both <= 0. Where their blocks are neighbours of
 a run of two, that row is the second block's first; where they are of different runs, the second run's first row. Within
