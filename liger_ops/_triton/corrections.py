@@ -29,7 +29,7 @@ def load_weights(beta, i_t, i_h, H, o_r, m_r):
 
 @triton.jit
 def inverse(b_a, o_r, C: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + b_a)^-1 for a strictly lower b_a [C,C]: blocks of 16 rows by substitution, joined by products.
+    """(I + b_a)^-1 for a strictly lower b_a [C,C], C 16 or 32: blocks of 16 rows by substitution, joined by products.
 
     A power series of all of b_a would sum binomials of up to 2^C where keys are alike.
     """
@@ -47,9 +47,6 @@ def inverse(b_a, o_r, C: tl.constexpr, PRECISION: tl.constexpr):
     b_d = tl.where(m_same, b_d, 0.0) + tl.where(o_r[:, None] == o_r[None, :], 1.0, 0.0)
     if NB > 1:
         b_n = -dot(b_d, tl.where(m_same, 0.0, b_a), PRECISION)
-        if NB > 2:
-            b_square = dot(b_n, b_n, PRECISION)
-            b_n += b_square + dot(b_n, b_square, PRECISION)
         b_d += dot(b_n, b_d, PRECISION)
     return b_d
 

@@ -99,7 +99,7 @@ def test_everything_matches_naive_float64(case):
 
 CLEAN = [
     Case(gate="channel", G=2, lengths=(0, 33, 0, 7)),
-    Case(gate="head", H=2, K=40, V=20, T=36, chunk=16),
+    Case(gate="head", H=2, K=40, V=40, T=36, chunk=16),
     Case(gate="none", B=2, G=2, T=70, V=16, chunk=64),
 ]
 
