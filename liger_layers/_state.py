@@ -58,7 +58,7 @@ class LigerState(_State):
 class MemoryState(_State):
     """memories: tensors [B,M,H,...] in float32, as many as the update rule keeps, the shared memory last.
 
-    inputs [B,conv_size-1,hidden] are the tokens that the convolution still sees; None without one.
+    inputs [B,conv_size-1,hidden] are the tokens that the convolution and a shifted router still see; None without one.
     """
 
     memories: tuple[torch.Tensor, ...]

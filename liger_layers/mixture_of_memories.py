@@ -22,9 +22,12 @@ class ShortConvolution(nn.Module):
         self.weight = nn.Parameter(torch.empty(taps, hidden_size).uniform_(-(taps**-0.5), taps**-0.5))
 
     def forward(
-        self, x: torch.Tensor, before: torch.Tensor, cu_seqlens: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x [E,hidden] and the inputs before each sequence [N,C-1,hidden] -> y [E,hidden] and the last inputs."""
+        self, x: torch.Tensor, before: torch.Tensor, cu_seqlens: torch.Tensor, late: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """x [E,hidden] and the inputs before each sequence [N,C-1,hidden] -> y [E,hidden] and the last inputs.
+
+        Between them, if late, the input before each [E,hidden], for which C must be 2 or more; None otherwise.
+        """
         (N, past), taps = before.shape[:2], self.weight.unbind(0)
         shift = past * torch.arange(N + 1, device=x.device)
         # One line in which every sequence stands behind what came before it.
@@ -38,7 +41,8 @@ class ShortConvolution(nn.Module):
         own = torch.arange(x.shape[0], device=x.device)
         own = own + past * torch.searchsorted(cu_seqlens[1:].to(own), own, right=True)
         last = starts[1:, None] + torch.arange(-past, 0, device=x.device)
-        return y.index_select(0, own), line.index_select(0, last.flatten()).view_as(before)
+        previous = line.index_select(0, own + (past - 1)) if late else None
+        return y.index_select(0, own), previous, line.index_select(0, last.flatten()).view_as(before)
 
 
 class RuleParameters(nn.ParameterDict):
@@ -55,10 +59,16 @@ class MixtureOfMemories(nn.Module):
     """Several linear memories behind a router (MoM, arXiv 2502.13685, eq. 5-13), one op call for all of them.
 
     A token reads and writes its top_k memories and the shared one, o = sum_m w_m o_m + o_shared, where w are the
-    router's probabilities, renormalised; at top_k=1 they are 1, and only `load_balancing_loss` trains the router. Each
+    router's probabilities, renormalised; at top_k=1 they are 1, and only `load_balancing_loss` trains what routes. Each
     memory has its own key, value and gate projection; k_proj, v_proj and gate_proj hold all of them, memory by
-    memory, the shared one last. Keys, values, gates and queries read the hidden states through a short causal
-    convolution and SiLU; router and output gate read them as they are. memories=0 is the shared memory alone.
+    memory, the shared one last. Keys, values and queries read the hidden states through a short causal convolution
+    and SiLU, and so do gates that keys are made of; router and other gates read them as they are, as in Gated DeltaNet
+    (arXiv 2412.06464): how much a token writes is a matter of what it is. memories=0 is the shared memory alone.
+
+    router_shift lets the router read a x_t + (1 - a) x_{t-1}, a = sigmoid(w x_t + b), with zeros before a sequence: a
+    scalar form of the token shift of RWKV-6 (arXiv 2404.05892). A router that reads tokens as they are sends a value
+    anywhere, for it knows nothing of the key before it; this one can learn a = 0 at values and 1 at keys, and then both
+    go where the key goes. It starts at a = 0.12 for every token.
 
     forward(x [B,T,hidden]) returns (y [B,T,hidden], MemoryState); pass the state back to continue. mask [B,T] bool
     marks real tokens: padding may stand anywhere, writes nothing and yields 0. cu_seqlens [D+1] bounds documents packed
@@ -72,6 +82,7 @@ class MixtureOfMemories(nn.Module):
         shared: whether one more memory takes every token.
         value_dim: width of a head's values, and so of its output; head_dim if None.
         conv_size: taps of the convolution; 0 or None for none.
+        router_shift: whether the router reads tokens mixed with the ones before them; conv_size must be 2 or more.
         slots: width of a memory of rule "gsa".
         layer_idx, num_layers: place in the stack, for the decay of rule "lightning".
 
@@ -92,6 +103,7 @@ class MixtureOfMemories(nn.Module):
         value_dim: int | None = None,
         num_kv_heads: int | None = None,
         conv_size: int | None = 4,
+        router_shift: bool = False,
         slots: int = 32,
         layer_idx: int = 0,
         num_layers: int = 1,
@@ -99,11 +111,13 @@ class MixtureOfMemories(nn.Module):
         super().__init__()
         widths = dict(head_dim=head_dim, value_dim=value_dim)
         _check_options(hidden_size, num_heads, num_kv_heads, widths, memories, top_k, rule, shared, conv_size, slots)
+        _check_shift(router_shift, memories, conv_size)
         H, K, M = num_kv_heads or num_heads, head_dim or hidden_size // num_heads, memories + shared
         V = value_dim or K
         self.memories, self.top_k, self.shared, self.rule = memories, top_k if memories else 0, shared, rule
         self.sizes = Sizes(M, num_heads, H, K, V, slots, layer_idx, num_layers)
         self.router = nn.Linear(hidden_size, memories, bias=False) if memories else None
+        self.router_gate = nn.Linear(hidden_size, 1) if router_shift else None
         self.convolution = ShortConvolution(hidden_size, conv_size) if conv_size else None
         self.q_proj = nn.Linear(hidden_size, num_heads * K, bias=False)
         self.k_proj = nn.Linear(hidden_size, M * H * K, bias=False) if self.update.key else None
@@ -123,7 +137,10 @@ class MixtureOfMemories(nn.Module):
 
     @torch.no_grad()
     def reset_gates(self) -> None:
-        """Put the bias of gate_proj where the rule's gates start."""
+        """Put gates where they start: the router's at 0.12 for every token, the rule's at its own bias."""
+        if self.router_gate is not None:
+            self.router_gate.weight.zero_()
+            self.router_gate.bias.fill_(-2.0)
         if self.gate_proj is not None:
             bias, starts = self.gate_proj.bias, self.update.starts(self.sizes)
             bias.copy_(bias.new_tensor(starts).repeat(len(bias) // len(starts)))
@@ -152,9 +169,9 @@ class MixtureOfMemories(nn.Module):
             state = self.initial_state(sequences, x.device, x.dtype)
         if mask is not None:
             x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
-        weights, chosen = self._route(x, router_logits)
-        h, inputs = self._convolve(x, mask, state.inputs, cu_seqlens)
-        o, memories = self._recur(h, weights, chosen, mask, state.memories, cu_seqlens)
+        h, previous, inputs = self._convolve(x, mask, state.inputs, cu_seqlens)
+        weights, chosen = self._route(x, previous, router_logits)
+        o, memories = self._recur(x, h, weights, chosen, mask, state.memories, cu_seqlens)
         gate = F.silu(self.g_proj(x)).view_as(o)
         return self.o_proj((self.norm(o.to(x.dtype)) * gate).flatten(2)), MemoryState(memories, inputs)
 
@@ -162,31 +179,37 @@ class MixtureOfMemories(nn.Module):
         """Router logits [tokens,memories] -> fraction of real tokens sent to each memory; a starved one shows 0."""
         return memory_load(router_logits, self.top_k, mask)
 
-    def _route(self, x: torch.Tensor, router_logits: list | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _route(self, x, previous, router_logits) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights in float32 and memories of every token, both [B,T,R]; the shared memory comes last."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         weights = torch.ones(*x.shape[:2], int(self.shared), device=x.device, dtype=dtype)
         chosen = torch.full(weights.shape, self.memories, device=x.device)
         if self.memories:
+            if previous is not None:
+                x = previous + self.router_gate(x).sigmoid() * (x - previous)
             routed = choose(self.router, x, self.top_k, router_logits)
             weights, chosen = torch.cat([routed[0], weights], -1), torch.cat([routed[1], chosen], -1)
         return weights, chosen
 
     def _convolve(self, x, mask, before, cu_seqlens):
-        """Hidden states through convolution and SiLU, [B,T,hidden], and the inputs that later tokens see."""
+        """x through convolution and SiLU and, for the router, one token late, [B,T,hidden]; what later tokens see."""
         if self.convolution is None:
-            return x, None
+            return x, None, None
+        late = self.router_gate is not None
         if mask is None:
             B, T = x.shape[:2]
             bounds = T * torch.arange(B + 1, device=x.device) if cu_seqlens is None else cu_seqlens
-            h, inputs = self.convolution(x.flatten(0, 1), before, bounds)
-            return F.silu(h).view_as(x), inputs
+            h, previous, inputs = self.convolution(x.flatten(0, 1), before, bounds, late)
+            return F.silu(h).view_as(x), previous.view_as(x) if late else None, inputs
         # Padding may part the tokens of a sequence: they meet in a single memory.
         line = dispatch(torch.zeros_like(mask, dtype=torch.long).unsqueeze(-1), 1, mask, cu_seqlens)
-        h, inputs = self.convolution(line.gather(x).squeeze(0), line.before(before.unsqueeze(1)), line.cu_seqlens)
-        return F.silu(line.scatter(h.unsqueeze(0), torch.ones_like(x[..., :1]))), line.after(before, inputs)
+        packed = line.gather(x).squeeze(0), line.before(before.unsqueeze(1)), line.cu_seqlens
+        h, previous, inputs = self.convolution(*packed, late)
+        whole = torch.ones_like(x[..., :1])
+        previous = line.scatter(previous.unsqueeze(0), whole) if late else None
+        return F.silu(line.scatter(h.unsqueeze(0), whole)), previous, line.after(before, inputs)
 
-    def _recur(self, h, weights, chosen, mask, state, cu_seqlens):
+    def _recur(self, x, h, weights, chosen, mask, state, cu_seqlens):
         """Every memory over its tokens, and their weighted sum [B,T,HQ,V]; the state after them."""
         rule, (M, HQ, H, K, V, *_) = self.update, self.sizes
         alone = h.shape[1] == 1 and cu_seqlens is None
@@ -194,17 +217,17 @@ class MixtureOfMemories(nn.Module):
         q = own.gather(self.q_proj(h).unflatten(-1, (HQ, K)))
         v = own.gather_chosen(self.v_proj(h).unflatten(-1, (M, H, V)))
         k = own.gather_chosen(self.k_proj(h).unflatten(-1, (M, H, K))) if rule.key else None
-        parameters, before = self.rule_parameters(), tuple(own.before(x) for x in state)
-        gates = self._gates(h, own, parameters)
+        parameters, before = self.rule_parameters(), tuple(own.before(s) for s in state)
+        gates = self._gates(x if rule.key else h, own, parameters)
         o, last = rule.run(q, k, v, gates, parameters, self.sizes, before, own.cu_seqlens, q.shape[1])
         return own.scatter(o, weights), tuple(own.after(*pair) for pair in zip(state, last, strict=True))
 
-    def _gates(self, h: torch.Tensor, own: Dispatch | OneToken, parameters: Tensors) -> dict[str, torch.Tensor]:
+    def _gates(self, x: torch.Tensor, own: Dispatch | OneToken, parameters: Tensors) -> dict[str, torch.Tensor]:
         if self.gate_proj is None:
             return {}
-        raw = self.gate_proj(h).unflatten(-1, (self.sizes.memories, self.sizes.heads, -1))
+        raw = self.gate_proj(x).unflatten(-1, (self.sizes.memories, self.sizes.heads, -1))
         gates = self.update.activate(raw, parameters, self.sizes)
-        return {name: own.gather_chosen(x) for name, x in gates.items()}
+        return {name: own.gather_chosen(g) for name, g in gates.items()}
 
     def _check(self, x, mask, state, cu_seqlens) -> int:
         """Check what was given; the number of sequences."""
@@ -226,10 +249,20 @@ class MixtureOfMemories(nn.Module):
 
 
 class LinearMixer(MixtureOfMemories):
-    """One linear memory and no router. Arguments as MixtureOfMemories, without memories, top_k and shared."""
+    """One linear memory and no router. Arguments as MixtureOfMemories, without those of routing."""
 
     def __init__(self, hidden_size: int, num_heads: int, **options):
         super().__init__(hidden_size, num_heads, memories=0, **options)
+
+
+def _check_shift(router_shift, memories, conv_size):
+    if not isinstance(router_shift, bool):
+        _checks.fail("router_shift", "True or False", repr(router_shift))
+    if router_shift and not memories:
+        _checks.fail("router_shift", "False when memories is 0", router_shift)
+    # What the convolution keeps for later tokens is where the router finds the token before.
+    if router_shift and (conv_size or 0) < 2:
+        _checks.fail("conv_size", "2 or more with router_shift", conv_size)
 
 
 def _check_options(hidden_size, num_heads, num_kv_heads, widths, memories, top_k, rule, shared, conv_size, slots):

@@ -41,6 +41,8 @@ from liger_ops._checks import check_positive, fail
 _ATTENTIONS = {"liger": LigerAttention, "window": SlidingWindowAttention, "recurrence": GatedRecurrence}
 MIXERS = (*UPDATE_RULES, "mom", *_ATTENTIONS)
 _MLPS = {"dense": LlamaMLP, "moe": MixtralSparseMoeBlock}
+# Linears of a mixer, or parts of them, that its class starts.
+_GATES = ("gate_proj.bias", "router_gate.")
 # The integers of the config, and the least that each may be.
 _COUNTS = dict(vocab_size=1, hidden_size=1, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
 _COUNTS |= dict(intermediate_size=1, num_experts=1, experts_per_token=1, memories_per_token=1, memories=0, conv_size=0)
@@ -160,7 +162,7 @@ def _check_known(name: str, given: Iterable[Any], known: Collection[str]) -> Non
 
 def _known_options(mixer: str) -> list[str]:
     """The arguments of a mixer's class that the config does not settle."""
-    settled = _SETTLED | {"rule", "shared"} if mixer in UPDATE_RULES else _SETTLED
+    settled = _SETTLED | {"rule", "shared", "router_shift"} if mixer in UPDATE_RULES else _SETTLED
     parameters = inspect.signature(_ATTENTIONS.get(mixer, MixtureOfMemories)).parameters
     return [name for name in parameters if name not in settled]
 
@@ -238,7 +240,7 @@ class LigerPreTrainedModel(PreTrainedModel):
                     fresh = make_mixer(self.config, layer.index)
                 for name, parameter in layer.mixer.named_parameters():
                     owner = fresh.get_submodule(name.rpartition(".")[0])
-                    if name == "gate_proj.bias" or not isinstance(owner, nn.Linear | nn.RMSNorm):
+                    if name.startswith(_GATES) or not isinstance(owner, nn.Linear | nn.RMSNorm):
                         init.copy_(parameter, fresh.get_parameter(name))
 
 

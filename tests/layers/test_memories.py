@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from liger_layers import UPDATE_RULES, LinearMixer, MemoryState, MixtureOfMemories, load_balancing_loss
+from liger_layers.mixture_of_memories import ShortConvolution
 from liger_ops import naive_delta_rule, naive_gsa, naive_mlstm, naive_recurrence, naive_rwkv6
 
 HIDDEN, HQ, H, K, V = 24, 4, 2, 6, 8
@@ -79,12 +80,17 @@ def one_text(layer, x):
         if getattr(layer, name) is None:
             return None
         weight, bias = p[f"{name}.weight"].chunk(total)[m], p.get(f"{name}.bias")
-        y = h[at] @ weight.T if bias is None else h[at] @ weight.T + bias.chunk(total)[m]
+        read = x if name == "gate_proj" and layer.rule != "hgrn2" else h
+        y = read[at] @ weight.T if bias is None else read[at] @ weight.T + bias.chunk(total)[m]
         return y.view(1, len(at), H, len(weight) // H)
 
     weight = torch.zeros(len(x), total, dtype=torch.float64)
     for t in range(len(x) if M else 0):
-        share = (x[t] @ p["router.weight"].T).exp()
+        asked = x[t]
+        if layer.router_gate is not None:
+            a = (x[t] @ p["router_gate.weight"][0] + p["router_gate.bias"]).sigmoid()
+            asked = a * x[t] + (1 - a) * (x[t - 1] if t else torch.zeros_like(x[t]))
+        share = (asked @ p["router.weight"].T).exp()
         best = sorted(range(M), key=lambda m: -share[m])[: layer.top_k]
         weight[t, best] = share[best] / share[best].sum()
     if layer.shared:
@@ -206,8 +212,22 @@ def test_any_convolution(conv_size):
     assert (state.inputs is None) == (not conv_size)
 
 
-def test_padding_may_stand_anywhere():
-    layer, x, mask = make(), torch.randn(3, 20, HIDDEN), torch.rand(3, 20) < 0.6
+@pytest.mark.parametrize("conv_size", [2, 5])
+def test_a_router_that_reads_the_token_before(conv_size):
+    layer = make(router_shift=True, conv_size=conv_size)
+    assert (layer.router_gate.bias + 2).abs() <= 1
+    x, mask, texts = padded(layer)
+    y, state = pieces(layer, x, mask, (2, 1, 3, 1, 10), False)
+    check(layer, texts, [y[i, mask[i]] for i in range(3)], state)
+    x, sizes = torch.randn(1, 24, HIDDEN), [9, 0, 1, 14]
+    y, state = layer(x, cu_seqlens=torch.tensor([0, *sizes]).cumsum(0))
+    kept = [0, 2, 3]
+    check(layer, *([z[0].split(sizes)[i] for i in kept] for z in (x, y)), state.map(lambda s: s[kept]))
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_padding_may_stand_anywhere(shift):
+    layer, x, mask = make(router_shift=shift), torch.randn(3, 20, HIDDEN), torch.rand(3, 20) < 0.6
     y, state = pieces(layer, x, mask, (6, 1, 8, 5), False)
     check(layer, [x[i, mask[i]] for i in range(3)], [y[i, mask[i]] for i in range(3)], state)
 
@@ -225,15 +245,38 @@ def test_a_single_memory_without_a_router(rule):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_every_parameter_gets_a_finite_gradient(rule):
-    layer, x, mask = make(rule), *padded(None)[:2]
+    layer, x, mask = make(rule, router_shift=True), *padded(None)[:2]
     layer(x, mask)[0].square().sum().backward()
     for name, p in layer.named_parameters():
         assert p.grad is not None and torch.isfinite(p.grad).all() and p.grad.abs().sum() > 0, name
 
 
-def test_gradients_are_those_of_the_memories_one_by_one():
+def test_gradients_of_a_shifted_router_go_back_into_the_piece_before():
+    layer, x = make(router_shift=True).double(), torch.randn(1, 9, HIDDEN, dtype=torch.float64, requires_grad=True)
+    mask, weights = torch.ones(1, 9, dtype=torch.bool), torch.randn(9, HIDDEN, dtype=torch.float64)
+    wanted = torch.autograd.grad((layer(x)[0] * weights).sum(), x)[0]
+    got = torch.autograd.grad((pieces(layer, x, mask, (4, 1, 4), True)[0] * weights).sum(), x)[0]
+    assert distance(got, wanted) <= 1e-12
+
+
+def test_a_layer_compiles_whole():
+    """Outside its op, which keeps out of graphs where it must."""
+    layer, x = make("linear", router_shift=True), torch.randn(2, 9, HIDDEN)
+    for mask in (None, torch.rand(2, 9) < 0.7):
+        y, _ = torch.compile(layer, fullgraph=True, backend="eager")(x, mask)
+        assert distance(y, layer(x, mask)[0]) <= 1e-6
+
+
+def test_bounds_of_documents_may_lie_elsewhere():
+    convolution, before = ShortConvolution(HIDDEN, 3).to("meta"), torch.empty(2, 2, HIDDEN, device="meta")
+    y, previous, last = convolution(torch.empty(9, HIDDEN, device="meta"), before, torch.tensor([0, 4, 9]), True)
+    assert y.shape == previous.shape == (9, HIDDEN) and last.shape == before.shape
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_gradients_are_those_of_the_memories_one_by_one(shift):
     """In float64, through router, weights, permutation and convolution."""
-    layer, x = make().double(), torch.randn(9, HIDDEN, dtype=torch.float64, requires_grad=True)
+    layer, x = make(router_shift=shift).double(), torch.randn(9, HIDDEN, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(9, HIDDEN, dtype=torch.float64)
     (layer(x[None])[0][0] * weights).sum().backward()
     for name, p in (("x", x), *layer.named_parameters()):
@@ -336,7 +379,7 @@ def test_the_state_has_one_size_and_keeps_no_prompt_alive():
 
 @pytest.mark.parametrize("rule", RULES)
 def test_half_precision_and_autocast(rule):
-    layer, x = make(rule), torch.randn(2, 20, HIDDEN)
+    layer, x = make(rule, router_shift=True), torch.randn(2, 20, HIDDEN)
     wanted, _ = layer(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y, state = layer(x)

@@ -19,6 +19,10 @@ from tests.layers.test_memories import HIDDEN, make
         (dict(hidden_size=30), "hidden_size: expected a multiple of num_heads 4 without head_dim, got 30"),
         (dict(head_dim=0), "head_dim: expected an integer >= 1, got 0"),
         (dict(value_dim=0), "value_dim: expected an integer >= 1, got 0"),
+        (dict(router_shift=1), "router_shift: expected True or False, got 1"),
+        (dict(router_shift=True, memories=0), "router_shift: expected False when memories is 0, got True"),
+        (dict(router_shift=True, conv_size=1), "conv_size: expected 2 or more with router_shift, got 1"),
+        (dict(router_shift=True, conv_size=None), "conv_size: expected 2 or more with router_shift, got None"),
         (dict(conv_size=-2), "conv_size: expected an integer >= 0, got -2"),
     ],
 )

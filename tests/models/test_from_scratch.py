@@ -68,7 +68,8 @@ def test_prefill_in_pieces_and_decode_equal_one_forward(mixers):
 @torch.no_grad()
 @pytest.mark.parametrize(("mixers", "mlp"), [*((mixers, "dense") for mixers in MIXERS), ("mom", "moe")], ids=str)
 def test_save_and_reload_bit_for_bit(mixers, mlp, tmp_path):
-    model, x = build(mixers, mlp=mlp), ids(2, 20)
+    options = {"mom": {"router_shift": True}} if mixers == "mom" else None
+    model, x = build(mixers, mlp=mlp, mixer_options=options), ids(2, 20)
     # Starting values would hide a loader that starts anew.
     for parameter in model.parameters():
         parameter.add_(0.1 * torch.randn_like(parameter))
@@ -82,7 +83,8 @@ def test_save_and_reload_bit_for_bit(mixers, mlp, tmp_path):
 
 
 def test_mixers_start_where_their_classes_start(tmp_path):
-    model = build(["gated_deltanet", "rwkv6", "mom", "liger"], num_hidden_layers=4)
+    shift = {"mom": {"router_shift": True}}
+    model = build(["gated_deltanet", "rwkv6", "mom", "liger"], num_hidden_layers=4, mixer_options=shift)
 
     def check(model):
         first, second, third, fourth = (layer.mixer for layer in model.model.layers)
@@ -95,6 +97,7 @@ def test_mixers_start_where_their_classes_start(tmp_path):
             bound = mixer.convolution.weight.shape[0] ** -0.5
             assert 0.8 * bound < mixer.convolution.weight.abs().max() <= bound
             assert abs(mixer.q_proj.weight.std() - 0.2) < 0.02
+        assert third.router_gate.bias == -2 and not third.router_gate.weight.any()
         assert torch.equal(fourth.mix.weight, torch.ones(4))
         assert torch.equal(second.norm.weight, torch.ones(8))
 
@@ -274,6 +277,8 @@ def test_a_few_steps_reduce_the_loss(mixers, mlp):
         (dict(mixer_options={"mom": {"rule": ["gla"]}}), r"rule: expected one of linear, .*got \['gla'\]"),
         (dict(mixer_options={"mom": {"shared": "no"}}), "shared: expected True or False, got 'no'"),
         (dict(mixers="window", mixer_options={"window": {"window": "a"}}), "window: expected an integer >= 1, got a"),
+        (dict(mixer_options={"mom": {"router_shift": 1}}), "router_shift: expected True or False, got 1"),
+        (dict(mixer_options={"gla": {"router_shift": True}}), "expected one of value_dim, slots, got 'router_shift'"),
         (dict(mixer_options={"mamba3": {}}), "mixer_options: expected one of linear, .*got 'mamba3'"),
         (
             dict(mixer_options={"gla": {"rule": "linear"}}),
