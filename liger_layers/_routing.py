@@ -172,15 +172,17 @@ def load_balancing_loss(
     """M sum_m f_m p_m: the fraction of tokens that go to a memory times its mean probability.
 
     The auxiliary loss of Switch Transformers (arXiv 2101.03961, eq. 4-6) for top_k choices, in the scale that
-    transformers uses: an even router scores top_k. Without real tokens it is 0.
+    transformers uses: an even router scores top_k. Of several layers, of memories or of experts, it is the mean:
+    every layer has to spread its tokens. transformers pools the layers first, where one may starve what another feeds.
+    Without real tokens it is 0.
 
     Args:
-        router_logits: [tokens,M] of one layer, or a list or tuple of layers, which are averaged before the product.
+        router_logits: [tokens,M] of one layer, or a list or tuple of layers.
         top_k: memories per token.
         mask: [B,T] or [tokens], true or 1 at real tokens, of one layer.
 
     Returns:
-        A scalar in float32.
+        A scalar in float32, or float64 as the logits.
 
     Raises:
         ValueError: names the argument, what was expected and what was given.
@@ -194,9 +196,10 @@ def load_balancing_loss(
         raise ValueError(f"top_k: expected a number from 1 to {memories} memories, got {top_k}")
     if mask is not None and mask.numel() != tokens:
         raise ValueError(f"mask: expected {tokens} tokens as in router_logits, got {tuple(mask.shape)}")
+    losses = [_balance(x, top_k, None if mask is None else mask.to(x.device)) for x in layers]
     # The layers of one model may lie on several devices.
-    layers = [x.to(layers[0].device) for x in layers]
-    mask = None if mask is None else mask.to(layers[0].device)
-    load = torch.stack([memory_load(x, top_k, mask) for x in layers]).mean(0)
-    share = torch.stack([_mean(_probabilities(x), mask) for x in layers]).mean(0)
-    return memories * (load * share).sum()
+    return torch.stack([x.to(layers[0].device) for x in losses]).mean()
+
+
+def _balance(logits: torch.Tensor, top_k: int, mask: torch.Tensor | None) -> torch.Tensor:
+    return logits.shape[-1] * (memory_load(logits, top_k, mask) * _mean(_probabilities(logits), mask)).sum()

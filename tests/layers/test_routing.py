@@ -130,7 +130,7 @@ def test_the_layer_outside_its_op_does_not_wait_either(monkeypatch):
         return q * v.repeat_interleave(2, 2), state
 
     monkeypatch.setattr(UpdateRule, "run", free)
-    layer = MixtureOfMemories(16, 4, num_kv_heads=2)
+    layer = MixtureOfMemories(16, 4, num_kv_heads=2, router_shift=True)
     with Silent():
         layer(torch.randn(2, 9, 16), torch.rand(2, 9) < 0.6)[0].sum().backward()
 
@@ -150,16 +150,23 @@ def test_it_compiles_whole():
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("top_k", [1, 2, 4])
-def test_the_loss_is_that_of_transformers(top_k, padded):
+def test_the_loss_of_a_layer_is_that_of_transformers(top_k, padded):
     layers = tuple(torch.randn(14, 4, requires_grad=True) for _ in range(3))
     mask = torch.rand(2, 7) < 0.6 if padded else None
-    wanted = load_balancing_loss_func(layers, 4, top_k, mask)
+    wanted = sum(load_balancing_loss_func((layer,), 4, top_k, mask) for layer in layers) / 3
     got = load_balancing_loss(layers, top_k, mask)
     assert (got - wanted).abs() <= 1e-6 * wanted
     for a, b in zip(torch.autograd.grad(got, layers), torch.autograd.grad(wanted, layers), strict=True):
         assert (a - b).abs().max() <= 1e-6
     one = load_balancing_loss(layers[0], top_k, mask)
     assert (one - load_balancing_loss_func(layers[:1], 4, top_k, mask)).abs() <= 1e-6 * one
+
+
+def test_layers_do_not_balance_one_another():
+    """Two memories are all that each layer uses, and all four are used equally."""
+    first = torch.tensor([9.0, 8.0, 0.0, 0.0]).expand(10, 4)
+    assert load_balancing_loss([first, first.flip(1)], 2) >= 3.9
+    assert load_balancing_loss([torch.zeros(10, 4)] * 2, 2) == 2
 
 
 def test_loads_are_fractions_of_real_tokens():
