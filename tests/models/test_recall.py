@@ -7,6 +7,8 @@ import torch
 
 from benchmarks import recall
 
+PROJECTIONS = (("mixer", "q_proj k_proj v_proj g_proj o_proj"), ("mlp", "up_proj down_proj"))
+
 
 @pytest.mark.parametrize(("pairs", "length"), [(4, 32), (32, 256)])
 def test_labels_are_the_values_of_the_keys_asked_for(pairs, length):
@@ -30,13 +32,26 @@ def test_every_seed_draws_its_own_rows():
 
 
 def test_rows_compare_states_of_equal_size():
-    sizes = {name: recall.summary(name, [{"rate": 1e-2, "accuracy": 0.5, "training_s": 1.0}]) for name in recall.ROWS}
+    sizes = {name: recall.summary(name, [{"accuracy": 0.5, "training_s": 1.0}]) for name in recall.ROWS}
     assert sizes["gla"]["active_state"] == sizes["deltanet"]["active_state"] == sizes["gated_deltanet"]["active_state"]
-    mom, *singles = (name for name in sizes if "memor" in name)
-    assert singles and all(sizes[mom]["active_state"] == sizes[name]["active_state"] for name in singles)
+    for width in (16, 32):
+        rows = [row for row in sizes.values() if row["width"] == width]
+        touched = [row["active_state"] for row in rows if row["mixer"] == "mom"]
+        assert touched == [3 * width**2] * 2
+        assert sum(row["state"] == touched[0] for row in rows) == 2
     for name, row in sizes.items():
         cache = recall.build(name).eval()(torch.zeros(1, 3, dtype=torch.long), use_cache=True).past_key_values
         assert sum(x.numel() for x in cache.layers[0].state.memories) == row["state"]
+
+
+def test_muon_takes_matrices_between_hidden_states_that_are_no_gates():
+    model = recall.build("MoM, 4 memories, top 2, shared")
+    named = {id(p): name for name, p in model.named_parameters()}
+    (muon, adamw), _ = recall.optimizers(model, 10)
+    taken = [{named[id(p)] for group in x.param_groups for p in group["params"]} for x in (muon, adamw)]
+    assert not taken[0] & taken[1] and taken[0] | taken[1] == set(named.values())
+    mixer, mlp = ({f"{owner}.{x}.weight" for x in names.split()} for owner, names in PROJECTIONS)
+    assert taken[0] == {f"model.layers.{i}.{name}" for i in range(2) for name in mixer | mlp}
 
 
 def test_a_quick_run_reports_every_row(tmp_path, capsys):
