@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 
 from liger_layers import UPDATE_RULES, LinearMixer, MemoryState, MixtureOfMemories, load_balancing_loss
-from liger_layers.mixture_of_memories import ShortConvolution
 from liger_ops import naive_delta_rule, naive_gsa, naive_mlstm, naive_recurrence, naive_rwkv6
 
 HIDDEN, HQ, H, K, V = 24, 4, 2, 6, 8
@@ -257,20 +256,6 @@ def test_gradients_of_a_shifted_router_go_back_into_the_piece_before():
     wanted = torch.autograd.grad((layer(x)[0] * weights).sum(), x)[0]
     got = torch.autograd.grad((pieces(layer, x, mask, (4, 1, 4), True)[0] * weights).sum(), x)[0]
     assert distance(got, wanted) <= 1e-12
-
-
-def test_a_layer_compiles_whole():
-    """Outside its op, which keeps out of graphs where it must."""
-    layer, x = make("linear", router_shift=True), torch.randn(2, 9, HIDDEN)
-    for mask in (None, torch.rand(2, 9) < 0.7):
-        y, _ = torch.compile(layer, fullgraph=True, backend="eager")(x, mask)
-        assert distance(y, layer(x, mask)[0]) <= 1e-6
-
-
-def test_bounds_of_documents_may_lie_elsewhere():
-    convolution, before = ShortConvolution(HIDDEN, 3).to("meta"), torch.empty(2, 2, HIDDEN, device="meta")
-    y, previous, last = convolution(torch.empty(9, HIDDEN, device="meta"), before, torch.tensor([0, 4, 9]), True)
-    assert y.shape == previous.shape == (9, HIDDEN) and last.shape == before.shape
 
 
 @pytest.mark.parametrize("shift", [False, True])

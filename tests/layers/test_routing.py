@@ -14,6 +14,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from liger_layers import MixtureOfMemories, load_balancing_loss
 from liger_layers._routing import dispatch, memory_load, route
+from liger_layers.mixture_of_memories import ShortConvolution
 
 
 def routing(seed):
@@ -146,6 +147,19 @@ def test_it_compiles_whole():
     wanted = there_and_back(x, weights, chosen, mask)
     got = torch.compile(there_and_back, fullgraph=True, backend="aot_eager")(x, weights, chosen, mask)
     assert torch.equal(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
+
+
+def test_a_layer_compiles_whole():
+    layer, x = MixtureOfMemories(16, 4, rule="linear", router_shift=True), torch.randn(2, 9, 16)
+    for mask in (None, torch.rand(2, 9) < 0.7):
+        got, wanted = torch.compile(layer, fullgraph=True, backend="eager")(x, mask)[0], layer(x, mask)[0]
+        assert (got - wanted).norm() <= 1e-6 * wanted.norm()
+
+
+def test_bounds_of_documents_may_lie_elsewhere():
+    convolution, before = ShortConvolution(16, 3).to("meta"), torch.empty(2, 2, 16, device="meta")
+    y, previous, last = convolution(torch.empty(9, 16, device="meta"), before, torch.tensor([0, 4, 9]), True)
+    assert y.shape == previous.shape == (9, 16) and last.shape == before.shape
 
 
 @pytest.mark.parametrize("padded", [False, True])
