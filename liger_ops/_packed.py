@@ -3,7 +3,6 @@
 Shapes: B batch, T time, HQ query heads, H key/value heads, K key width, V value width, N sequences.
 """
 
-import functools
 import importlib.util
 
 import torch
@@ -17,16 +16,13 @@ CHUNK_PER_CHANNEL = 16
 CHUNK = 32
 # Tokens that are not worth a matrix product, and the widest key that one program holds a state of.
 _FEW, WIDEST = 4, 256
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+# Looked up here: torch.compile cannot trace the search.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def on_triton(q: torch.Tensor) -> bool:
     """Whether kernels serve these tensors: on a GPU, float64 aside."""
-    return q.is_cuda and q.dtype != torch.float64 and _has_triton()
+    return q.is_cuda and q.dtype != torch.float64 and _HAS_TRITON
 
 
 def normalized(o: torch.Tensor) -> torch.Tensor:

@@ -153,10 +153,10 @@ def test_opcheck(name):
 def test_a_second_derivative_names_itself():
     q, k, v = inputs()
     o, _ = chunk_simple_gla(q, k, v)
-    with pytest.raises(RuntimeError, match="liger_ops::recurrence_backward: expected one differentiation"):
+    with pytest.raises(RuntimeError, match=r"liger_ops::(recurrence|packed)_backward: expected one differentiation"):
         torch.autograd.grad(o.square().sum(), q, create_graph=True)
     o, _ = chunk_delta_rule(q, k, v, torch.rand(B, T, H))
-    with pytest.raises(RuntimeError, match="liger_ops::recurrence_backward: expected one differentiation"):
+    with pytest.raises(RuntimeError, match=r"liger_ops::(recurrence|packed)_backward: expected one differentiation"):
         torch.autograd.grad(o.square().sum(), q, create_graph=True)
 
 
@@ -164,11 +164,16 @@ def test_a_second_derivative_names_itself():
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")
 def test_forward_mode_names_itself():
     """Nothing answers with a tangent of zero."""
-    for name, case in (("recurrence", simple_gla), ("recurrence", erasing), ("window", window), ("joint", joint)):
+    for name, case in (
+        ("recurrence|packed", simple_gla),
+        ("recurrence|packed", erasing),
+        ("window", window),
+        ("joint", joint),
+    ):
         op, leaves = case()
         q, *others = (x.detach() for x in leaves)
         with forward_ad.dual_level():
-            with pytest.raises(RuntimeError, match=f"liger_ops::{name}: expected reverse-mode differentiation"):
+            with pytest.raises(RuntimeError, match=f"liger_ops::({name}): expected reverse-mode differentiation"):
                 op(forward_ad.make_dual(q, q), *others)
             assert op(q, *others)[0].isfinite().all()
 
