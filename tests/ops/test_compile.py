@@ -1,5 +1,7 @@
 """The ops as the compiler sees them: opaque, with fakes that tell shapes, and a backward of their own."""
 
+import importlib.util
+
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -14,6 +16,7 @@ from liger_ops import (
     mlstm,
     sliding_window_attention,
 )
+from liger_ops._packed import on_triton
 
 B, T, HQ, H, D = 2, 70, 4, 2, 8
 
@@ -181,3 +184,13 @@ def test_forward_mode_names_itself():
 def test_every_op_is_in_one_library():
     assert liger_ops.__name__ == "liger_ops"
     assert {"joint", "recurrence", "window"} <= set(dir(torch.ops.liger_ops))
+
+
+def test_the_choice_of_a_backend_is_traced():
+    """A GPU's tensors ask for more than a CPU's, so none is needed here."""
+
+    class Remote:
+        is_cuda, dtype = True, torch.float32
+
+    compiled = torch.compile(lambda x: -x if on_triton(Remote) else x, fullgraph=True, backend="eager")
+    assert compiled(torch.ones(1)).item() == (-1 if importlib.util.find_spec("triton") else 1)
