@@ -153,6 +153,12 @@ def dispatch(
     return Dispatch(order, inverse, rows, bounds, mask, (B, T, R))
 
 
+def check_router_mask(mask: torch.Tensor | None, tokens: int) -> None:
+    """mask marks as many tokens as the router saw."""
+    if mask is not None and mask.numel() != tokens:
+        raise ValueError(f"mask: expected {tokens} tokens as in router_logits, got {tuple(mask.shape)}")
+
+
 def memory_load(logits: torch.Tensor, top_k: int, mask: torch.Tensor | None = None) -> torch.Tensor:
     """logits [tokens,M] -> fraction of real tokens sent to each memory, [M] in float32: they sum to top_k."""
     chosen = route(logits, top_k)[1]
@@ -192,10 +198,9 @@ def load_balancing_loss(
         given = [tuple(x.shape) for x in layers]
         raise ValueError(f"router_logits: expected [tokens, memories] of one or more layers, got {given}")
     tokens, memories = layers[0].shape
-    if not 1 <= top_k <= memories:
-        raise ValueError(f"top_k: expected a number from 1 to {memories} memories, got {top_k}")
-    if mask is not None and mask.numel() != tokens:
-        raise ValueError(f"mask: expected {tokens} tokens as in router_logits, got {tuple(mask.shape)}")
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= memories:
+        raise ValueError(f"top_k: expected a number from 1 to {memories} memories, got {top_k!r}")
+    check_router_mask(mask, tokens)
     losses = [_balance(x, top_k, None if mask is None else mask.to(x.device)) for x in layers]
     # The layers of one model may lie on several devices.
     return torch.stack([x.to(layers[0].device) for x in losses]).mean()

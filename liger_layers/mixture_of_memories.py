@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from liger_layers._routing import Dispatch, OneToken, choose, dispatch, memory_load, one_token
+from liger_layers._routing import Dispatch, OneToken, check_router_mask, choose, dispatch, memory_load, one_token
 from liger_layers._state import MemoryState
 from liger_layers.rules import UPDATE_RULES, Sizes, Tensors, UpdateRule
 from liger_ops import _checks
@@ -176,7 +176,13 @@ class MixtureOfMemories(nn.Module):
         return self.o_proj((self.norm(o.to(x.dtype)) * gate).flatten(2)), MemoryState(memories, inputs)
 
     def load(self, router_logits: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Router logits [tokens,memories] -> fraction of real tokens sent to each memory; a starved one shows 0."""
+        """Router logits [tokens,memories] -> fraction of real tokens sent to each memory; a starved one shows 0.
+
+        mask [B,T] or [tokens] marks real tokens.
+        """
+        if router_logits.ndim != 2 or router_logits.shape[-1] != self.memories:
+            _checks.fail("router_logits", f"[tokens, memories] = [tokens, {self.memories}]", tuple(router_logits.shape))
+        check_router_mask(mask, len(router_logits))
         return memory_load(router_logits, self.top_k, mask)
 
     def _route(self, x, previous, router_logits) -> tuple[torch.Tensor, torch.Tensor]:
@@ -268,6 +274,7 @@ def _check_shift(router_shift, memories, conv_size):
 def _check_options(hidden_size, num_heads, num_kv_heads, widths, memories, top_k, rule, shared, conv_size, slots):
     if not isinstance(rule, str) or rule not in UPDATE_RULES:
         _checks.fail("rule", f"one of {', '.join(UPDATE_RULES)}", repr(rule))
+    _checks.check_positive("hidden_size", hidden_size)
     _checks.check_positive("num_heads", num_heads)
     _checks.check_positive("memories", memories, 0)
     _checks.check_positive("slots", slots)
@@ -277,11 +284,11 @@ def _check_options(hidden_size, num_heads, num_kv_heads, widths, memories, top_k
         _checks.fail("top_k", f"a number from 1 to memories = {memories}", top_k)
     if not memories and not shared:
         _checks.fail("shared", "True when memories is 0", shared)
-    if num_kv_heads is not None and (num_kv_heads < 1 or num_heads % num_kv_heads):
-        _checks.fail("num_heads", f"a multiple of num_kv_heads {num_kv_heads}", num_heads)
-    for name, width in widths.items():
+    for name, width in dict(num_kv_heads=num_kv_heads, **widths).items():
         if width is not None:
             _checks.check_positive(name, width)
+    if num_kv_heads is not None and num_heads % num_kv_heads:
+        _checks.fail("num_heads", f"a multiple of num_kv_heads {num_kv_heads}", num_heads)
     if widths["head_dim"] is None and hidden_size % num_heads:
         _checks.fail("hidden_size", f"a multiple of num_heads {num_heads} without head_dim", hidden_size)
     if conv_size is not None:

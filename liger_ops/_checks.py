@@ -46,7 +46,9 @@ def as_scale(scale: float | None, width: int) -> float:
         return width**-0.5
     if isinstance(scale, torch.Tensor) and scale.ndim == 0 and not scale.requires_grad:
         return scale.item()
-    if not isinstance(scale, (int, float)):
+    if not isinstance(scale, (int, float)) or not -math.inf < scale < math.inf:
+        if isinstance(scale, float):
+            fail("scale", "a finite number", scale)
         given = f"a tensor {tuple(scale.shape)}" if isinstance(scale, torch.Tensor) else type(scale).__name__
         fail("scale", "a number (multiply q by anything that learns)", given)
     return scale
@@ -70,8 +72,10 @@ def check_qkv(
         check_tensor(name, x)
         if x.ndim != 4:
             fail(name, "[batch, time, heads, width]", f"shape {tuple(x.shape)}")
-        if x.dtype not in _FLOATS or x.dtype != q.dtype:
-            fail(name, f"a floating dtype equal to that of {query} ({q.dtype})", x.dtype)
+        if q.dtype not in _FLOATS:
+            fail(query, "float16, bfloat16, float32 or float64", q.dtype)
+        if x.dtype != q.dtype:
+            fail(name, f"{q.dtype} as {query}", x.dtype)
         if x.device != q.device:
             fail(name, f"device {q.device} as {query}", x.device)
     B, T, HQ, K = q.shape
@@ -263,7 +267,7 @@ def _capturing(x: torch.Tensor) -> bool:
 
 def check_positive(name: str, value: int, minimum: int = 1) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        fail(name, f"an integer >= {minimum}", value)
+        fail(name, f"an integer >= {minimum}", repr(value))
 
 
 def check_chunk_size(size: int | None) -> None:

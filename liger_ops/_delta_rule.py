@@ -90,6 +90,8 @@ def _run(
         _checks.check_tensor("g", g)
         _checks.check_decay(g, k, ranks, gate_name, raw=True)
         g = _gate(g, A_log, dt_bias, lower_bound, k)
+    elif A_log is not None or dt_bias is not None:
+        _checks.fail("dt_bias" if A_log is None else "A_log", "None without use_gate_in_kernel", "a tensor")
     beta = _strength(beta, use_beta_sigmoid_in_kernel, allow_neg_eigval, v)
     _checks.check_decay(g, k, ranks, gate_name)
     _checks.check_strength(beta, v)
@@ -226,8 +228,9 @@ def fused_recurrent_gated_delta_rule(
     if g is not None and gk is not None:
         _checks.check_tensor("g", g)
         _checks.check_tensor("gk", gk)
-        if gk.shape[:3] != g.shape:
-            _checks.fail("gk", f"[{', '.join(map(str, g.shape))}, K] beside g", tuple(gk.shape))
+        if gk.ndim != 4 or gk.shape[:3] != g.shape or gk.device != g.device:
+            wanted = f"[{', '.join(map(str, g.shape))}, K] on {g.device} beside g"
+            _checks.fail("gk", wanted, f"{tuple(gk.shape)} on {gk.device}")
         gk = gk + g.unsqueeze(-1)
     options |= dict(use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel)
     options |= dict(ranks=(3,)) if gk is None else dict(ranks=(4,), gate_name="gk")

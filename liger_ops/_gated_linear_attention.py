@@ -192,7 +192,8 @@ def fused_recurrent_simple_gla(
 def _retention_decay(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """log(1 - 2^(-5 - h)) (RetNet, arXiv 2307.08621, eq. 8)."""
     _checks.check_qkv(q, k, v)
-    return torch.log1p(-torch.exp2(-5.0 - torch.arange(k.shape[2], device=k.device, dtype=torch.float32)))
+    heads = torch.arange(k.shape[2], device=k.device, dtype=torch.promote_types(k.dtype, torch.float32))
+    return torch.log1p(-torch.exp2(-5.0 - heads))
 
 
 def chunk_retention(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from liger_layers import MixtureOfMemories
+from liger_layers import MixtureOfMemories, load_balancing_loss
 from tests.layers.test_memories import HIDDEN, make
 
 
@@ -16,6 +16,10 @@ from tests.layers.test_memories import HIDDEN, make
         (dict(memories=-1), "memories: expected an integer >= 0, got -1"),
         (dict(memories=0, shared=False), "shared: expected True when memories is 0"),
         (dict(num_kv_heads=3), "num_heads: expected a multiple of num_kv_heads 3, got 4"),
+        (dict(num_kv_heads=0), "num_kv_heads: expected an integer >= 1, got 0"),
+        (dict(num_kv_heads=2.0), "num_kv_heads: expected an integer >= 1, got 2.0"),
+        (dict(hidden_size="32"), "hidden_size: expected an integer >= 1, got '32'"),
+        (dict(hidden_size=-24, head_dim=8), "hidden_size: expected an integer >= 1, got -24"),
         (dict(hidden_size=30), "hidden_size: expected a multiple of num_heads 4 without head_dim, got 30"),
         (dict(head_dim=0), "head_dim: expected an integer >= 1, got 0"),
         (dict(value_dim=0), "value_dim: expected an integer >= 1, got 0"),
@@ -46,3 +50,14 @@ def test_bad_options_are_named(options, message):
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         make()(**dict(x=torch.randn(2, 9, HIDDEN)) | arguments)
+
+
+def test_what_load_and_its_loss_refuse():
+    layer, logits = make(memories=4), torch.randn(6, 4)
+    with pytest.raises(ValueError, match=r"router_logits: expected \[tokens, memories\] = \[tokens, 4\], got \(6, 7\)"):
+        layer.load(torch.randn(6, 7))
+    for refused in (layer.load, lambda x, mask: load_balancing_loss(x, 2, mask)):
+        with pytest.raises(ValueError, match=r"mask: expected 6 tokens as in router_logits, got \(5,\)"):
+            refused(logits, torch.ones(5))
+    with pytest.raises(ValueError, match=r"top_k: expected a number from 1 to 4 memories, got 2\.0"):
+        load_balancing_loss(logits, 2.0)

@@ -18,6 +18,7 @@ from liger_ops import (
     fused_recurrent_gla,
     gated_step,
     mlstm,
+    naive_recurrence,
 )
 
 # Positional arguments of flash-linear-attention 0.6, so that changing an import is enough.
@@ -153,3 +154,10 @@ def test_rwkv6_reads_a_coarse_initial_state_in_float32():
     with torch.autocast("cpu", torch.bfloat16):
         found = chunk_rwkv6(r, k, v, w, u, initial_state=state)[0]
     assert (found - wanted).norm() <= 1e-6 * wanted.norm()
+
+
+def test_decays_of_retention_are_as_fine_as_its_tensors():
+    q, k, v = (torch.randn(1, 40, 3, 8, dtype=torch.float64) for _ in range(3))
+    g = torch.log1p(-torch.exp2(-5.0 - torch.arange(3, dtype=torch.float64))).expand(1, 40, 3)
+    wanted = naive_recurrence(q, k, v, g)[0]
+    assert (chunk_retention(q, k, v)[0] - wanted).norm() <= 1e-13 * wanted.norm()

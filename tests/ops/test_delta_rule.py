@@ -352,6 +352,12 @@ def bad(**changes):
         (dict(use_gate_in_kernel=True, A_log=torch.zeros(3)), "A_log: expected a tensor of 2 numbers"),
         (dict(use_gate_in_kernel=True, lower_bound=1.0), "lower_bound: expected a number < 0"),
         (dict(chunk_size=0), "chunk_size: expected an integer"),
+        (dict(chunk_size="64"), "chunk_size: expected an integer >= 1, got '64'"),
+        (dict(A_log=torch.zeros(2)), "A_log: expected None without use_gate_in_kernel"),
+        (dict(dt_bias=torch.zeros(2)), "dt_bias: expected None without use_gate_in_kernel"),
+        (dict(scale=float("nan")), "scale: expected a finite number, got nan"),
+        (dict(q=torch.ones(2, 9, 4, 8, dtype=torch.long)), "q: expected float16, .*got torch.int64"),
+        (dict(k=torch.randn(2, 9, 2, 8).double()), "k: expected torch.float32 as q, got torch.float64"),
     ],
 )
 def test_bad_arguments_are_named(changes, message):
@@ -364,6 +370,8 @@ def test_values_have_no_decay():
         fused_recurrent_gated_delta_rule(**bad(gv=-torch.rand(2, 9, 2, 8)))
     with pytest.raises(ValueError, match=r"gk: expected shape \[2, 9, 2, 8\]"):
         fused_recurrent_gated_delta_rule(**bad(g=None, gk=-torch.rand(2, 9, 2)))
+    with pytest.raises(ValueError, match=r"gk: expected \[2, 9, 2, K\] on cpu beside g, got \(2, 9, 2\)"):
+        fused_recurrent_gated_delta_rule(**bad(gk=-torch.rand(2, 9, 2)))
 
 
 def test_a_raw_gate_of_no_tokens():
