@@ -34,7 +34,7 @@ class Recipe:
     """How to fine-tune. steps None means `epochs` passes over the text.
 
     features: train, beside the adapters on `targets`, the feature maps and the mix (where learn_mix allows). Routers of
-    memories and their weights are always trained, and their load is balanced.
+    memories and the mix behind them are always trained, and their load is balanced.
     """
 
     rank: int = 16
@@ -76,6 +76,10 @@ RECIPES = {
         features=False,
     ),
 }
+
+
+# What decides about memories: in a linearized layer, and in a mixer from random weights.
+_ROUTING = ("memories.router", "memories.mix", "mixer.router", "mixer.router_gate")
 
 
 class Blocks(torch.utils.data.Dataset):
@@ -197,12 +201,11 @@ def _train(model, blocks, recipe: Recipe, folder: Path, last: str | None, seed: 
     whole = None
     if recipe.features and isinstance(model, LigerMixin):
         whole = ["feature_map", "mix"] if model.config.liger["learn_mix"] else ["feature_map"]
-    routed = isinstance(model, LigerMixin) and any("memories.router" in name for name, _ in model.named_modules())
-    if routed:
-        whole = [*(whole or []), "memories.router", "memories.mix"]
-    parts = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    names = ["." + name for name, _ in model.named_modules()]
+    routed = any(name.endswith((".memories.router", ".mixer.router")) for name in names)
+    parts = {name.rsplit(".", 1)[-1] for name in names}
     # A pattern may leave no layer that recurs.
-    whole = [x for x in whole or [] if x.rsplit(".", 1)[-1] in parts] or None
+    whole = [x for x in (*(whole or ()), *_ROUTING) if any(name.endswith("." + x) for name in names)] or None
     targets = [*recipe.targets, *(["qkv_proj"] if "qkv_proj" in parts else [])]
     torch.manual_seed(seed)
     with _quiet_peft():

@@ -35,7 +35,7 @@ from liger_layers import (
     load_balancing_loss,
 )
 from liger_models.cache import ConstantCacheMixin, fit_cache, layer_and_state, make_cache
-from liger_models.modeling import refuse_packing
+from liger_models.modeling import refuse_cut_off, refuse_packing
 from liger_ops._checks import check_positive, fail
 
 _ATTENTIONS = {"liger": LigerAttention, "window": SlidingWindowAttention, "recurrence": GatedRecurrence}
@@ -146,7 +146,8 @@ class LigerModelConfig(PreTrainedConfig):
             fail("mixers", wanted, repr(self.mixers))
         _check_known("mixers", pattern, MIXERS)
         if "mom" in pattern and self.memories_per_token > max(self.memories, 1):
-            fail("memories_per_token", f"at most memories {self.memories}", self.memories_per_token)
+            wanted = f"at most memories {self.memories}" if self.memories else "1 without memories"
+            fail("memories_per_token", wanted, self.memories_per_token)
         options = {} if self.mixer_options is None else self.mixer_options
         if not isinstance(options, dict) or not all(isinstance(x, dict) for x in options.values()):
             fail("mixer_options", "a dict of dicts, arguments by name of a mixer", repr(options))
@@ -380,6 +381,7 @@ class LigerForCausalLM(ConstantCacheMixin, LigerPreTrainedModel, GenerationMixin
         mask = None if attention_mask is None else attention_mask[:, attention_mask.shape[1] - x.shape[1] :].reshape(-1)
         memories = (router_logits, self.config.memories_per_token)
         experts = (outputs["expert_logits"], self.config.experts_per_token)
+        refuse_cut_off(self, ("router", "mlp.gate."), x, (y for logits, _ in (memories, experts) for y in logits or ()))
         losses = [load_balancing_loss(logits, top_k, mask) for logits, top_k in (memories, experts) if logits]
         return sum(losses) if losses else None
 

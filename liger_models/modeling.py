@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -159,6 +159,19 @@ class LigerMixin(ConstantCacheMixin):
             cls.forward = _with_routers(cls.forward)
 
 
+def refuse_cut_off(
+    model: nn.Module, routers: tuple[str, ...], outputs: torch.Tensor, router_logits: Iterable[torch.Tensor]
+) -> None:
+    """RuntimeError if what the routers said carries no gradient, though the outputs do and routers are to learn.
+
+    routers are parts of the names of their parameters.
+    """
+    if not outputs.requires_grad or any(x.requires_grad for x in router_logits):
+        return
+    if any(p.requires_grad for name, p in model.named_parameters() if any(part in name for part in routers)):
+        raise RuntimeError("aux_loss: expected non-reentrant gradient checkpointing, which reentrant one cuts off")
+
+
 def _with_routers(forward):
     """A family's forward that, with output_router_logits, tells of routed memories as a mixture of experts does.
 
@@ -179,10 +192,9 @@ def _with_routers(forward):
         # Hooks that move inputs between devices would copy a list, and leave ours empty.
         given, logits = inspect.signature(forward).bind(self, *args, **kwargs).arguments, deque()
         out = forward(self, *args, **{**kwargs, "return_dict": True}, liger_router_logits=logits)
-        if torch.is_grad_enabled() and out.logits.requires_grad and not logits[0].requires_grad:
-            raise RuntimeError("aux_loss: expected non-reentrant gradient checkpointing, which reentrant one cuts off")
+        refuse_cut_off(self, ("memories.router",), out.logits, logits)
         mask = given.get("attention_mask")
-        tokens = len(logits[0]) // out.logits.shape[0]
+        tokens = len(logits[0]) // max(out.logits.shape[0], 1)
         aux = load_balancing_loss(logits, liger["top_k"], None if mask is None else mask[:, -tokens:])
         loss = out.loss if out.loss is None else out.loss + liger["router_aux_loss_coef"] * aux.to(out.loss.device)
         if experts:

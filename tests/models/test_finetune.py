@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 
-from liger_models import evaluate, finetune
+from liger_models import LigerForCausalLM, LigerModelConfig, evaluate, finetune
 from liger_models.finetune import RECIPES, _Interrupt
 from tests.models.test_exactness import ids
 from tests.models.tiny import TEXT, linearize_tiny, tiny, tiny_tokenizer
@@ -35,6 +35,17 @@ def test_features_always_train_and_the_mix_if_it_may(learn):
     assert any("feature_map" in n for n in changed)
     assert any("mix" in n for n in changed) == learn
     assert set(before) == {n for n, _ in tuned.named_parameters()}
+
+
+def test_memories_from_random_weights_learn_to_route():
+    sizes = dict(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2)
+    options = {"mom": {"router_shift": True}}
+    model = LigerForCausalLM(LigerModelConfig(mixers=["mom", "gla"], mixer_options=options, **sizes))
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    tuned = finetune(model, tiny_tokenizer(), TEXT, steps=3, **QUICK)
+    changed = {n for n, p in tuned.named_parameters() if not torch.equal(p, before[n])}
+    assert {f"model.layers.0.mixer.{x}.weight" for x in ("router", "router_gate", "q_proj")} <= changed
+    assert set(before) == {n for n, _ in tuned.named_parameters()} and not tuned.config.output_router_logits
 
 
 def test_the_original_can_be_tuned_the_same_way():

@@ -164,6 +164,17 @@ def test_gradient_checkpointing_gives_the_same_gradients(mixers, mlp):
     assert plain.keys() == again.keys() and all(torch.equal(plain[name], again[name]) for name in plain)
 
 
+@pytest.mark.parametrize("options", [dict(), dict(mixers="gla", mlp="moe")], ids=str)
+def test_a_router_that_nobody_could_train_says_so(options):
+    model, x = build(**options).train(), ids(2, 9)
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(RuntimeError, match="aux_loss: expected non-reentrant gradient checkpointing"):
+        model(x, labels=x, output_router_logits=True)
+    model.requires_grad_(False)
+    model.model.norm.requires_grad_(True)
+    assert model(x, labels=x, output_router_logits=True).loss.requires_grad
+
+
 @pytest.mark.parametrize("mlp", ["dense", "moe"])
 def test_router_logits_and_their_loss(mlp):
     model, x = build(["mom", "gla", "mom"], num_hidden_layers=3, mlp=mlp, memories=5, num_experts=6), ids(2, 15)
@@ -258,6 +269,7 @@ def test_a_few_steps_reduce_the_loss(mixers, mlp):
             "experts_per_token: expected at most num_experts 2, got 3",
         ),
         (dict(memories_per_token=5), "memories_per_token: expected at most memories 4, got 5"),
+        (dict(memories=0), "memories_per_token: expected 1 without memories, got 2"),
         (dict(memories_per_token=0), "memories_per_token: expected an integer >= 1, got 0"),
         (dict(memories=-5, mixers="gla"), "memories: expected an integer >= 0, got -5"),
         (dict(mixers=None), "mixers: expected a name, or names that repeat to num_hidden_layers 2, got None"),
@@ -276,7 +288,7 @@ def test_a_few_steps_reduce_the_loss(mixers, mlp):
         (dict(mixer_options={"mom": {"rule": "gsa", "slots": 0}}), "slots: expected an integer >= 1, got 0"),
         (dict(mixer_options={"mom": {"rule": ["gla"]}}), r"rule: expected one of linear, .*got \['gla'\]"),
         (dict(mixer_options={"mom": {"shared": "no"}}), "shared: expected True or False, got 'no'"),
-        (dict(mixers="window", mixer_options={"window": {"window": "a"}}), "window: expected an integer >= 1, got a"),
+        (dict(mixers="window", mixer_options={"window": {"window": "a"}}), "window: expected an integer >= 1, got 'a'"),
         (dict(mixer_options={"mom": {"router_shift": 1}}), "router_shift: expected True or False, got 1"),
         (dict(mixer_options={"gla": {"router_shift": True}}), "expected one of value_dim, slots, got 'router_shift'"),
         (dict(mixer_options={"mamba3": {}}), "mixer_options: expected one of linear, .*got 'mamba3'"),

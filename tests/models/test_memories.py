@@ -105,6 +105,11 @@ def test_routers_of_several_threads_do_not_mix():
         assert list(pool.map(call, range(12))) == [[10 + n] * 3 for n in range(12)]
 
 
+def test_no_rows_route_nothing():
+    out = linearize_tiny(tiny(), window=8, memories=3)(ids(2, 9)[:0], output_router_logits=True)
+    assert out.aux_loss == 0 and out.logits.shape[0] == 0
+
+
 def test_a_router_that_nobody_could_train_says_so():
     model = linearize_tiny(tiny(), window=8, memories=3).train()
     model.activation_checkpointing_enable({"use_reentrant": True})
