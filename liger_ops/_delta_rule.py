@@ -84,6 +84,9 @@ def _run(
     _checks.check_qkv(q, k, v, more_values=True)
     scale = _checks.as_scale(scale, q.shape[-1])
     H = v.shape[2]
+    if q.dtype in (torch.float16, torch.bfloat16) and min(q.shape[2], k.shape[2]) < H and not _packed.on_triton(q):
+        # Gradients of a shared head are summed first, then rounded.
+        q, k = q.float(), k.float()
     k = k if k.shape[2] == H else k.repeat_interleave(H // k.shape[2], 2)
     q = q if q.shape[2] >= H else q.repeat_interleave(H // q.shape[2], 2)
     if use_gate_in_kernel:
