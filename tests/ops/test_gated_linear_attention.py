@@ -202,7 +202,7 @@ def bad(**changes):
         (dict(q=torch.randn(2, 9, 3, 8)), "q: expected a positive multiple of"),
         (dict(k=torch.randn(2, 8, 2, 8)), "k: expected"),
         (dict(v=torch.randn(2, 9, 3, 8)), "v: expected"),
-        (dict(v=torch.randn(2, 9, 2, 8, dtype=torch.float64)), "v: expected a floating dtype"),
+        (dict(v=torch.randn(2, 9, 2, 8, dtype=torch.float64)), "v: expected torch.float32 as q"),
         (dict(g=torch.rand(2, 9, 2, 8) + 0.1), "g: expected log decays <= 0"),
         (dict(g=-torch.rand(2, 9, 2)), "g: expected shape"),
         (dict(initial_state=torch.randn(2, 2, 8, 9)), "initial_state: expected shape"),
