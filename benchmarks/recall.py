@@ -1,7 +1,7 @@
 """Multi-query associative recall (MQAR; Zoology, arXiv 2312.04927) from random weights, one table of mixers.
 
 A row of tokens holds pairs of a key and a value, then keys again at random, whose values the model must name. Every
-mixer gets the same steps, optimiser, learning rate and seeds, and as much data: training climbs from few pairs in
+mixer gets the same steps, optimisers, learning rates and seeds, and as much data: training climbs from few pairs in
 short rows to what is tested, 32 pairs in 256 tokens, as soon as a model answers well enough. There are six times as
 many keys as a memory of width 32 has channels: they cannot all stand at right angles, and what one write leaves of
 another is what the rules differ in. At width 32 a memory nearly holds a row's 32 pairs, at width 16 it cannot.
@@ -46,7 +46,7 @@ ENOUGH, ENDS = 0.85, (0.6, 0.7, 0.8)
 MUON_RATE, ADAMW_RATE, DECAY, SEEDS = 0.01, 0.01, 0.3, (0, 1, 2, 3)
 # Weight of the routers' loss.
 BALANCE = 0.003
-# Standard deviation of a fresh router's weights: at the 0.1 of all others, fewer runs learn to route by keys.
+# Standard deviation of a fresh router's weights; that of all others is 0.1.
 ROUTER_STD = 0.3
 
 
@@ -213,13 +213,13 @@ def main(arguments: list[str] | None = None) -> dict:
     args = parser.parse_args(arguments)
     steps, seeds, test = (8, SEEDS[:1], 4) if args.quick else (args.steps, SEEDS, 128)
     start = time.perf_counter()
-    jobs = list(zip(*((row, seed, steps, test) for seed, row in product(seeds, ROWS)), strict=True))
+    jobs = [(row, seed, steps, test) for seed, row in product(seeds, ROWS)]
     if args.quick:
-        runs = list(map(run, *jobs))
+        runs = [run(*job) for job in jobs]
     else:
         # Two runs at a time, a thread each.
         with ProcessPoolExecutor(2, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-            runs = list(pool.map(run, *jobs))
+            runs = list(pool.map(run, *zip(*jobs, strict=True)))
     rows = {row: summary(row, [r for r in runs if r["row"] == row]) for row in ROWS}
     result = {
         "machine": platform.processor() or platform.machine(),

@@ -198,14 +198,13 @@ def _checkpointing(wanted: bool) -> dict[str, Any]:
 
 def _train(model, blocks, recipe: Recipe, folder: Path, last: str | None, seed: int) -> PreTrainedModel:
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    whole = None
+    whole = []
     if recipe.features and isinstance(model, LigerMixin):
         whole = ["feature_map", "mix"] if model.config.liger["learn_mix"] else ["feature_map"]
     names = ["." + name for name, _ in model.named_modules()]
-    routed = any(name.endswith((".memories.router", ".mixer.router")) for name in names)
     parts = {name.rsplit(".", 1)[-1] for name in names}
     # A pattern may leave no layer that recurs.
-    whole = [x for x in (*(whole or ()), *_ROUTING) if any(name.endswith("." + x) for name in names)] or None
+    whole, routed = ([x for x in xs if any(name.endswith("." + x) for name in names)] for xs in (whole, _ROUTING))
     targets = [*recipe.targets, *(["qkv_proj"] if "qkv_proj" in parts else [])]
     torch.manual_seed(seed)
     with _quiet_peft():
@@ -215,7 +214,7 @@ def _train(model, blocks, recipe: Recipe, folder: Path, last: str | None, seed: 
                 r=recipe.rank,
                 lora_alpha=recipe.alpha,
                 target_modules=[x for x in targets if x in parts],
-                modules_to_save=whole,
+                modules_to_save=[*whole, *routed] or None,
                 task_type="CAUSAL_LM",
             ),
         )

@@ -46,11 +46,11 @@ def as_scale(scale: float | None, width: int) -> float:
         return width**-0.5
     if isinstance(scale, torch.Tensor) and scale.ndim == 0 and not scale.requires_grad:
         return scale.item()
-    if not isinstance(scale, (int, float)) or not -math.inf < scale < math.inf:
-        if isinstance(scale, float):
-            fail("scale", "a finite number", scale)
+    if not isinstance(scale, (int, float)):
         given = f"a tensor {tuple(scale.shape)}" if isinstance(scale, torch.Tensor) else type(scale).__name__
         fail("scale", "a number (multiply q by anything that learns)", given)
+    if not -math.inf < scale < math.inf:
+        fail("scale", "a finite number", scale)
     return scale
 
 

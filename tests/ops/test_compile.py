@@ -187,7 +187,7 @@ def test_every_op_is_in_one_library():
 
 
 def test_the_choice_of_a_backend_is_traced():
-    """A GPU's tensors ask for more than a CPU's, so none is needed here."""
+    """Remote stands for a GPU's tensor, which alone asks whether Triton is there."""
 
     class Remote:
         is_cuda, dtype = True, torch.float32
