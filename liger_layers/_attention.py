@@ -8,6 +8,7 @@ from torch import nn
 
 from liger_layers._choices import settle
 from liger_layers._memories import Mix, RoutedMemories
+from liger_layers._padding import check_mask, close_ranks
 from liger_layers._state import LigerState
 from liger_layers.feature_maps import FEATURE_MAPS
 from liger_layers.gates import GATES, erases, log_decay, strength
@@ -28,12 +29,8 @@ from liger_ops import (
 MAX_LOG = 30.0
 
 
-def _states(
-    sizes: list[tuple[int, ...]], device: torch.device, *before: int
-) -> torch.Tensor | tuple[torch.Tensor, ...]:
-    """Zeros [*before,*size] for each size, a tensor if there is one and a tuple if there are more."""
-    states = tuple(torch.zeros(*before, *size, device=device) for size in sizes)
-    return states if len(states) > 1 else states[0]
+def _blank(x: torch.Tensor, padding: torch.Tensor | None, value: float = 0.0) -> torch.Tensor:
+    return x if padding is None else x.masked_fill(padding, value)
 
 
 class LigerAttention(nn.Module):
@@ -50,7 +47,7 @@ class LigerAttention(nn.Module):
     starts at zero: until trained, they change nothing.
 
     forward(x [B,T,hidden]) returns (y [B,T,hidden], state); pass the state back to continue. mask [B,T] bool marks
-    real tokens: padding may stand left, and right too where no state is passed on (padding takes room in the window).
+    real tokens: padding may stand anywhere, takes no room in the window and yields finite numbers without meaning.
     position_embeddings (cos, sin), each [B,T,D], override the built-in RoPE. softcap bounds the window's scores s to
     softcap tanh(s / softcap). router_logits is a list that takes in the logits [B*T,memories], which
     `load_balancing_loss` wants.
@@ -119,23 +116,35 @@ class LigerAttention(nn.Module):
         """Whether a token enters the recurrence only when it leaves the window."""
         return self.recurs and self.windows and self.mixing == "joint"
 
+    def state_shapes(self, batch: int) -> dict[str, tuple[int, ...] | list[tuple[int, ...]] | None]:
+        """The shape of every part of a state by name, a list where it is several tensors, None where there is none."""
+        H, D, slots = self.num_kv_heads, self.head_dim, self.sinks + self.window
+        near = (batch, slots, H, D) if self.windows else None
+        recurrent = memories = None
+        if self.recurs:
+            two = GATES[self.gate].writes == "slots"
+            size = (H, D, D + (self.delayed or self.normalize))
+            recurrent = [(batch, *size)] * 2 if two else (batch, *size)
+            if self.memories is not None:
+                size = (batch, self.memories.count, H, D, D + self.normalize)
+                memories = [size] * 2 if two else size
+        return dict(
+            k=near,
+            v=near,
+            visible=(batch, slots) if self.windows else None,
+            raw=(batch, self.window, H, D) if self.delayed else None,
+            recurrent=recurrent,
+            position=(batch,),
+            memories=memories,
+        )
+
     def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> LigerState:
         """The state before the first token."""
-        H, D, slots = self.num_kv_heads, self.head_dim, self.sinks + self.window
-        k = v = visible = raw = recurrent = memories = None
-        if self.windows:
-            k, v = (torch.zeros(batch, slots, H, D, device=device, dtype=dtype) for _ in range(2))
-            visible = torch.zeros(batch, slots, dtype=torch.bool, device=device)
-        if self.delayed:
-            raw = torch.zeros(batch, self.window, H, D, device=device, dtype=dtype)
-        if self.recurs:
-            sizes = [(H, D, D + (self.delayed or self.normalize))] * (2 if GATES[self.gate].writes == "slots" else 1)
-            recurrent = _states(sizes, device, batch)
-            if self.memories is not None:
-                sizes = [(H, D, D + self.normalize)] * len(sizes)
-                memories = _states(sizes, device, batch, self.memories.count)
-        position = torch.zeros(batch, dtype=torch.long, device=device)
-        return LigerState(k, v, visible, raw, recurrent, position, memories)
+        return LigerState.zeros(self.state_shapes(batch), device, dtype)
+
+    def check_state(self, state: LigerState, batch: int) -> None:
+        """ValueError for a state of another layer or batch."""
+        state.check(self.state_shapes(batch))
 
     def forward(
         self,
@@ -145,13 +154,15 @@ class LigerAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         router_logits: list[torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, LigerState]:
+        check_mask(mask, x)
         q, k, v = self.project(x)
         if state is None:
             state = self.initial_state(x.shape[0], x.device, k.dtype)
-        if mask is None:
-            mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        else:
+            self.check_state(state, x.shape[0])
         if position_embeddings is None and self.rope_theta is not None:
-            position = state.position[:, None] + mask.cumsum(1) - 1
+            before = torch.arange(x.shape[1], device=x.device) if mask is None else mask.cumsum(1) - 1
+            position = state.position[:, None] + before
             position_embeddings = rotary_tables(position.clamp(min=0), self.head_dim, self.rope_theta)
         o, after = self.mixer(q, k, v, mask, state, position_embeddings)
         if self.memories is not None:
@@ -175,41 +186,50 @@ class LigerAttention(nn.Module):
     def mixer(self, q, k, v, mask, state, position_embeddings):
         """Everything between the projections: o [B,T,HQ,D] and the next state."""
         turned = (q, k) if position_embeddings is None else [rotate(x, *position_embeddings) for x in (q, k)]
-        position = state.position + mask.sum(1)
+        position = state.position + (q.shape[1] if mask is None else mask.sum(1))
         if not self.windows:
             o, recurrent = self._recurrence(q, k, v, mask, state.recurrent)
             return o, LigerState(None, None, None, None, recurrent, position)
 
         q_near, k_near = turned
+        visible = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device) if mask is None else mask
+        visible = torch.cat([state.visible, visible], 1)
         keys, values = torch.cat([state.k, k_near], 1), torch.cat([state.v, v], 1)
-        visible = torch.cat([state.visible, mask], 1)
-        raw, recurrent = None, None
+        raw, recurrent, together = None, None, None
         if self.delayed:
             raw = torch.cat([state.raw, k], 1)
-            o, recurrent = self._joint(q, q_near, keys, values, raw[:, : k.shape[1]], visible, state.recurrent)
+        if mask is not None:
+            together = close_ranks(mask, self.window)
+            keys, values, visible = (together.columns(x, self.sinks) for x in (keys, values, visible))
+            raw, q_near = None if raw is None else together.columns(raw), together.queries(q_near)
+        if self.delayed:
+            query = q if together is None else together.queries(q)
+            o, recurrent = self._joint(query, q_near, keys, values, raw[:, : k.shape[1]], visible, state.recurrent)
             raw = raw[:, k.shape[1] :].clone()
         else:
             near = dict(visible=visible, softcap=self.softcap)
             o = sliding_window_attention(q_near, keys, values, self.window, self.sinks, self.scale, **near)
-            if self.recurs:
-                far, recurrent = self._recurrence(q, k, v, mask, state.recurrent)
-                mix = self.mix().to(o.dtype).unsqueeze(-1)
-                o = mix * far + (1 - mix) * o
+        if together is not None:
+            o = together.back(o)
+        if self.recurs and not self.delayed:
+            far, recurrent = self._recurrence(q, k, v, mask, state.recurrent)
+            mix = self.mix().to(o.dtype).unsqueeze(-1)
+            o = mix * far + (1 - mix) * o
         return o, LigerState(*self._keep(keys, values, visible), raw, recurrent, position)
 
     def _recurrence(self, q, k, v, mask, state, **packing):
         """The recurrence over every token, no delay: o [B,T,HQ,D], state; padding neither writes nor decays."""
-        real = mask[:, :, None, None]
+        padding = None if mask is None else ~mask[:, :, None, None]
         g = log_decay(self.gate, k, self.tau, self.pool)
-        if g is not None:
-            g = g.masked_fill(~(real if g.ndim == 4 else real.squeeze(-1)), 0.0)
+        if g is not None and padding is not None:
+            g = g.masked_fill(padding if g.ndim == 4 else padding.squeeze(-1), 0.0)
         options = dict(scale=1.0, initial_state=state, output_final_state=True, **packing)
         query = self._query(q)
         if GATES[self.gate].writes == "slots":
-            k, values = (x.to(query.dtype).masked_fill(~real, 0.0) for x in (k, v))
+            k, values = (_blank(x.to(query.dtype), padding) for x in (k, v))
             o, state = chunk_gsa(query, k, values, -torch.expm1(g), g, **options)
             return o.to(v.dtype), state
-        features = self._features(k, g).masked_fill(~real, 0.0)
+        features = _blank(self._features(k, g), padding)
         values = v.to(features.dtype)
         if self.normalize:
             values = torch.cat([values, torch.ones_like(values[..., :1])], -1)
@@ -221,7 +241,7 @@ class LigerAttention(nn.Module):
         o, state = op(query, features, values, **options, **({} if g is None else dict(g=g)))
         if self.normalize:
             # A padded query has seen nothing and divides by zero otherwise.
-            o = o[..., :-1] / o[..., -1:].masked_fill(~real, 1.0)
+            o = o[..., :-1] / _blank(o[..., -1:], padding, 1.0)
         return o.to(v.dtype), state
 
     def _query(self, q):

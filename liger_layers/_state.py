@@ -6,9 +6,9 @@ R routed memories.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -52,6 +52,27 @@ class LigerState(_State):
     recurrent: torch.Tensor | tuple[torch.Tensor, ...] | None
     position: torch.Tensor
     memories: torch.Tensor | tuple[torch.Tensor, ...] | None = None
+
+    @classmethod
+    def zeros(cls, shapes: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> LigerState:
+        """A state of parts of these shapes, as LigerAttention.state_shapes gives them; dtype is that of keys."""
+        kinds = dict(visible=torch.bool, position=torch.long, recurrent=torch.float32, memories=torch.float32)
+
+        def make(name: str, shape: Any) -> Any:
+            if isinstance(shape, list):
+                return tuple(make(name, part) for part in shape)
+            return None if shape is None else torch.zeros(shape, device=device, dtype=kinds.get(name, dtype))
+
+        return cls(**{name: make(name, shape) for name, shape in shapes.items()})
+
+    def check(self, shapes: Mapping[str, Any]) -> None:
+        """ValueError unless every part has its shape."""
+        for name, shape in shapes.items():
+            part = getattr(self, name)
+            given = [tuple(x.shape) for x in part] if isinstance(part, tuple) else part if part is None else part.shape
+            if given != shape:
+                given = given if given is None or isinstance(given, list) else tuple(given)
+                raise ValueError(f"state: expected {name} of shape {shape}, got {given}")
 
 
 @dataclass

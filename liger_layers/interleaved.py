@@ -33,16 +33,18 @@ class FullAttention(LigerAttention):
         if self.softcap is not None:
             fail("softcap", "None, which full attention needs", self.softcap)
 
-    def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> LigerState:
-        k, v = (torch.zeros(batch, 0, self.num_kv_heads, self.head_dim, device=device, dtype=dtype) for _ in range(2))
-        visible = torch.zeros(batch, 0, dtype=torch.bool, device=device)
-        position = torch.zeros(batch, dtype=torch.long, device=device)
-        return LigerState(k, v, visible, None, None, position)
+    def state_shapes(self, batch: int, seen: int = 0) -> dict[str, tuple[int, ...] | None]:
+        kept = (batch, seen, self.num_kv_heads, self.head_dim)
+        return dict(k=kept, v=kept, visible=(batch, seen), raw=None, recurrent=None, position=(batch,), memories=None)
+
+    def check_state(self, state: LigerState, batch: int) -> None:
+        state.check(self.state_shapes(batch, state.visible.shape[1]))
 
     def mixer(self, q, k, v, mask, state, position_embeddings):
         if position_embeddings is not None:
             q, k = (rotate(x, *position_embeddings) for x in (q, k))
         k, v = torch.cat([state.k, k], 1), torch.cat([state.v, v], 1)
+        mask = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device) if mask is None else mask
         visible = torch.cat([state.visible, mask], 1)
         T, S = q.shape[1], k.shape[1]
         query, key = torch.arange(S - T, S, device=q.device)[:, None], torch.arange(S, device=q.device)

@@ -1,29 +1,42 @@
 """A constant-size cache layer inside transformers' own DynamicCache.
 
-Shapes: B batch.
+Shapes: B batch, T columns at hand, S columns seen before.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
 from liger_layers import LigerState, MemoryState
+from liger_models._inputs import CACHE, Account, require
 
 
 class LigerCacheLayer(CacheLayerMixin):
-    """One layer's state and the number of columns, padding included, that it has seen."""
+    """One layer's state and the number of columns, padding included, that it has seen.
+
+    The first such layer of a cache also keeps account of what was taken in: whether every column was `whole`, shown in
+    all rows, the Account of those which were, and what the model was `told` that filled it.
+    """
 
     # Kept layers may slide or not, and masks take their size from the first layer of their own kind.
     is_sliding = False
     is_compileable = False
+    is_croppable = False
     supports_early_init = False
 
     def __init__(self):
         super().__init__()
+        self.told: dict[str, Any] | None = None
+        self._forget()
+
+    def _forget(self) -> None:
         self.state: LigerState | MemoryState | None = None
-        self.seen = 0
+        self.account: Account | None = None
+        self.seen, self.whole, self.is_initialized = 0, True, False
 
     def store(self, state: LigerState | MemoryState, tokens: int) -> None:
         self.state = state.map(torch.Tensor.detach) if not torch.is_grad_enabled() else state
@@ -47,7 +60,7 @@ class LigerCacheLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length
 
     def reset(self) -> None:
-        self.state, self.seen, self.is_initialized = None, 0, False
+        self._forget()
 
     def crop(self, tokens_to_remove: int) -> None:
         raise RuntimeError("a linearized model's cache cannot forget tokens it has already absorbed; start a new cache")
@@ -55,6 +68,8 @@ class LigerCacheLayer(CacheLayerMixin):
     def _map(self, function) -> None:
         if self.state is not None:
             self.state = self.state.map(function)
+        if self.account is not None:
+            self.account = self.account.map(function)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
@@ -89,41 +104,119 @@ def make_cache(config: PreTrainedConfig) -> DynamicCache:
     return fit_cache(DynamicCache(config=config), config)
 
 
-def fit_cache(cache: DynamicCache, config: PreTrainedConfig) -> DynamicCache:
-    """Put Liger layers where an empty cache, however it was made, has others; ValueError if it already holds tokens."""
+# What decides about the states of a model's layers.
+_TOLD = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+_TOLD += ("sliding_window", "mixers", "mixer_options", "memories", "memories_per_token", "conv_size")
+
+
+def _told(config: PreTrainedConfig) -> dict[str, Any]:
+    told = {name: getattr(config, name, None) for name in _TOLD} | (getattr(config, "liger", None) or {})
+    told.pop("router_aux_loss_coef", None)
+    return told
+
+
+def fit_cache(cache: DynamicCache, config: PreTrainedConfig, batch: int | None = None) -> DynamicCache:
+    """Put Liger layers where an empty cache, however it was made, has others.
+
+    ValueError if it already holds tokens: of a model that keeps keys and values, of one that was told something else
+    than config says, or of another number of rows than batch.
+    """
     if not isinstance(cache, Cache):
-        raise ValueError(f"past_key_values: expected a Cache, got a {type(cache).__name__}")
+        raise ValueError(f"{CACHE}: expected a Cache, got a {type(cache).__name__}")
     # Only linearized models keep layers of full attention.
     depth, keep = config.num_hidden_layers, set(config.liger["keep"]) if hasattr(config, "liger") else set()
     ours = [isinstance(layer, LigerCacheLayer) for layer in cache.layers]
+    if any(ours):
+        _check_filled(cache, config, batch)
     if len(ours) == depth and all(mine or i in keep for i, mine in enumerate(ours)):
         return cache
     if any(layer.is_initialized for layer in cache.layers):
         raise ValueError(
-            "past_key_values: expected an empty cache or one this linearized model filled (liger_models.make_cache), "
+            f"{CACHE}: expected an empty cache or one this linearized model filled (liger_models.make_cache), "
             "got one that holds another model's keys and values"
         )
     if not isinstance(cache, DynamicCache):
-        raise ValueError(f"past_key_values: expected a DynamicCache, got a {type(cache).__name__}")
+        raise ValueError(f"{CACHE}: expected a DynamicCache, got a {type(cache).__name__}")
     plain = cache.layers if len(ours) == depth else DynamicCache(config=config).layers
     cache.layers = [plain[i] if i in keep else LigerCacheLayer() for i in range(depth)]
     cache.layer_class_to_replicate = None
+    if first := _first(cache):
+        first.told = _told(config)
     return cache
 
 
-class ConstantCacheMixin:
-    """How a causal LM whose layers hold states, not keys and values, generates."""
+def _first(cache: Cache | None) -> LigerCacheLayer | None:
+    """The layer that keeps account, if there is one."""
+    return next((x for x in cache.layers if isinstance(x, LigerCacheLayer)), None) if cache is not None else None
 
-    # Assisted decoding must roll the cache back, which a recurrent state cannot do; transformers refuses on this flag.
-    _is_stateful = True
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
-            model_kwargs["past_key_values"] = make_cache(self.config)
+def _check_filled(cache: Cache, config: PreTrainedConfig, batch: int | None) -> None:
+    first, mine = _first(cache), _told(config)
+    if first.told is not None and first.told != mine:
+        names = [name for name in (*mine, *first.told) if mine.get(name) != first.told.get(name)]
+        wanted, given = mine.get(names[0]), first.told.get(names[0])
+        raise ValueError(f"{CACHE}: expected one of a model with {names[0]} {wanted!r}, got one with {given!r}")
+    if batch is not None and first.account is not None and len(first.account.columns) != batch:
+        raise ValueError(f"{CACHE}: expected {batch} rows as in the batch, got {len(first.account.columns)}")
+    seen = {layer.seen for layer in cache.layers if isinstance(layer, LigerCacheLayer)}
+    if len(seen) > 1:
+        raise ValueError(f"{CACHE}: expected layers that have seen as much, got {sorted(seen)}: a call was cut short")
 
-    @staticmethod
-    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values=None, **kwargs):
-        return attention_mask
+
+def seen_columns(cache: Cache | None) -> int:
+    """Columns, padding included, that a cache holds."""
+    first = _first(cache)
+    return first.seen if first is not None else cache.get_seq_length() if cache is not None else 0
+
+
+def take_in(cache: Cache | None, mask: torch.Tensor | None, ids: torch.Tensor | None, shape: tuple[int, int]) -> None:
+    """Check that mask [B,S+T] shows of the first S columns what the cache holds, and enter the T at hand.
+
+    ids [B,T] are their tokens, None where embeddings were given; shape is (B, T). ValueError for a mask that hides
+    what a state has taken in, or shows what it has not: neither can be made up for.
+    """
+    first, (B, T) = _first(cache), shape
+    if first is None:
+        return
+    device = mask.device if mask is not None else ids.device if ids is not None else torch.device("cpu")
+    account, S = first.account or Account.empty(B, device), first.seen
+    tracing = torch.compiler.is_compiling()
+    if S and (tracing or not first.whole or (mask is not None and not mask[:, :S].all())):
+        shown = torch.ones(B, S, dtype=torch.bool, device=device) if mask is None else mask[:, :S]
+        held = Account.empty(B, device).add(0, shown, None).columns
+        expected = f"the {S} columns that the cache holds shown or hidden as they were when it took them in"
+        same = (held == account.columns.to(device)).all()
+        require(same, "attention_mask", expected, lambda: _difference(mask, first))
+    shown = torch.ones(B, T, dtype=torch.bool, device=device) if mask is None else mask[:, S:]
+    first.account = account.add(S, shown, None if ids is None else ids.to(device))
+    first.whole = first.whole and not tracing and (mask is None or bool(shown.all()))
+
+
+def _difference(mask: torch.Tensor | None, first: LigerCacheLayer) -> str:
+    """How a mask differs from what a cache holds, in the words of an error."""
+    if mask is None or not isinstance(first.state, LigerState):
+        return "others" if mask is not None else "none, which shows all of them"
+    held, given = first.state.position.tolist(), mask[:, : first.seen].sum(1).tolist()
+    row = next((i for i, pair in enumerate(zip(held, given, strict=True)) if pair[0] != pair[1]), None)
+    return "others" if row is None else f"{given[row]} shown in row {row}, where it took in {held[row]}"
+
+
+def check_prompt(cache: Cache | None, ids: torch.Tensor | None, mask: torch.Tensor | None) -> None:
+    """ValueError if ids [B,S+T], with mask of that shape or None, do not begin with the tokens that the cache holds."""
+    first = _first(cache)
+    if first is None or first.account is None or first.account.tokens is None or ids is None:
+        return
+    if not first.seen or len(ids) != len(first.account.tokens):
+        return
+    if ids.shape[1] <= first.seen:
+        raise ValueError(f"input_ids: expected more than the {first.seen} columns in the cache, got {ids.shape[1]}")
+    ids = ids[:, : first.seen]
+    shown = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask[:, : first.seen].bool()
+    held = Account.empty(len(ids), ids.device).add(0, shown, ids)
+    columns, tokens = (x.to(ids.device) for x in first.account)
+    # Where the mask differs, that is what is wrong, and the forward says so.
+    if torch.equal(held.columns, columns) and not torch.equal(held.tokens, tokens):
+        raise ValueError(f"{CACHE}: expected one that holds the beginning of input_ids, got one of another prompt")
 
 
 def cache_bytes(cache: DynamicCache) -> int:

@@ -34,8 +34,18 @@ from liger_layers import (
     SlidingWindowAttention,
     load_balancing_loss,
 )
-from liger_models.cache import ConstantCacheMixin, fit_cache, layer_and_state, make_cache
-from liger_models.modeling import refuse_cut_off, refuse_packing
+from liger_models._decoding import ConstantCacheMixin
+from liger_models._inputs import (
+    CACHE,
+    check_documents,
+    check_positions,
+    read_mask,
+    refuse_unread,
+    shown_columns,
+    take_cache,
+)
+from liger_models.cache import fit_cache, layer_and_state, make_cache, seen_columns, take_in
+from liger_models.modeling import refuse_cut_off
 from liger_ops._checks import check_positive, fail
 
 _ATTENTIONS = {"liger": LigerAttention, "window": SlidingWindowAttention, "recurrence": GatedRecurrence}
@@ -70,7 +80,7 @@ class LigerModelConfig(PreTrainedConfig):
     """
 
     model_type = "liger"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
     attribute_map = {"num_local_experts": "num_experts", "num_experts_per_tok": "experts_per_token"}  # noqa: RUF012
 
     vocab_size: int = 32000
@@ -197,10 +207,10 @@ class LigerDecoderLayer(GradientCheckpointingLayer):
         self,
         x: torch.Tensor,
         mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         router_logits: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        layer, state = layer_and_state(past_key_values, self.index, x.device)
+        layer, state = layer_and_state(cache, self.index, x.device)
         routed = {"router_logits": router_logits} if isinstance(self.mixer, MixtureOfMemories) else {}
         y, state = self.mixer(self.mixer_norm(x), mask, state, **routed)
         if layer is not None:
@@ -216,7 +226,7 @@ class LigerPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ("LigerDecoderLayer",)
-    _skip_keys_device_placement = ("past_key_values",)
+    _skip_keys_device_placement = ("past_key_values", "cache")
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": LigerDecoderLayer,
         "expert_logits": OutputRecorder(MixtralTopKRouter),
@@ -282,35 +292,33 @@ class LigerModel(LigerPreTrainedModel):
         if input_ids is not None and input_ids.ndim != 2:
             fail("input_ids", "[batch, tokens]", tuple(input_ids.shape))
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if past_key_values is not None:
-            fit_cache(past_key_values, self.config)
+        kwargs["past_key_values"] = past_key_values
+        (B, T), cache = x.shape[:2], take_cache(kwargs)
+        refuse_unread(kwargs)
+        if cache is not None:
+            fit_cache(cache, self.config, B)
         elif use_cache and not self.training:
             # Nobody reads a cache while training.
-            past_key_values = make_cache(self.config)
-        mask = _padding(attention_mask, x, 0 if past_key_values is None else past_key_values.get_seq_length())
-        refuse_packing(position_ids, mask, kwargs)
+            cache = make_cache(self.config)
+        seen = seen_columns(cache)
+        mask = read_mask(attention_mask, B, T, seen, x.device)
+        check_positions(position_ids, B, T)
+        take_in(cache, mask, input_ids, (B, T))
+        mask = shown_columns(mask, seen)
+        check_documents(position_ids, mask, kwargs)
         for layer in self.layers:
-            x = layer(x, mask=mask, past_key_values=past_key_values, router_logits=router_logits)
-        return MoeModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
-
-
-def _padding(mask: torch.Tensor | None, x: torch.Tensor, seen: int) -> torch.Tensor | None:
-    """attention_mask [B,S] or [B,T] -> [B,T] bool for the tokens at hand, x [B,T,hidden]."""
-    if mask is None:
-        return None
-    (B, T), S = x.shape[:2], seen + x.shape[1]
-    if tuple(mask.shape) not in ((B, T), (B, S)):
-        fail("attention_mask", f"[batch, tokens] = [{B}, {S}]", tuple(mask.shape))
-    return mask[:, mask.shape[1] - T :].bool()
+            x = layer(x, mask=mask, cache=cache, router_logits=router_logits)
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(x), **{CACHE: cache})
 
 
 class LigerForCausalLM(ConstantCacheMixin, LigerPreTrainedModel, GenerationMixin):
     """A causal LM from random weights, whose cache does not grow (arXiv 2502.13685 with mixers="mom").
 
-    forward(input_ids [B,T]) returns logits [B,T,vocab]; attention_mask [B,T] marks real tokens (padding may stand
-    left), past_key_values is a cache of `make_cache` or None. output_router_logits adds router_logits, [B*T,M] for
-    every layer that routes to M memories, and their load_balancing_loss (the experts' too, with mlp="moe") as
-    aux_loss; with labels [B,T] the loss is next-token cross entropy + router_aux_loss_coef * aux_loss.
+    forward(input_ids [B,T]) returns logits [B,T,vocab]; attention_mask [B,T], longer by what the cache holds, marks
+    real tokens (padding may stand anywhere), past_key_values, or cache, is a cache of `make_cache` or None.
+    output_router_logits adds router_logits, [B*T,M] for every layer that routes to M memories, and their
+    load_balancing_loss (the experts' too, with mlp="moe") as aux_loss; with labels [B,T] the loss is next-token cross
+    entropy + router_aux_loss_coef * aux_loss.
 
     Raises:
         ValueError: names the argument, what was expected and what was given.
@@ -365,7 +373,7 @@ class LigerForCausalLM(ConstantCacheMixin, LigerPreTrainedModel, GenerationMixin
             loss=loss,
             aux_loss=aux_loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,
             router_logits=router_logits,
         )

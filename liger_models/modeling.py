@@ -18,7 +18,18 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from liger_layers import LigerAttention, SlidingWindowAttention, load_balancing_loss
-from liger_models.cache import ConstantCacheMixin, fit_cache, layer_and_state, make_cache
+from liger_models._decoding import ConstantCacheMixin
+from liger_models._inputs import (
+    CACHE,
+    by_name,
+    check_documents,
+    check_positions,
+    read_mask,
+    shown_columns,
+    take_cache,
+    token_positions,
+)
+from liger_models.cache import fit_cache, layer_and_state, make_cache, seen_columns, take_in
 from liger_models.configuration import LigerConfig
 from liger_models.families import KNOWN, PREFIX, Family, finish, key_and_value, own_windows, project, traits
 
@@ -57,14 +68,14 @@ class _Pretrained:
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values=None,
-        liger_mask: torch.Tensor | None = None,
         liger_router_logits: list[torch.Tensor] | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, None]:
-        layer, state = layer_and_state(past_key_values, self.layer_idx, hidden_states.device)
+        if attention_mask is not None and "liger_mask" not in kwargs:
+            raise ValueError("attention_mask: expected liger_mask beside it, as the decoder hands it on, got it alone")
+        layer, state = layer_and_state(take_cache(kwargs), self.layer_idx, hidden_states.device)
         tables = position_embeddings if self.traits.rotary else None
-        out, state = super().forward(hidden_states, liger_mask, state, tables, liger_router_logits)
+        out, state = super().forward(hidden_states, kwargs.get("liger_mask"), state, tables, liger_router_logits)
         if layer is not None:
             layer.store(state, hidden_states.shape[1])
         return out, None
@@ -88,56 +99,36 @@ def linearized(name: str, old: nn.Module, hf: PreTrainedConfig, liger: LigerConf
     return LinearizedAttention(old, hf, **liger.options(name))
 
 
-def refuse_packing(position: torch.Tensor | None, mask: torch.Tensor | None, others: Mapping[str, Any]) -> None:
-    """ValueError if several documents share a row, which the recurrence would carry one of into the next.
-
-    Positions that start again tell so, or the other arguments by which transformers bounds documents.
-    """
-    if torch.compiler.is_compiling():
-        return
-    bounds, index = others.get("cu_seq_lens_q"), others.get("seq_idx")
-    several = {
-        "cu_seq_lens_q": bounds is not None and len(bounds) > 2,
-        "seq_idx": index is not None and bool((index != index[:, :1]).any()),
-    }
-    for name, found in several.items():
-        if found:
-            raise ValueError(f"{name}: expected one document per row, got bounds of several (packed documents)")
-    if position is None or position.ndim != 2 or position.shape[1] < 2:
-        return
-    again = position[:, 1:] <= position[:, :-1]
-    if mask is not None and mask.shape == position.shape:
-        again = again & mask[:, 1:] & mask[:, :-1]
-    if again.any():
-        raise ValueError(
-            "position_ids: expected one document per row, got positions that start again (packed documents)"
-        )
-
-
 def _before_decoder(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Hand the padding mask to the Liger layers, spare them the square one, and see that the cache fits."""
-    names = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
-    kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-    tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
-    mask = kwargs.get("attention_mask")
-    if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-        kwargs["liger_mask"] = mask[:, -tokens.shape[1] :].bool()
-    elif mask is not None:
-        raise ValueError("attention_mask: expected [batch, tokens] marking padding, got a prepared attention pattern")
-    refuse_packing(kwargs.get("position_ids"), kwargs.get("liger_mask"), kwargs)
-    if len(module.config.liger["keep"]) == 0:
-        # A mask that is already four-dimensional is passed through, so no T x T mask is built for nobody.
-        kwargs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
+    """Hand the padding mask to the Liger layers, spare them the square one, check mask, positions and cache."""
+    kwargs = by_name(module, args, kwargs)
+    cache, ids = take_cache(kwargs), kwargs.get("input_ids")
+    tokens = kwargs.get("inputs_embeds") if ids is None else ids
+    if tokens is None:
+        # The decoder says what it wants.
+        return (), kwargs
+    B, T = tokens.shape[:2]
     use_cache = kwargs.get("use_cache")
-    use_cache = module.config.use_cache if use_cache is None else use_cache
-    cache = kwargs.get("past_key_values")
     if cache is not None:
-        fit_cache(cache, module.config)
+        fit_cache(cache, module.config, B)
     elif module.training:
         # Nobody reads a cache while training, and with gradient checkpointing none may be written.
         kwargs["use_cache"] = False
-    elif use_cache:
-        kwargs["past_key_values"] = make_cache(module.config)
+    elif module.config.use_cache if use_cache is None else use_cache:
+        cache = make_cache(module.config)
+    seen = seen_columns(cache)
+    mask = read_mask(kwargs.get("attention_mask"), B, T, seen, tokens.device)
+    check_positions(kwargs.get("position_ids"), B, T)
+    take_in(cache, mask, ids, (B, T))
+    shown = shown_columns(mask, seen)
+    check_documents(kwargs.get("position_ids"), shown, kwargs)
+    if mask is not None and kwargs.get("position_ids") is None:
+        # Padding takes no position, wherever it stands.
+        kwargs["position_ids"] = token_positions(mask, T)
+    kwargs |= {CACHE: cache, "liger_mask": shown}
+    if len(module.config.liger["keep"]) == 0:
+        # A mask that is already four-dimensional is passed through, so no T x T mask is built for nobody.
+        kwargs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
     return (), kwargs
 
 
@@ -186,6 +177,8 @@ def _with_routers(forward):
             output_router_logits = getattr(self.config, "output_router_logits", False)
         if experts:
             kwargs["output_router_logits"] = output_router_logits
+        if (cache := take_cache(kwargs)) is not None:
+            kwargs[CACHE] = cache
         liger = self.config.liger
         if not output_router_logits or "memories" not in liger["pattern"]:
             return forward(self, *args, **kwargs)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from liger_models import make_cache
+from liger_models._inputs import CACHE
 from liger_models.modeling import LinearizedAttention
 from liger_ops import naive_gsa, naive_recurrence, naive_sliding_window_attention
 from tests.models.tiny import NAMES, linearize_tiny, tiny
@@ -61,7 +62,7 @@ def test_prefill_in_pieces_equals_one_forward(model, sizes):
     whole = model(x, use_cache=False).logits
     cache, parts = make_cache(model.config), []
     for part in x.split(sizes, 1):
-        parts.append(model(part, past_key_values=cache).logits)
+        parts.append(model(part, **{CACHE: cache}).logits)
     assert (torch.cat(parts, 1) - whole).abs().max() <= 1e-4
     assert cache.get_seq_length() == 50
 
@@ -78,13 +79,13 @@ def test_left_padded_batch_equals_each_prompt_alone(model):
         padded[row, width - p.shape[1] :], mask[row, width - p.shape[1] :] = p, 1
     cache = make_cache(model.config)
     position = (mask.cumsum(1) - 1).clamp(min=0)
-    batch = model(padded, attention_mask=mask, position_ids=position, past_key_values=cache).logits
+    batch = model(padded, attention_mask=mask, position_ids=position, **{CACHE: cache}).logits
     steps = []
     for t in range(new):
         mask = torch.cat([mask, mask.new_ones(len(lengths), 1)], 1)
         token = follow[:, t : t + 1].expand(len(lengths), 1)
         position = mask.sum(1, keepdim=True) - 1
-        steps.append(model(token, attention_mask=mask, position_ids=position, past_key_values=cache).logits)
+        steps.append(model(token, attention_mask=mask, position_ids=position, **{CACHE: cache}).logits)
     for row, p in enumerate(prompts):
         alone = model(torch.cat([p, follow], 1), use_cache=False).logits[0]
         together = torch.cat([batch[row, width - p.shape[1] :], *(s[row] for s in steps)])

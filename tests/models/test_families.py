@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from liger_layers import GATES, SlidingWindowAttention
 from liger_models import FAMILIES, cache_bytes, evaluate, finetune, make_cache
+from liger_models._inputs import CACHE
 from liger_models.modeling import LinearizedAttention, LinearizedWindow
 from tests.models.test_exactness import ids
 from tests.models.test_memories import stir
@@ -87,7 +88,7 @@ def test_a_family_keeps_its_own_windows(name):
     assert (model(x).logits - wanted).abs().max() <= 1e-4
     assert "own" in model.config.liger["pattern"] and not model.config.liger["keep"]
     cache = make_cache(model.config)
-    pieces = [model(part, past_key_values=cache).logits for part in x.split([13, 1, 1, 25], 1)]
+    pieces = [model(part, **{CACHE: cache}).logits for part in x.split([13, 1, 1, 25], 1)]
     assert (torch.cat(pieces, 1) - wanted).abs().max() <= 1e-4
 
 
@@ -155,7 +156,7 @@ def test_layers_of_different_kinds(pattern, tmp_path):
     with torch.no_grad():
         wanted = model(x, use_cache=False).logits
         cache = make_cache(model.config)
-        pieces = [model(part, past_key_values=cache).logits for part in x.split([13, 1, 26], 1)]
+        pieces = [model(part, **{CACHE: cache}).logits for part in x.split([13, 1, 26], 1)]
         assert (torch.cat(pieces, 1) - wanted).abs().max() <= 1e-4
         model.save_pretrained(tmp_path)
         again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
@@ -187,7 +188,7 @@ def test_windows_alone_fine_tune_too():
         type(finetune(model, tiny_tokenizer(), TEXT, steps=1, length=32, batch=2)).__name__ == "LigerLlamaForCausalLM"
     )
     cache = make_cache(model.config)
-    model(ids(1, 50), past_key_values=cache)
+    model(ids(1, 50), **{CACHE: cache})
     held = cache_bytes(cache)
-    model(ids(1, 50), past_key_values=cache)
+    model(ids(1, 50), **{CACHE: cache})
     assert cache_bytes(cache) == held > 0

@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from liger_models import cache_bytes, linearize, make_cache
+from liger_models._inputs import CACHE
 from tests.models.test_exactness import ids
 from tests.models.tiny import NAMES, SIZES, linearize_tiny, tiny
 
@@ -45,18 +46,18 @@ def test_sampling_is_reproducible_and_batched(model):
 @pytest.mark.parametrize("make", [make_cache, lambda c: DynamicCache(config=c), lambda c: DynamicCache()])
 def test_multi_turn_cache_reuse(model, make):
     cache = make(model.config)
-    first = generate(model, ids(1, 10), past_key_values=cache, do_sample=False)
+    first = generate(model, ids(1, 10), **{CACHE: cache}, do_sample=False)
     turn = torch.cat([first, ids(1, 7)], 1)
-    second = generate(model, turn, past_key_values=cache, do_sample=False)
+    second = generate(model, turn, **{CACHE: cache}, do_sample=False)
     assert torch.equal(second, generate(model, turn, do_sample=False))
 
 
 def test_a_foreign_cache_is_refused(model):
     original = tiny()
     cache = DynamicCache()
-    original(ids(1, 5), past_key_values=cache)
-    with pytest.raises(ValueError, match="past_key_values: expected an empty cache"):
-        model(ids(1, 5), past_key_values=cache)
+    original(ids(1, 5), **{CACHE: cache})
+    with pytest.raises(ValueError, match=f"{CACHE}: expected an empty cache"):
+        model(ids(1, 5), **{CACHE: cache})
 
 
 def test_assisted_decoding_refuses(model):
@@ -68,7 +69,7 @@ def test_assisted_decoding_refuses(model):
 
 def test_crop_refuses(model):
     cache = make_cache(model.config)
-    model(ids(1, 5), past_key_values=cache)
+    model(ids(1, 5), **{CACHE: cache})
     with pytest.raises(RuntimeError, match="cannot forget"):
         cache.crop(-1)
 
@@ -78,7 +79,7 @@ def test_cache_bytes_do_not_grow(model):
     sizes = []
     for tokens in (1, 100, 4000):
         cache = make_cache(model.config)
-        model(ids(1, tokens), past_key_values=cache, logits_to_keep=1)
+        model(ids(1, tokens), **{CACHE: cache}, logits_to_keep=1)
         sizes.append(cache_bytes(cache))
     assert sizes[0] == sizes[1] == sizes[2] > 0
 

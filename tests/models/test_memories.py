@@ -18,8 +18,8 @@ def stir(model):
     """As training would: routed memories count, and are not alike."""
     with torch.no_grad():
         for layer in model.model.layers:
-            memories = layer.self_attn.memories
-            # A layer that only slides has none.
+            # A layer that only slides, or stayed, has none.
+            memories = getattr(layer.self_attn, "memories", None)
             if memories is None:
                 continue
             memories.mix.weight.uniform_(0.5, 1.0)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from liger_models import cache_bytes, checkpoint, linearize, make_cache, perplexity, retrieval
+from liger_models._inputs import CACHE
 from liger_models.demo import bundled_model
 from liger_models.evaluation import without_recurrence
 from liger_models.selection import hidden_keys, key_loss
@@ -71,7 +72,7 @@ def test_pieces_equal_the_whole(linearized, held_out, sizes):
     x = held_out[:1, :200]
     whole = linearized(x, use_cache=False).logits
     cache = make_cache(linearized.config)
-    parts = [linearized(part, past_key_values=cache).logits for part in x.split(sizes, 1)]
+    parts = [linearized(part, **{CACHE: cache}).logits for part in x.split(sizes, 1)]
     assert (torch.cat(parts, 1) - whole).abs().max() <= 1e-4
 
 
@@ -95,7 +96,7 @@ def test_cache_bytes_after_100_and_4000_tokens(linearized, held_out):
     sizes = []
     for tokens in (100, 4000):
         cache = make_cache(linearized.config)
-        linearized(held_out.reshape(1, -1).repeat(1, 2)[:, :tokens], past_key_values=cache, logits_to_keep=1)
+        linearized(held_out.reshape(1, -1).repeat(1, 2)[:, :tokens], **{CACHE: cache}, logits_to_keep=1)
         sizes.append(cache_bytes(cache))
     assert sizes[0] == sizes[1]
 

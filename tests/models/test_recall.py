@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks import recall
+from liger_models._inputs import CACHE
 
 
 @pytest.mark.parametrize(("pairs", "length"), [(4, 32), (32, 256)])
@@ -38,7 +39,7 @@ def test_rows_compare_states_of_equal_size():
         assert touched == [3 * width**2] * 2
         assert sum(row["state"] == touched[0] for row in rows) == 2
     for name, row in sizes.items():
-        cache = recall.build(name).eval()(torch.zeros(1, 3, dtype=torch.long), use_cache=True).past_key_values
+        cache = recall.build(name).eval()(torch.zeros(1, 3, dtype=torch.long), use_cache=True)[CACHE]
         assert sum(x.numel() for x in cache.layers[0].state.memories) == row["state"]
 
 

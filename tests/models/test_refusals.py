@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from liger_models import LigerConfig, linearize
+from liger_models._inputs import CACHE
 from liger_models.modeling import FAMILIES
 from tests.models.test_exactness import ids
 from tests.models.tiny import linearize_tiny, tiny
@@ -161,8 +162,8 @@ def test_packed_documents_are_refused():
 
 def test_a_static_cache_is_refused():
     model = linearize_tiny(tiny(), window=8, keep=[1])
-    with pytest.raises(ValueError, match="past_key_values: expected a DynamicCache, got a StaticCache"):
-        model(ids(1, 5), past_key_values=StaticCache(config=model.config, max_cache_len=64))
+    with pytest.raises(ValueError, match=f"{CACHE}: expected a DynamicCache, got a StaticCache"):
+        model(ids(1, 5), **{CACHE: StaticCache(config=model.config, max_cache_len=64)})
 
 
 def test_a_square_mask_is_refused():

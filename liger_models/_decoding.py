@@ -1,0 +1,74 @@
+"""How a causal LM whose layers hold states, not keys and values, generates through transformers.
+
+Shapes: B batch, T columns at hand, S columns seen before.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from transformers import StoppingCriteriaList
+
+from liger_models._inputs import CACHE, take_cache
+from liger_models.cache import check_prompt, make_cache
+
+
+class _Ended(StoppingCriteriaList):
+    """Stopping criteria that remember the rows [B] which they have ended."""
+
+    rows: torch.Tensor | None = None
+
+    def __call__(self, input_ids, scores, **kwargs) -> torch.Tensor:
+        ended = super().__call__(input_ids, scores, **kwargs)
+        self.rows = ended if self.rows is None else self.rows | ended
+        return ended
+
+
+class ConstantCacheMixin:
+    """Stands before a causal LM of transformers."""
+
+    # Assisted decoding must roll the cache back, which a recurrent state cannot do; transformers refuses on this flag.
+    _is_stateful = True
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
+        kind, cache = generation_config.cache_implementation, take_cache(model_kwargs)
+        if kind not in (None, "dynamic"):
+            raise ValueError(f"cache_implementation: expected None or 'dynamic', whose size is constant, got {kind!r}")
+        if cache is not None:
+            # What transformers asks before it rolls a cache back that the caller still holds.
+            cache._is_user_defined = True
+        elif generation_config.use_cache:
+            cache = make_cache(self.config)
+        if cache is not None:
+            model_kwargs[CACHE] = cache
+
+    def init_continuous_batching(self, *args, **kwargs) -> NoReturn:
+        """ValueError: what generate_batch and its like keep in pages are keys and values."""
+        raise ValueError("generate_batch: expected generate with a padded batch, for layers that hold states, no pages")
+
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, *args, **kwargs):
+        return attention_mask
+
+    def prepare_inputs_for_generation(self, input_ids, *args, liger_ended: _Ended | None = None, **kwargs):
+        mask = kwargs.get("attention_mask")
+        whole = kwargs.get("inputs_embeds") is None and (mask is None or mask.shape == input_ids.shape)
+        if kwargs.get("is_first_iteration") and whole:
+            check_prompt(kwargs.get(CACHE), input_ids, mask)
+        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+
+    def _sample(self, input_ids, logits_processor, stopping_criteria, *args, **kwargs):
+        # Only these criteria make generate write padding where a row has ended.
+        if any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria):
+            stopping_criteria = kwargs["liger_ended"] = _Ended(stopping_criteria)
+        return super()._sample(input_ids, logits_processor, stopping_criteria, *args, **kwargs)
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs) -> dict[str, Any]:
+        """Padding behind a row that has ended is hidden from the start: a state could not forget it afterwards."""
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        ended, mask = model_kwargs.get("liger_ended"), model_kwargs.get("attention_mask")
+        if ended is not None and ended.rows is not None and mask is not None:
+            last = mask[:, -1:].masked_fill(ended.rows.to(mask.device).unsqueeze(1), 0)
+            model_kwargs["attention_mask"] = torch.cat([mask[:, :-1], last], 1)
+        return model_kwargs

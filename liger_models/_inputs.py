@@ -1,0 +1,159 @@
+"""What a call says of its tokens, checked at the door: which are shown, where they stand, what a cache holds of them.
+
+Shapes: B batch, T columns at hand, S columns seen before. A column holds a token that is shown, or padding.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import Cache, LlamaModel
+
+# The keyword of every forward that takes a cache and of outputs that return one: "cache" from transformers 5.24 on.
+CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
+_CACHES = ("cache", "past_key_values")
+# What a decoder must take by name for its padding and positions to be known.
+_NEEDED = {"input_ids", "attention_mask", "position_ids", "inputs_embeds", "use_cache", CACHE}
+
+
+def take_cache(kwargs: dict[str, Any]) -> Cache | None:
+    """Remove the cache from keyword arguments, whichever of its two names it has, and return it.
+
+    ValueError for two caches, or for one under a name that nobody reads.
+    """
+    given = [kwargs.pop(name, None) for name in _CACHES]
+    if given[0] is not None and given[1] is not None and given[0] is not given[1]:
+        raise ValueError(f"{CACHE}: expected one cache, got two, under the names {' and '.join(_CACHES)}")
+    for name, value in kwargs.items():
+        if isinstance(value, Cache):
+            raise ValueError(f"{name}: expected a cache under the name {CACHE}, got one under a name that is not read")
+    return given[0] if given[0] is not None else given[1]
+
+
+@functools.cache
+def _positional(decoder: type[nn.Module]) -> tuple[str, ...]:
+    """Names of a decoder's arguments in order; TypeError if it is none that this package knows how to speak to."""
+    names = tuple(inspect.signature(decoder.forward).parameters)[1:]
+    if missing := sorted(_NEEDED - set(names)):
+        raise TypeError(f"{decoder.__name__}: expected arguments {', '.join(sorted(_NEEDED))}, found no {missing[0]}")
+    return names
+
+
+def by_name(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a decoder's forward by name; ValueError for a mask or positions that it does not read."""
+    names = _positional(type(decoder))
+    refuse_unread({name: value for name, value in kwargs.items() if name not in names})
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def refuse_unread(others: Mapping[str, Any]) -> None:
+    """ValueError for a mask or positions among arguments that nobody reads."""
+    for name, value in others.items():
+        if value is not None and ("mask" in name or "position" in name):
+            raise ValueError(f"{name}: expected attention_mask or position_ids, got an argument that is not read")
+
+
+def require(holds: torch.Tensor, name: str, expected: str, given: str | Callable[[], str]) -> None:
+    """ValueError unless the condition [] holds; in a compiled graph a RuntimeError, which cannot ask what was given."""
+    if torch.compiler.is_compiling():
+        torch._assert_async(holds, f"{name}: expected {expected}, got {given if isinstance(given, str) else 'others'}")
+    elif not holds:
+        raise ValueError(f"{name}: expected {expected}, got {given if isinstance(given, str) else given()}")
+
+
+def read_mask(mask: object, batch: int, tokens: int, seen: int, device: torch.device) -> torch.Tensor | None:
+    """attention_mask [B,S+T] as bool on the device, true where a column is shown; None if there is none."""
+    if mask is None:
+        return None
+    expected = f"[batch, tokens] = [{batch}, {seen + tokens}], 1 where a column is shown"
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+        kind = f"a prepared pattern {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise ValueError(f"attention_mask: expected {expected}, got {kind}")
+    if mask.shape[0] != batch or mask.shape[1] != seen + tokens:
+        more = f"; {seen} of the columns are in the cache" if seen else ""
+        raise ValueError(f"attention_mask: expected {expected}{more}, got {list(mask.shape)}")
+    if mask.dtype != torch.bool:
+        require(((mask == 0) | (mask == 1)).all(), "attention_mask", "numbers 0 and 1", "others")
+    return mask.to(device=device, dtype=torch.bool)
+
+
+def shown_columns(mask: torch.Tensor | None, seen: int) -> torch.Tensor | None:
+    """Of mask [B,S+T], that of the columns at hand [B,T]; None where it is known that all of them are shown."""
+    shown = None if mask is None else mask[:, seen:]
+    return None if shown is not None and not torch.compiler.is_compiling() and shown.all() else shown
+
+
+def check_documents(position: torch.Tensor | None, mask: torch.Tensor | None, others: Mapping[str, Any]) -> None:
+    """ValueError if several documents share a row, which the recurrence would carry one of into the next.
+
+    Positions [B or 1,T] that start again tell so, wherever mask [B,T] shows their tokens, or the other arguments by
+    which transformers bounds documents.
+    """
+    one = "one document per row"
+    bounds, index = others.get("cu_seq_lens_q"), others.get("seq_idx")
+    if bounds is not None and len(bounds) > 2:
+        raise ValueError(f"cu_seq_lens_q: expected {one}, got bounds of several (packed documents)")
+    if index is not None:
+        require((index == index[:, :1]).all(), "seq_idx", one, "bounds of several (packed documents)")
+    if position is None or position.ndim != 2 or position.shape[1] < 2:
+        return
+    low = position.new_full((), torch.iinfo(position.dtype).min)
+    before = (position if mask is None else torch.where(mask, position, low)).cummax(1).values[:, :-1]
+    onward = position[:, 1:] > before
+    if mask is not None:
+        onward = onward | ~mask[:, 1:]
+    require(onward.all(), "position_ids", one, "positions that start again (packed documents)")
+
+
+def check_positions(position: object, batch: int, tokens: int) -> None:
+    """position_ids is [B or 1,T], where a family has one position per token."""
+    if position is not None and (
+        not isinstance(position, torch.Tensor)
+        or position.is_floating_point()
+        or position.shape[-1] != tokens
+        or position.shape[0] not in (1, batch)
+    ):
+        given = list(position.shape) if isinstance(position, torch.Tensor) else type(position).__name__
+        raise ValueError(f"position_ids: expected integers [{batch} or 1, {tokens}], got {given}")
+
+
+def token_positions(mask: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Of mask [B,S+T], how many shown tokens stand before each of the last T columns: [B,T]."""
+    return (mask.cumsum(1) - 1).clamp(min=0)[:, mask.shape[1] - tokens :]
+
+
+class Account(NamedTuple):
+    """What a cache has taken in, in constant size: sums over shown columns [B] that no other choice of columns, or of
+    tokens in them, shares. tokens is None once embeddings were given instead of ids."""
+
+    columns: torch.Tensor
+    tokens: torch.Tensor | None
+
+    @classmethod
+    def empty(cls, batch: int, device: torch.device) -> Account:
+        nothing = torch.zeros(batch, dtype=torch.long, device=device)
+        return cls(nothing, nothing)
+
+    def map(self, function) -> Account:
+        return Account(function(self.columns), None if self.tokens is None else function(self.tokens))
+
+    def add(self, first: int, shown: torch.Tensor, ids: torch.Tensor | None) -> Account:
+        """The account after columns from `first` on, shown [B,T], that hold ids [B,T]; None: embeddings."""
+        column = _scattered(torch.arange(first, first + shown.shape[1], device=shown.device))
+        columns = self.columns.to(shown.device) + (shown * column).sum(1)
+        if ids is None or self.tokens is None:
+            return Account(columns, None)
+        return Account(columns, self.tokens.to(shown.device) + (shown * _scattered(column + ids)).sum(1))
+
+
+def _scattered(x: torch.Tensor) -> torch.Tensor:
+    """Integers far apart from integers close together, 0 included (SplitMix64, Steele et al. 2014)."""
+    x = x - 0x61C8864680B583EB
+    x = (x ^ (x >> 30)) * -0x40A7B892E31B1A47
+    x = (x ^ (x >> 27)) * -0x6B2FB644ECCEEE15
+    return x ^ (x >> 31)
