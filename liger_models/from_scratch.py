@@ -278,6 +278,7 @@ class LigerModel(LigerPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         router_logits: list[torch.Tensor] | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> MoeModelOutputWithPast:
         """Arguments as LigerForCausalLM; router_logits is a list that takes in those of every layer that routes.
@@ -292,7 +293,7 @@ class LigerModel(LigerPreTrainedModel):
         if input_ids is not None and input_ids.ndim != 2:
             fail("input_ids", "[batch, tokens]", tuple(input_ids.shape))
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        kwargs["past_key_values"] = past_key_values
+        kwargs |= {"past_key_values": past_key_values, "cache": cache}
         (B, T), cache = x.shape[:2], take_cache(kwargs)
         refuse_unread(kwargs)
         if cache is not None:
@@ -344,6 +345,7 @@ class LigerForCausalLM(ConstantCacheMixin, LigerPreTrainedModel, GenerationMixin
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Cache | None = None,
         **kwargs,
     ) -> MoeCausalLMOutputWithPast:
         routing = self.config.output_router_logits if output_router_logits is None else output_router_logits
@@ -354,6 +356,7 @@ class LigerForCausalLM(ConstantCacheMixin, LigerPreTrainedModel, GenerationMixin
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             router_logits=router_logits,
