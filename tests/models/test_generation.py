@@ -115,3 +115,13 @@ def test_kept_layers_may_slide(family, keep):
     out = model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=6, eos_token_id=None, do_sample=False)
     whole = model(out, use_cache=False).logits.argmax(-1)
     assert torch.equal(whole[:, 39:-1], out[:, 40:])
+
+
+def test_caches_that_hold_no_states_are_refused(model):
+    x = ids(1, 5)
+    with pytest.raises(ValueError, match="generate_batch: expected generate with a padded batch"):
+        model.generate_batch([x[0].tolist()], max_new_tokens=2)
+    for kind in ("static", "offloaded", "quantized"):
+        with pytest.raises(ValueError, match=f"cache_implementation: expected None or 'dynamic', .*, got '{kind}'"):
+            generate(model, x, cache_implementation=kind)
+    assert torch.equal(generate(model, x, cache_implementation="dynamic"), generate(model, x))
