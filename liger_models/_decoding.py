@@ -11,7 +11,7 @@ import torch
 from transformers import StoppingCriteriaList
 
 from liger_models._inputs import CACHE, take_cache
-from liger_models.cache import check_prompt, make_cache
+from liger_models.cache import check_prompt, make_cache, seen_columns
 
 
 class _Ended(StoppingCriteriaList):
@@ -52,10 +52,10 @@ class ConstantCacheMixin:
         return attention_mask
 
     def prepare_inputs_for_generation(self, input_ids, *args, liger_ended: _Ended | None = None, **kwargs):
-        mask = kwargs.get("attention_mask")
-        whole = kwargs.get("inputs_embeds") is None and (mask is None or mask.shape == input_ids.shape)
-        if kwargs.get("is_first_iteration") and whole:
-            check_prompt(kwargs.get(CACHE), input_ids, mask)
+        # Where generate is to cut off what the cache holds, it was given all ids.
+        whole = kwargs.get("is_first_iteration") and kwargs.get("next_sequence_length") is not None
+        if whole and kwargs.get("inputs_embeds") is None:
+            check_prompt(kwargs.get(CACHE), input_ids, kwargs.get("attention_mask"))
         return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
 
     def _sample(self, input_ids, logits_processor, stopping_criteria, *args, **kwargs):
@@ -67,8 +67,13 @@ class ConstantCacheMixin:
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs) -> dict[str, Any]:
         """Padding behind a row that has ended is hidden from the start: a state could not forget it afterwards."""
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-        ended, mask = model_kwargs.get("liger_ended"), model_kwargs.get("attention_mask")
-        if ended is not None and ended.rows is not None and mask is not None:
-            last = mask[:, -1:].masked_fill(ended.rows.to(mask.device).unsqueeze(1), 0)
-            model_kwargs["attention_mask"] = torch.cat([mask[:, :-1], last], 1)
+        ended, cache = model_kwargs.get("liger_ended"), model_kwargs.get(CACHE)
+        if ended is None or ended.rows is None or cache is None or not ended.rows.any():
+            return model_kwargs
+        mask = model_kwargs.get("attention_mask")
+        if mask is None:
+            # Left out where every column is shown, as all were so far.
+            mask = torch.ones(len(ended.rows), seen_columns(cache) + 1, dtype=torch.long, device=ended.rows.device)
+        last = mask[:, -1:].masked_fill(ended.rows.to(mask.device).unsqueeze(1), 0)
+        model_kwargs["attention_mask"] = torch.cat([mask[:, :-1], last], 1)
         return model_kwargs

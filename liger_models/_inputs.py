@@ -5,7 +5,6 @@ Shapes: B batch, T columns at hand, S columns seen before. A column holds a toke
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -35,18 +34,17 @@ def take_cache(kwargs: dict[str, Any]) -> Cache | None:
     return given[0] if given[0] is not None else given[1]
 
 
-@functools.cache
-def _positional(decoder: type[nn.Module]) -> tuple[str, ...]:
+def argument_names(decoder: nn.Module) -> tuple[str, ...]:
     """Names of a decoder's arguments in order; TypeError if it is none that this package knows how to speak to."""
-    names = tuple(inspect.signature(decoder.forward).parameters)[1:]
+    names = tuple(inspect.signature(type(decoder).forward).parameters)[1:]
     if missing := sorted(_NEEDED - set(names)):
-        raise TypeError(f"{decoder.__name__}: expected arguments {', '.join(sorted(_NEEDED))}, found no {missing[0]}")
+        kind, needed = type(decoder).__name__, ", ".join(sorted(_NEEDED))
+        raise TypeError(f"{kind}: expected arguments {needed}, found no {missing[0]}")
     return names
 
 
-def by_name(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a decoder's forward by name; ValueError for a mask or positions that it does not read."""
-    names = _positional(type(decoder))
+def by_name(names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a forward by name; ValueError for a mask or positions that it does not read."""
     refuse_unread({name: value for name, value in kwargs.items() if name not in names})
     return {**dict(zip(names, args, strict=False)), **kwargs}
 

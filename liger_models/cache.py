@@ -184,7 +184,7 @@ def take_in(cache: Cache | None, mask: torch.Tensor | None, ids: torch.Tensor | 
     if S and (tracing or not first.whole or (mask is not None and not mask[:, :S].all())):
         shown = torch.ones(B, S, dtype=torch.bool, device=device) if mask is None else mask[:, :S]
         held = Account.empty(B, device).add(0, shown, None).columns
-        expected = f"the {S} columns that the cache holds shown or hidden as they were when it took them in"
+        expected = "the columns that the cache holds shown or hidden as they were when it took them in"
         same = (held == account.columns.to(device)).all()
         require(same, "attention_mask", expected, lambda: _difference(mask, first))
     shown = torch.ones(B, T, dtype=torch.bool, device=device) if mask is None else mask[:, S:]

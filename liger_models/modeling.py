@@ -21,6 +21,7 @@ from liger_layers import LigerAttention, SlidingWindowAttention, load_balancing_
 from liger_models._decoding import ConstantCacheMixin
 from liger_models._inputs import (
     CACHE,
+    argument_names,
     by_name,
     check_documents,
     check_positions,
@@ -99,9 +100,9 @@ def linearized(name: str, old: nn.Module, hf: PreTrainedConfig, liger: LigerConf
     return LinearizedAttention(old, hf, **liger.options(name))
 
 
-def _before_decoder(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def _before_decoder(names: tuple[str, ...], module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Hand the padding mask to the Liger layers, spare them the square one, check mask, positions and cache."""
-    kwargs = by_name(module, args, kwargs)
+    kwargs = by_name(names, args, kwargs)
     cache, ids = take_cache(kwargs), kwargs.get("input_ids")
     tokens = kwargs.get("inputs_embeds") if ids is None else ids
     if tokens is None:
@@ -205,7 +206,8 @@ def swap_attention(model: PreTrainedModel, liger: LigerConfig) -> None:
     for layer, name in zip(model.model.layers, liger.pattern, strict=True):
         if name != "full":
             layer.self_attn = linearized(name, layer.self_attn, model.config, liger).train(layer.training)
-    model.model.register_forward_pre_hook(_before_decoder, with_kwargs=True)
+    hook = functools.partial(_before_decoder, argument_names(model.model))
+    model.model.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def _twins(family: Family) -> tuple[type, type]:

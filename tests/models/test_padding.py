@@ -118,15 +118,17 @@ def chat(model, prompts, end, turns=3, new=12):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("equal", [False, True])
 @pytest.mark.parametrize("kind", ["default", "memories", "hybrid", "scratch"])
-def test_rows_that_end_early_go_on_in_the_next_turn(kind):
+def test_rows_that_end_early_go_on_in_the_next_turn(kind, equal):
     if kind == "scratch":
         sizes = dict(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
         model = LigerForCausalLM(LigerModelConfig(mixers=["mom", "gla"], initializer_range=0.5, **sizes)).eval()
     else:
         model = stir(linearize_tiny(tiny(), **VARIANTS[kind]))
     x = ids(4, 60).tolist()
-    prompts = [[x[row][20 * t : 20 * t + 5 + (7 * row + 3 * t) % 9] for t in range(3)] for row in range(4)]
+    longer = [0] * 4 if equal else [0, 7, 5, 3]
+    prompts = [[x[row][20 * t : 20 * t + 5 + (longer[row] + 3 * t) % 9] for t in range(3)] for row in range(4)]
     end = list(range(3, 97, 3))
     together = chat(model, prompts, end)
     alone = [chat(model, [prompt], end)[0] for prompt in prompts]
@@ -148,7 +150,7 @@ def filled(model, mask):
     [
         ([[1] * 6], [[1] * 4 + [0] * 2 + [1] * 3], "got 4 shown in row 0, where it took in 6"),
         ([[0, 0, 1, 1, 1, 1]], [[0, 1, 1, 1, 1, 1] + [1] * 3], "got 5 shown in row 0, where it took in 4"),
-        ([[0, 1, 1, 1, 1, 1]], [[1, 0, 1, 1, 1, 1] + [1] * 3], "the 6 columns .* got others"),
+        ([[0, 1, 1, 1, 1, 1]], [[1, 0, 1, 1, 1, 1] + [1] * 3], "the columns that the cache holds .* got others"),
         ([[0, 1, 1, 1, 1, 1]], None, "got none, which shows all of them"),
         ([[1] * 6], [[1] * 3], r"\[batch, tokens\] = \[1, 9\], .*6 of the columns are in the cache, got \[1, 3\]"),
         ([[1] * 6], [[1] * 13], r"got \[1, 13\]"),
@@ -204,6 +206,9 @@ def test_a_cache_of_another_batch_prompt_or_call_is_refused():
         model.generate(ids(1, 6), attention_mask=torch.ones(1, 6), **{CACHE: cache}, **options)
     told = dict(attention_mask=torch.ones(1, 9, dtype=torch.long), **{CACHE: cache})
     assert model.generate(ids(1, 9), **told, **options).shape == (1, 11)
+    # The last token that generate wrote, which nobody has read, and two more: without what the cache holds.
+    told = dict(attention_mask=torch.ones(1, 13, dtype=torch.long), **{CACHE: cache})
+    assert model.generate(ids(1, 3), **told, **options).shape == (1, 5) and cache.get_seq_length() == 14
     cache.layers[1].seen -= 1
     with pytest.raises(ValueError, match=r"expected layers that have seen as much, got \[\d+, \d+\]: a call was cut"):
         model(ids(1, 3), **{CACHE: cache})
@@ -233,6 +238,31 @@ def test_no_cache_mask_or_positions_are_swallowed():
     tables = model.model.rotary_emb(torch.zeros(1, 9, 48), torch.arange(9)[None])
     with pytest.raises(ValueError, match="attention_mask: expected liger_mask beside it"):
         layer(torch.randn(1, 9, 48), tables, torch.ones(1, 1, 9, 9))
+
+
+@torch.no_grad()
+def test_a_compiled_model_refuses_what_the_eager_one_refuses():
+    model = linearize_tiny(tiny(), window=4)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    x, mask = ids(1, 8), torch.tensor([[0, 0, 1, 1, 0, 1, 1, 1]])
+    shown = mask[0].bool()
+    for told in (dict(attention_mask=mask), dict(position_ids=torch.arange(8)[None])):
+        got, wanted = (f(x, use_cache=False, **told).logits[0, shown] for f in (compiled, model))
+        assert (got - wanted).abs().max() <= 1e-6
+    # A graph cannot raise a ValueError.
+    for name, value in (("position_ids", [[0, 1, 2, 3, 0, 1, 2, 3]]), ("seq_idx", [[0] * 4 + [1] * 4])):
+        for f, error in ((model, ValueError), (compiled, RuntimeError)):
+            with pytest.raises(error, match=f"{name}: expected one document per row"):
+                f(x, use_cache=False, **{name: torch.tensor(value)})
+    cache, whole = make_cache(model.config), torch.cat([mask, torch.ones(1, 3, dtype=torch.long)], 1)
+    compiled(x, attention_mask=mask, **{CACHE: cache})
+    for t in range(9, 11):
+        step = compiled(ids(1, 11)[:, t - 1 : t], attention_mask=whole[:, :t], **{CACHE: cache}).logits
+    wanted = model(ids(1, 11)[:, :10], attention_mask=whole[:, :10], use_cache=False).logits[:, -1:]
+    assert (step - wanted).abs().max() <= 1e-4
+    whole[:, 3] = 0
+    with pytest.raises(RuntimeError, match="attention_mask: expected the columns that the cache holds"):
+        compiled(ids(1, 11)[:, 10:], attention_mask=whole, **{CACHE: cache})
 
 
 def test_documents_behind_padding_are_refused():
