@@ -13,7 +13,7 @@ from liger_models._inputs import CACHE
 from liger_models.modeling import LinearizedAttention, LinearizedWindow
 from tests.models.test_exactness import ids
 from tests.models.test_memories import stir
-from tests.models.tiny import NAMES, TEXT, linearize_tiny, tiny, tiny_tokenizer
+from tests.models.tiny import NAMES, TEXT, checkpoint_activations, linearize_tiny, tiny, tiny_tokenizer
 
 EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
 
@@ -110,8 +110,7 @@ def test_gradient_checkpointing_changes_no_gradient(name):
     for use in (False, True):
         model.zero_grad()
         if use:
-            new = getattr(model, "activation_checkpointing_enable", None)
-            (new or model.gradient_checkpointing_enable)({"use_reentrant": False})
+            checkpoint_activations(model, use_reentrant=False)
         model(x, labels=x).loss.backward()
         found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     assert len(found[0]) == len(found[1]) > 10

@@ -155,7 +155,7 @@ def test_cache_bytes_do_not_grow(mixers):
 def test_gradient_checkpointing_gives_the_same_gradients(mixers, mlp):
     model, x = build(mixers, mlp=mlp, router_aux_loss_coef=0.5).train(), ids(2, 20)
     plain = gradients(model, x, output_router_logits=True)
-    model.activation_checkpointing_enable()
+    checkpoint_activations(model)
     runs = []
     model.model.layers[0].mixer.register_forward_hook(lambda *a: runs.append(1))
     again = gradients(model, x, output_router_logits=True)
@@ -166,7 +166,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(mixers, mlp):
 @pytest.mark.parametrize("options", [dict(), dict(mixers="gla", mlp="moe")], ids=str)
 def test_a_router_that_nobody_could_train_says_so(options):
     model, x = build(**options).train(), ids(2, 9)
-    model.activation_checkpointing_enable({"use_reentrant": True})
+    checkpoint_activations(model, use_reentrant=True)
     with pytest.raises(RuntimeError, match="aux_loss: expected non-reentrant gradient checkpointing"):
         model(x, labels=x, output_router_logits=True)
     model.requires_grad_(False)

@@ -9,7 +9,7 @@ from liger_layers import load_balancing_loss
 from liger_models import LigerConfig, evaluate, finetune, linearize
 from liger_models.evaluation import without_recurrence
 from tests.models.test_exactness import ids
-from tests.models.tiny import NAMES, TEXT, linearize_tiny, tiny, tiny_tokenizer
+from tests.models.tiny import NAMES, TEXT, checkpoint_activations, linearize_tiny, tiny, tiny_tokenizer
 
 ERASING = ("deltanet", "gated_deltanet", "kda")
 
@@ -112,7 +112,7 @@ def test_no_rows_route_nothing():
 
 def test_a_router_that_nobody_could_train_says_so():
     model = linearize_tiny(tiny(), window=8, memories=3).train()
-    model.activation_checkpointing_enable({"use_reentrant": True})
+    checkpoint_activations(model, use_reentrant=True)
     model.enable_input_require_grads()
     with pytest.raises(RuntimeError, match="aux_loss: expected non-reentrant gradient checkpointing"):
         model(ids(1, 9), output_router_logits=True)

@@ -70,6 +70,12 @@ def tiny(name: str = "llama", scale: float = 8.0, **options):
     return model
 
 
+def checkpoint_activations(model, **options):
+    """Switch it on, under the name that the installed transformers has."""
+    new = getattr(model, "activation_checkpointing_enable", None)
+    (new or model.gradient_checkpointing_enable)(options or None)
+
+
 def tiny_tokenizer():
     """One token a printable character; ids 0, 1, 2 are padding, start and end."""
     import string
