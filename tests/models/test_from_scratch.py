@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArgu
 from liger_layers import UPDATE_RULES, load_balancing_loss
 from liger_models import LigerForCausalLM, LigerModelConfig, cache_bytes, make_cache
 from liger_models._inputs import CACHE
+from tests.models.tiny import checkpoint_activations
 
 SIZES = dict(
     vocab_size=61,
