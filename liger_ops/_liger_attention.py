@@ -8,7 +8,7 @@ import torch
 from liger_ops import _checks
 from liger_ops._packed import default_chunk
 from liger_ops._torch.joint import joint, joint_step
-from liger_ops._torch.window import make_window, take_sinks
+from liger_ops._torch.window import take_sinks
 
 
 def liger_attention(
@@ -77,16 +77,13 @@ def liger_attention(
     if T == 0 or B == 0:
         return v.new_zeros(B, T, q.shape[2], v.shape[-1]), state if output_final_state else None
     mix = torch.as_tensor(mix, dtype=work, device=q.device).expand(q.shape[2])
-    near = slice(S - T - window, S)
     if T == 1 and not torch.is_grad_enabled():
         seen = torch.ones(B, S, dtype=torch.bool, device=k.device) if visible is None else visible
         one = (None if x is None else x[:, 0].to(work) for x in (q_log, k_log, g))
         where = seen, window, sinks, scale, softcap
         o, state = joint_step(q[:, 0].to(work), k.to(work), v.to(work), *one, mix, state, *where)
         return o.unsqueeze(1).to(dtype), state if output_final_state else None
-    held, rest = take_sinks(k.to(work), v.to(work), sinks, visible)
-    q, k, v, q_log, k_log = (x.to(work) for x in (q, k[:, near], v[:, near], q_log, k_log))
-    g = None if g is None else g.to(work)
-    where = make_window(rest[:, near], T, S - T, scale, softcap, min(default_chunk(g), T), work)
-    o, state = joint(q, k, v, q_log, k_log, g, mix, state, held, where)
+    q, k, v, q_log, k_log, g = (None if x is None else x.to(work) for x in (q, k, v, q_log, k_log, g))
+    held, rest = take_sinks(k, v, sinks, visible)
+    o, state = joint(q, k, v, q_log, k_log, g, mix, state, held, rest, window, default_chunk(g), scale, softcap)
     return o.to(dtype), state if output_final_state else None

@@ -107,7 +107,7 @@ def _reverse(chunk, scale, state, do, dlast, grads, q, k, v, g, gv, beta):
 
 def _plan(q, k, v, g, gv, beta, state, cu_seqlens, scale, chunk):
     body, reverse, inputs = partial(_segment, chunk, scale), partial(_reverse, chunk, scale), [q, k, v, g, gv, beta]
-    return Plan(body, _CHUNKS * chunk, v.shape[-1], state, inputs, [0] * len(inputs), cu_seqlens, reverse)
+    return Plan(body, _CHUNKS * chunk, v.shape[-1], state, inputs, [(0, 0)] * len(inputs), cu_seqlens, reverse)
 
 
 _recurrence = define(

@@ -14,26 +14,26 @@ from liger_ops._torch.decay import make_decay
 from liger_ops._torch.layout import divide, full_precision, head_major, head_major_ones, pack
 from liger_ops._torch.scores import scores
 from liger_ops._torch.segments import Plan, define
-from liger_ops._torch.window import LOG2, MASKED, Sinks, Window, attend, capped, rows_at_once, weigh
+from liger_ops._torch.window import LOG2, MASKED, Sinks, Window, attend, capped, lazy_near, rows_at_once, weigh
 
 # exp(30) squared, times features, times a million tokens, stays inside float32.
 MAX_LOG = 30.0
 
 
 def _segment(
-    first, scale, softcap, rows, state, out, q, k, v, sink_k, sink_v, sink_column, q_log, k_log, g, mix, rest, near
+    near, first, scale, softcap, rows, state, out, q, k, v, sink_k, sink_v, sink_column, q_log, k_log, g, mix, rest
 ):
     """Rows of `joint`'s arguments: out [B,T,HQ,V] or None, state [B,H,M,U], mix [H,1,1,G,1]."""
-    window = Window(rest, near, first, scale, softcap)
+    window = Window(rest, near(), first + rows.start, scale, softcap)
     (B, T), H, C = q.shape[:2], k.shape[2], len(window.near)
     N, short = -(-T // C), -T % C
     k, v = head_major(k, short), head_major_ones(v, short)
-    weights = weigh(pack(q, H, C), k, Sinks(sink_k, sink_v, sink_column), window, rows.start)
+    weights = weigh(pack(q, H, C), k, Sinks(sink_k, sink_v, sink_column), window)
 
     k_far = head_major(k_log, short).clamp_(max=MAX_LOG).exp_()
     g = None if g is None else head_major(g, short)
-    if short or not window.rest[:, rows].all():
-        enters = F.pad(window.rest[:, rows], (0, short)).view(B, 1, -1, 1)
+    if short or not rest[:, :T].all():
+        enters = F.pad(rest[:, :T], (0, short)).view(B, 1, -1, 1)
         k_far = k_far * enters.to(k.dtype)
         g = None if g is None else g.masked_fill(~(enters if g.ndim == 4 else enters.squeeze(-1)), 0.0)
     k_far, v_far, g = (x if x is None else x.contiguous().unflatten(2, (N, C)) for x in (k_far, v[:, :, : N * C], g))
@@ -52,18 +52,20 @@ def _segment(
     return divide(o, T, out), state
 
 
-def _plan(q, k, v, sink_k, sink_v, sink_column, q_log, k_log, g, mix, rest, near, state, first, scale, softcap):
-    C, L = near.shape
-    inputs = [q, k, v, sink_k, sink_v, sink_column, q_log, k_log, g, mix, rest, near]
-    reach = [0, L - C, L - C, None, None, None, 0, 0, 0, None, None, None]
-    step = rows_at_once(q.shape[0], q.shape[2], L, C)
-    return Plan(partial(_segment, first, scale, softcap), step, v.shape[-1], state, inputs, reach)
+def _plan(
+    q, k, v, sink_k, sink_v, sink_column, q_log, k_log, g, mix, rest, state, window, block, scale, softcap
+):
+    first = k.shape[1] - q.shape[1]
+    body = partial(_segment, lazy_near(q, window, block), first, scale, softcap)
+    step, own, keys = rows_at_once(q.shape[0], q.shape[2], window + block, block), (0, 0), (first - window, first)
+    inputs = [q, k, v, sink_k, sink_v, sink_column, q_log, k_log, g, mix, rest]
+    return Plan(body, step, v.shape[-1], state, inputs, [own, keys, keys, *[None] * 3, own, own, own, None, keys])
 
 
 _joint = define(
     "joint",
     "Tensor q, Tensor k, Tensor v, Tensor sink_k, Tensor sink_v, Tensor sink_column, Tensor q_log, Tensor k_log, "
-    "Tensor? g, Tensor mix, Tensor rest, Tensor near, Tensor state, int first, float scale, float softcap",
+    "Tensor? g, Tensor mix, Tensor rest, Tensor state, int window, int block, float scale, float softcap",
     _plan,
 )
 
@@ -79,15 +81,19 @@ def joint(
     mix: torch.Tensor,
     state: torch.Tensor,
     sinks: Sinks,
-    window: Window,
+    rest: torch.Tensor,
+    window: int,
+    block: int,
+    scale: float,
+    softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q [B,T,HQ,D], k [B,W+T,H,D], v [B,W+T,H,V], q_log [B,T,HQ,M], k_log [B,T,H,M], mix [HQ], state [B,H,M,U].
+    """q [B,T,HQ,D], k [B,S,H,D], v [B,S,H,V], q_log [B,T,HQ,M], k_log [B,T,H,M], mix [HQ], state [B,H,M,U].
 
-    k_log and g belong to the first T of the W + T keys. Returns o [B,T,HQ,V], state [B,H,M,U].
+    rest [B,S] marks the keys that are not sinks, and k_log and g belong to the T keys from W before the first query on;
+    a block has at most `block` queries. Returns o [B,T,HQ,V], state [B,H,M,U].
     """
     mix = mix.view(k.shape[2], 1, 1, -1, 1)
-    where = window.rest, window.near, state, window.first, window.scale, window.softcap
-    return _joint(q, k, v, *sinks, q_log, k_log, g, mix, *where)[:2]
+    return _joint(q, k, v, *sinks, q_log, k_log, g, mix, rest, state, window, block, scale, softcap)[:2]
 
 
 @full_precision

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from liger_ops import _checks
 from liger_ops._torch.layout import full_precision
@@ -16,7 +17,7 @@ _LIBRARY = torch.library.Library("liger_ops", "FRAGMENT")
 # body(rows, state, out, *inputs) -> (o, state): fills out [B,rows,HQ,U] if given, otherwise returns a new o.
 Body = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 # reverse(state, do, dlast, grads, *inputs) -> the gradient of state: fills those of grads that are not None, or returns
-# None and leaves them to autograd. Only for plans whose reach is 0: rows that two segments share would add up.
+# None and leaves them to autograd. Only for plans whose reach is (0, 0): rows that two segments share would add up.
 Reverse = Callable[..., torch.Tensor | None]
 
 
@@ -32,9 +33,11 @@ class Segment(NamedTuple):
 class Plan(NamedTuple):
     """How an op runs: `body` handles `step` rows at a time and hands its state on, from `state` to the final one.
 
-    The first of `inputs` is q [B,T,HQ,K] with T >= 1. A segment gets rows [start, stop + reach) of dimension 1 of each
-    input, or all of an input whose reach is None. o is [B,T,HQ,width]. cu_seqlens [N+1] parts batch 1 into sequences,
-    each with a state of its own.
+    The first of `inputs` is q [B,T,HQ,K] with T >= 1. A segment gets rows [start + first, stop + last) of dimension 1 of
+    each input, zeros where there are none, or all of an input whose reach is not (first, last) but None. o is
+    [B,T,HQ,width]. cu_seqlens [N+1] parts batch 1 into sequences, each with a state of its own.
+
+    A trace makes plans whose sizes it does not know: what makes one branches on none of them.
     """
 
     body: Body
@@ -42,7 +45,7 @@ class Plan(NamedTuple):
     width: int
     state: torch.Tensor
     inputs: list[torch.Tensor | None]
-    reach: list[int | None]
+    reach: list[tuple[int, int] | None]
     cu_seqlens: torch.Tensor | None = None
     reverse: Reverse | None = None
 
@@ -65,11 +68,19 @@ class Plan(NamedTuple):
             for start in range(begin, end, self.step)
         ]
 
-    def shares(self, rows: slice, tensors: list | None = None) -> list[torch.Tensor | None]:
-        tensors = self.inputs if tensors is None else tensors
+    def views(self, rows: slice, tensors: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """What a segment gets of tensors like the inputs, without the zeros."""
         return [
-            x if x is None or reach is None else x[:, rows.start : rows.stop + reach]
+            x if x is None or reach is None else x[:, max(rows.start + reach[0], 0) : rows.stop + reach[1]]
             for x, reach in zip(tensors, self.reach, strict=True)
+        ]
+
+    def shares(self, rows: slice) -> list[torch.Tensor | None]:
+        """What a segment gets of the inputs."""
+        missing = [0 if reach is None else max(-rows.start - reach[0], 0) for reach in self.reach]
+        return [
+            F.pad(x, (0, 0) * (x.ndim - 2) + (short, 0)) if x is not None and short else x
+            for x, short in zip(self.views(rows, self.inputs), missing, strict=True)
         ]
 
 
@@ -99,7 +110,8 @@ def _differentiate(plan: Plan, rows: slice, start, do, later, grads, shares) -> 
     *found, first = torch.autograd.grad((o, state), [*wanted, start], (do, later), allow_unused=True)
     for grad, new in zip((x for x in grads if x is not None), found, strict=True):
         if new is not None:
-            grad += new
+            # Behind the zeros, if the share began with some.
+            grad += new.narrow(1, new.shape[1] - grad.shape[1], grad.shape[1])
     return first
 
 
@@ -111,7 +123,7 @@ def _backward(
     dfirst, later = dstate.clone(memory_format=torch.contiguous_format), dstate
     # More starts than segments only where sequences are packed.
     for start, (rows, place, first, last) in reversed(list(zip(starts, plan.segments(), strict=False))):
-        arguments = start, do[:, rows], dstate[place] if last else later, plan.shares(rows, grads)
+        arguments = start, do[:, rows], dstate[place] if last else later, plan.views(rows, grads)
         shares = plan.shares(rows)
         later = None if plan.reverse is None else plan.reverse(*arguments, *shares)
         if later is None:

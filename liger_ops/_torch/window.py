@@ -6,7 +6,8 @@ A segment of rows at a time, all heads together; a head's key blocks overlap in 
 """
 
 import math
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ class Sinks(NamedTuple):
 
 
 class Window(NamedTuple):
-    """What a window may show and how: rest [B,W+T] marks its keys, from W before the first query on.
+    """What a window may show of a segment, and how: rest [B,W+T] marks its keys, from W before the first query on.
 
     near [C,L] is added to the scores of every block, first is the column of the first query, scale the scores' factor,
     softcap what bounds them, 0 if nothing does.
@@ -44,14 +45,16 @@ class Window(NamedTuple):
     softcap: float
 
 
-def make_window(
-    rest: torch.Tensor, length: int, first: int, scale: float, softcap: float, block: int, dtype: torch.dtype
-) -> Window:
-    """The window of `length` queries, `block` at a time, over the keys of rest [B,W+T]."""
-    reach, device = rest.shape[1] - length, rest.device
-    r, c = torch.arange(block, device=device)[:, None], torch.arange(reach + block, device=device)
-    near = torch.zeros(block, reach + block, dtype=dtype, device=device)
-    return Window(rest, near.masked_fill_((c <= r) | (c > r + reach), MASKED), first, scale, softcap)
+def lazy_near(q: torch.Tensor, reach: int, block: int) -> Callable[[], torch.Tensor]:
+    """`near` of q [B,T,HQ,D] over `reach` keys, at most `block` rows of it, made when first asked for."""
+
+    @cache
+    def near() -> torch.Tensor:
+        C = min(block, q.shape[1])
+        r, c = torch.arange(C, device=q.device)[:, None], torch.arange(reach + C, device=q.device)
+        return q.new_zeros(C, reach + C).masked_fill_((c <= r) | (c > r + reach), MASKED)
+
+    return near
 
 
 def take_sinks(
@@ -61,25 +64,24 @@ def take_sinks(
     B, S, H = k.shape[:3]
     columns = torch.arange(S, device=k.device).expand(B, S)
     rest = torch.ones(B, S, dtype=torch.bool, device=k.device) if visible is None else visible
-    column = columns[:, : min(count, S)]
+    # Tensors of sizes, and never sizes as the numbers of an op: a trace would hold each for its own case.
+    column = torch.arange(count, device=k.device).clamp(max=S).expand(B, count)
     if visible is not None and count:
-        seen = torch.where(visible, columns, S)
-        column = seen.topk(min(count, S), dim=1, largest=False, sorted=True).values
-    column = F.pad(column, (0, count - column.shape[1]), value=S)
+        seen = torch.cat([torch.where(visible, columns, S), columns.new_full((B, count), S)], 1)
+        column = seen.topk(count, dim=1, largest=False, sorted=True).values
     rest = rest & (rest.cumsum(1) > count)
-    index = column.clamp(max=max(S - 1, 0))[:, :, None, None].expand(-1, -1, H, -1)
+    index = column.clamp(max=S - 1)[:, :, None, None].expand(-1, -1, H, -1)
     picked = (x.gather(1, index.expand(-1, -1, -1, x.shape[-1])).transpose(1, 2) for x in (k, v))
     return Sinks(*picked, column), rest
 
 
-def _masks(window: Window, sinks: Sinks, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What is added to the scores of `count` blocks from query `start` on, and to those of the sinks.
+def _masks(window: Window, sinks: Sinks, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What is added to the scores of `count` blocks, and to those of the sinks.
 
     [B or 1,1,N or 1,C,1,L] and [B,1,P,N,C,1], or None where every sink is in the past.
     """
     C, L = window.near.shape
-    near, sink, first = window.near.view(1, 1, 1, C, 1, L), None, window.first + start
-    rest = window.rest[:, start : start + count * C + L - C]
+    near, sink, rest, first = window.near.view(1, 1, 1, C, 1, L), None, window.rest, window.first
     if (short := count * C + L - C - rest.shape[1]) or not rest.all():
         hidden = near.new_zeros(()).masked_fill(~F.pad(rest, (0, short)), MASKED)
         near = near + hidden.unfold(1, L, C).unflatten(1, (1, count, 1, 1))
@@ -115,11 +117,11 @@ def capped(scores: torch.Tensor, softcap: float) -> torch.Tensor:
     return (scores / softcap).tanh() * softcap if softcap else scores
 
 
-def weigh(q: torch.Tensor, k: torch.Tensor, sinks: Sinks, window: Window, start: int) -> Weights:
-    """q [B,H,N,C,G,D] from row `start` on, which it changes, and k [B,H,W+N*C,D]."""
+def weigh(q: torch.Tensor, k: torch.Tensor, sinks: Sinks, window: Window) -> Weights:
+    """q [B,H,N,C,G,D], which it changes, and k [B,H,W+N*C,D]."""
     (B, H, N, _, G, D), P, (C, L) = q.shape, sinks.k.shape[2], window.near.shape
     q = q.mul_(window.scale * LOG2).view(B * H, N, C * G, D)
-    near, future = _masks(window, sinks, start, N)
+    near, future = _masks(window, sinks, N)
     keys = [x.unfold(0, L, C) for x in k.flatten(0, 1)]
     cap = window.softcap * LOG2
     scores = capped(_each(q, keys), cap).view(B, H, N, C, G, L).add_(near)
@@ -148,14 +150,15 @@ def attend(weights: Weights, v: torch.Tensor, sink_v: torch.Tensor) -> torch.Ten
 
 def rows_at_once(batch: int, num_heads: int, reach: int, size: int) -> int:
     """How many queries a segment takes: a multiple of `size`, with scores that fit a core's cache."""
-    return max(_SCORES // (batch * num_heads * reach * size), 1) * size
+    return torch.sym_max(_SCORES // (batch * num_heads * reach * size), 1) * size
 
 
-def _segment(first, scale, softcap, with_lse, rows, state, out, q, k, v, sink_k, sink_v, sink_column, rest, near):
+def _segment(near, first, scale, softcap, with_lse, rows, state, out, q, k, v, sink_k, sink_v, sink_column, rest):
     """Rows of `window_attention`'s arguments; the state is nothing."""
-    window, (T, H), C = Window(rest, near, first, scale, softcap), (q.shape[1], k.shape[2]), len(near)
+    window, (T, H) = Window(rest, near(), first + rows.start, scale, softcap), (q.shape[1], k.shape[2])
+    C = len(window.near)
     k, v = head_major(k, -T % C), head_major_ones(v, -T % C)
-    weights = weigh(pack(q, H, C), k, Sinks(sink_k, sink_v, sink_column), window, rows.start)
+    weights = weigh(pack(q, H, C), k, Sinks(sink_k, sink_v, sink_column), window)
     sums = attend(weights, v, sink_v)
     if not with_lse:
         return divide(sums, T, out), state
@@ -167,17 +170,19 @@ def _segment(first, scale, softcap, with_lse, rows, state, out, q, k, v, sink_k,
     return out, state
 
 
-def _plan(q, k, v, sink_k, sink_v, sink_column, rest, near, state, first, scale, softcap, with_lse):
-    C, L = near.shape
-    inputs, reach = [q, k, v, sink_k, sink_v, sink_column, rest, near], [0, L - C, L - C] + [None] * 5
-    step = rows_at_once(q.shape[0], q.shape[2], L, C)
-    return Plan(partial(_segment, first, scale, softcap, with_lse), step, v.shape[-1] + with_lse, state, inputs, reach)
+def _plan(q, k, v, sink_k, sink_v, sink_column, rest, state, window, scale, softcap, with_lse):
+    first, window = k.shape[1] - q.shape[1], torch.sym_min(window, k.shape[1])
+    body = partial(_segment, lazy_near(q, window, BLOCK), first, scale, softcap, with_lse)
+    # Keys from `window` before a query on; where it is not among them, it and what it sees begin further back.
+    keys, step = (first - window, first), rows_at_once(q.shape[0], q.shape[2], window + BLOCK, BLOCK)
+    inputs, reach = [q, k, v, sink_k, sink_v, sink_column, rest], [(0, 0), keys, keys, None, None, None, keys]
+    return Plan(body, step, v.shape[-1] + with_lse, state, inputs, reach)
 
 
 _window = define(
     "window",
-    "Tensor q, Tensor k, Tensor v, Tensor sink_k, Tensor sink_v, Tensor sink_column, Tensor rest, Tensor near, "
-    "Tensor state, int first, float scale, float softcap, bool with_lse",
+    "Tensor q, Tensor k, Tensor v, Tensor sink_k, Tensor sink_v, Tensor sink_column, Tensor rest, Tensor state, "
+    "int window, float scale, float softcap, bool with_lse",
     _plan,
 )
 
@@ -195,18 +200,13 @@ def window_attention(
     with_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """q [B,T,HQ,D], k [B,S,H,D], v [B,S,H,V], visible [B,S] bool -> o [B,T,HQ,V], lse [B,T,HQ] in float32 or None."""
-    dtype, (B, T), S = q.dtype, q.shape[:2], k.shape[1]
+    dtype, (B, T) = q.dtype, q.shape[:2]
     work = torch.float64 if dtype == torch.float64 else torch.float32
     if T == 0 or B == 0:
         return q.new_zeros(*q.shape[:3], v.shape[-1]), q.new_zeros(q.shape[:3], dtype=work) if with_lse else None
     q, k, v = q.to(work), k.to(work), v.to(work)
-    window, block = min(window, S), min(BLOCK, T)
     held, rest = take_sinks(k, v, sinks, visible)
-    first, lead = max(S - T - window, 0), max(T + window - S, 0)
-    k, v = (F.pad(x[:, first:], (0, 0, 0, 0, lead, 0)) for x in (k, v))
-    where = make_window(F.pad(rest[:, first:], (lead, 0)), T, S - T, scale, softcap, block, work)
-    mask = where.rest, where.near, q.new_zeros(1)
-    o, _, _ = _window(q, k, v, *held, *mask, where.first, scale, softcap, with_lse)
+    o, _, _ = _window(q, k, v, *held, rest, q.new_zeros(1), window, scale, softcap, with_lse)
     if not with_lse:
         return o.to(dtype), None
     return o[..., :-1].to(dtype, copy=True, memory_format=torch.contiguous_format), o[..., -1].contiguous()

@@ -119,7 +119,7 @@ SAMPLES = {
     "window": lambda: (
         *(leaf(B, T, HQ, D), leaf(B, T + 16, H, D), leaf(B, T + 16, H, D)),
         *(leaf(B, H, 2, D), leaf(B, H, 2, D), torch.arange(2).expand(B, 2).contiguous()),
-        *(torch.ones(B, T + 16, dtype=torch.bool), torch.zeros(32, 48), torch.zeros(1), 0, 0.3, 2.0, True),
+        *(torch.ones(B, T + 16, dtype=torch.bool), torch.zeros(1), 20, 0.3, 2.0, True),
     ),
     "recurrence": lambda: (
         *(*inputs(), (-torch.rand(B, T, H)).requires_grad_()),
@@ -143,7 +143,7 @@ SAMPLES = {
         *(leaf(B, T, HQ, D), leaf(B, T + 16, H, D), leaf(B, T + 16, H, D)),
         *(leaf(B, H, 2, D), leaf(B, H, 2, D), torch.arange(2).expand(B, 2).contiguous()),
         *(leaf(B, T, HQ, D), leaf(B, T, H, D), None, torch.ones(H, 1, 1, HQ // H, 1)),
-        *(torch.ones(B, T + 16, dtype=torch.bool), torch.zeros(32, 48), leaf(B, H, D, D + 1), 16, 0.3, 2.0),
+        *(torch.ones(B, T + 16, dtype=torch.bool), leaf(B, H, D, D + 1), 16, 32, 0.3, 2.0),
     ),
 }
 
