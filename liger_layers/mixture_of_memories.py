@@ -52,7 +52,8 @@ class RuleParameters(nn.ParameterDict):
     __call__ = nn.Module.__call__
 
     def forward(self) -> dict[str, nn.Parameter]:
-        return dict(self)
+        # Not dict(self), which torch.compile cannot trace.
+        return {name: self[name] for name in self}
 
 
 class MixtureOfMemories(nn.Module):

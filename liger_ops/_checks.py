@@ -266,7 +266,8 @@ def _capturing(x: torch.Tensor) -> bool:
 
 
 def check_positive(name: str, value: int, minimum: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+    # torch.export writes lengths as SymInt.
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt) or value < minimum:
         fail(name, f"an integer >= {minimum}", repr(value))
 
 

@@ -87,8 +87,9 @@ def _running_softmax(s: torch.Tensor, cu_seqlens: torch.Tensor | None) -> tuple[
         parts = s.split(cu_seqlens.diff().tolist(), 1)
         return tuple(torch.cat(x, 1) for x in zip(*(_running_softmax(x, None) for x in parts), strict=True))
     z = s.logcumsumexp(1)
-    g = -F.softplus(s[:, 1:] - z[:, :-1])
-    return (s - z).exp(), torch.cat([torch.zeros_like(s[:, :1]), g], 1)
+    # The first token lets nothing go.
+    before = torch.cat([torch.full_like(z[:, :1], torch.inf), z], 1)[:, :-1]
+    return (s - z).exp(), -F.softplus(s - before)
 
 
 def fused_recurrent_gsa(

@@ -16,6 +16,7 @@ MLSTMState = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 SMALLEST = -80.0
 
 
+@torch.library.custom_op("liger_ops::units", mutates_args=())
 def _units(
     i: torch.Tensor, f: torch.Tensor, unit: torch.Tensor, cu_seqlens: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,7 +34,12 @@ def _units(
         earlier, before = (F.pad(x[:, :-reach], (0, 0, reach, 0), value=-torch.inf) for x in (top, drop))
         top, drop = torch.maximum(top, earlier + drop), drop + before
         reach *= 2
-    return after_one(top, unit, cu_seqlens), top
+    return after_one(top, unit, cu_seqlens).contiguous(), top
+
+
+@_units.register_fake
+def _(i, f, unit, cu_seqlens):
+    return tuple(torch.empty_like(f, memory_format=torch.contiguous_format) for _ in range(2))
 
 
 def stable_denominator(total: torch.Tensor, unit: torch.Tensor, heads: int) -> torch.Tensor:

@@ -55,7 +55,7 @@ def chunk_rwkv6(
 
     def core(r, k, v, w, state, cu_seqlens):
         """Token t - 1 asks token t's question of the inclusive recurrence; the first one asks the initial state."""
-        asked = torch.cat([r[:, 1:], torch.zeros_like(r[:, :1])], 1)
+        asked = torch.cat([r, torch.zeros_like(r[:, :1])], 1)[:, 1:]
         o, final = recurrence(asked, k, v, w, scale, state, chunk_size, cu_seqlens=cu_seqlens)
         if not r.shape[1]:
             return o, final

@@ -38,8 +38,9 @@ def in_order(
 
 def after_one(o: torch.Tensor, first: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
     """o [B,T,H,V] one token later, and first [N,H,V] where a sequence begins."""
+    # A trace holds what has T - 1 rows for another case where that is 1: nothing here has.
     if cu_seqlens is None:
-        return torch.cat([first.unsqueeze(1), o[:, :-1]], 1)
+        return torch.cat([first.unsqueeze(1), o], 1)[:, :-1]
     # Empty sequences begin on a row that is cut off again.
     begin = torch.where(cu_seqlens[1:] > cu_seqlens[:-1], cu_seqlens[:-1], o.shape[1]).long()
     later = torch.cat([o[:, :1], o], 1)

@@ -54,6 +54,11 @@ class Plan(NamedTuple):
         """No fewer than there are segments; as many without cu_seqlens."""
         return -(-self.inputs[0].shape[1] // self.step) + (0 if self.cu_seqlens is None else len(self.cu_seqlens) - 1)
 
+    @property
+    def start(self) -> torch.Tensor:
+        """Shaped like the state that a segment starts from."""
+        return self.state if self.cu_seqlens is None else self.state[:1]
+
     def segments(self) -> list[Segment]:
         packed = self.cu_seqlens is not None
         bounds = self.cu_seqlens.tolist() if packed else [0, self.inputs[0].shape[1]]
@@ -89,7 +94,7 @@ def _forward(plan: Plan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """o, the final state, and the states that segments start from."""
     q, segments, final = plan.inputs[0], plan.segments(), plan.state.clone(memory_format=torch.contiguous_format)
     o = q.new_empty(*q.shape[:3], plan.width)
-    starts = final.new_zeros(plan.most, *(final if plan.cu_seqlens is None else final[:1]).shape)
+    starts = final.new_zeros(plan.most, *plan.start.shape)
     state = plan.state
     for start, segment in zip(starts, segments, strict=False):
         state = plan.state[segment.place] if segment.first else state
@@ -97,7 +102,7 @@ def _forward(plan: Plan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         state = plan.body(segment.rows, state, o[:, segment.rows], *plan.shares(segment.rows))[1]
         if segment.last:
             final[segment.place] = state
-    return o, final, starts
+    return o, final, starts.flatten()
 
 
 def _differentiate(plan: Plan, rows: slice, start, do, later, grads, shares) -> torch.Tensor:
@@ -121,6 +126,7 @@ def _backward(
     """Gradients of the inputs that `needs` names, and of the state, a segment at a time from the last one."""
     grads = [torch.zeros_like(x) if need else None for x, need in zip(plan.inputs, needs, strict=True)]
     dfirst, later = dstate.clone(memory_format=torch.contiguous_format), dstate
+    starts = starts.view(plan.most, *plan.start.shape)
     # More starts than segments only where sequences are packed.
     for start, (rows, place, first, last) in reversed(list(zip(starts, plan.segments(), strict=False))):
         arguments = start, do[:, rows], dstate[place] if last else later, plan.views(rows, grads)
@@ -136,7 +142,8 @@ def _backward(
 def define(name: str, arguments: str, plan: Callable[..., Plan]) -> Callable[..., Any]:
     """The op liger_ops::name(arguments) that runs plan(*arguments), with fake and backward.
 
-    Returns o, the final state, and the state that each segment starts from, which only the backward wants.
+    Returns o, the final state, and the state that each segment starts from, which only the backward wants: flat, since
+    a trace holds a length of 1 for a case of its own.
 
     arguments is a schema whose tensors, in order and without `state` and `cu_seqlens`, are the plan's inputs.
     """
@@ -154,8 +161,7 @@ def define(name: str, arguments: str, plan: Callable[..., Plan]) -> Callable[...
     def fake(*args):
         p = plan(*args)
         q, state = p.inputs[0], torch.empty_like(p.state, memory_format=torch.contiguous_format)
-        start = state if p.cu_seqlens is None else state[:1]
-        return q.new_empty(*q.shape[:3], p.width), state, state.new_empty(p.most, *start.shape)
+        return q.new_empty(*q.shape[:3], p.width), state, state.new_empty(p.most * p.start.numel())
 
     def backward(do, dstate, starts, needs, *args):
         *grads, dstate = _backward(plan(*args), starts, do, dstate, [needs[n] for n in tensors])
