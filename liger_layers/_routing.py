@@ -134,7 +134,7 @@ def dispatch(
     [D+1] bounds documents packed along time (batch 1), each with memories of its own.
     """
     (B, T, R), device = chosen.shape, chosen.device
-    sequences = B if cu_seqlens is None else len(cu_seqlens) - 1
+    sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if cu_seqlens is None:
         sequence = torch.arange(B, device=device).view(B, 1, 1)
     else:

@@ -244,7 +244,7 @@ class MixtureOfMemories(nn.Module):
         if mask is not None and (mask.shape != (B, T) or mask.dtype != torch.bool):
             _checks.fail("mask", f"bool [{B}, {T}]", f"{mask.dtype} {tuple(mask.shape)}")
         _checks.check_cu_seqlens(cu_seqlens, B, T, longest=T)
-        sequences = B if cu_seqlens is None else len(cu_seqlens) - 1
+        sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
         if state is not None and not isinstance(state, MemoryState):
             _checks.fail("state", "a MemoryState", type(state).__name__)
         if state is not None:

@@ -100,7 +100,7 @@ def _run(
     _checks.check_strength(beta, v)
     _checks.check_cu_seqlens(cu_seqlens, *q.shape[:2], cu_seqlens_cpu, max_seqlen)
     state = _checks.keys_first(initial_state, state_v_first)
-    _checks.check_state(state, q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1, k, v.shape[-1])
+    _checks.check_state(state, q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, k, v.shape[-1])
     _checks.check_chunk_size(chunk_size)
 
     def core(q, k, v, beta, g, state, cu_seqlens):

@@ -49,7 +49,7 @@ def _run(
         if gv is not None:
             _checks.fail("normalize", "False with gv, which has no decay for the normaliser", True)
     state = _checks.keys_first(initial_state, state_v_first)
-    _checks.check_state(state, q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1, k, v.shape[-1])
+    _checks.check_state(state, q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, k, v.shape[-1])
     _checks.check_chunk_size(chunk_size)
     scale = _checks.as_scale(scale, q.shape[-1])
 

@@ -58,7 +58,7 @@ def chunk_gsa(
     _checks.check_like("s", s, k, "H, M")
     _checks.check_decay(g, s, (4,))
     _checks.check_cu_seqlens(cu_seqlens, *q.shape[:2], cu_seqlens_cpu, max_seqlen)
-    N, (H, K), M = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1, k.shape[2:], s.shape[-1]
+    N, (H, K), M = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, k.shape[2:], s.shape[-1]
     if initial_state is not None:
         shapes = dict(hk=(N, H, K, M), hv=(N, H, M, v.shape[-1]))
         initial_state = _checks.check_parts(initial_state, shapes, k)

@@ -49,7 +49,7 @@ def fused_recurrent_linear_attn(
     state = initial_state
     if normalize and state is not None:
         _checks.check_qkv(q, k, v)
-        N, (H, K) = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1, k.shape[2:]
+        N, (H, K) = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, k.shape[2:]
         h, z = _checks.check_parts(state, dict(h=(N, H, K, v.shape[-1]), z=(N, 1, H, K)), k)
         state = torch.cat([h, z.squeeze(1).unsqueeze(-1)], -1)
     options = dict(reverse=reverse, cu_seqlens=cu_seqlens, normalize=normalize, max_seqlen=max_seqlen)

@@ -109,7 +109,7 @@ def mlstm(
     _checks.check_chunk_size(chunk_size)
     scale = _checks.as_scale(scale, q.shape[-1])
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
-    N, (H, K), V = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1, k.shape[2:], v.shape[-1]
+    N, (H, K), V = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, k.shape[2:], v.shape[-1]
     if initial_state is None:
         state = k.new_zeros(N, H, K, V + 1, dtype=work), k.new_zeros(N, H, dtype=torch.float64)
     else:

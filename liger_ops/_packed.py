@@ -230,7 +230,7 @@ def recurrence(
     beta [B,T,H], and then without gv, the delta rule; unit: for q and k of length 1, which kernels take as they are.
     """
     (B, T, H, K), V = k.shape, v.shape[-1]
-    N = B if cu_seqlens is None else len(cu_seqlens) - 1
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     # Decays of keys and values at once have no chunked form there: token by token, or in PyTorch.
     by_token = cu_seqlens is None and K <= WIDEST and not torch.is_grad_enabled()
     kernels = on_triton(q) and (g is None or gv is None or by_token) and (beta is None or K <= WIDEST)

@@ -49,7 +49,7 @@ def chunk_rwkv6(
     _checks.check_decay(w, k, (4,), "w")
     _checks.check_bonus(u, r)
     _checks.check_cu_seqlens(cu_seqlens, *r.shape[:2], cu_seqlens_cpu, max_seqlen)
-    _checks.check_state(initial_state, r.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1, k, v.shape[-1])
+    _checks.check_state(initial_state, r.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, k, v.shape[-1])
     _checks.check_chunk_size(chunk_size)
     scale = _checks.as_scale(scale, r.shape[-1])
 

@@ -146,7 +146,7 @@ def recurrence(
     dtype, (B, T, H, K), V = v.dtype, k.shape, v.shape[-1]
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     q, k, v, g, gv, beta = (None if x is None else x.to(work) for x in (q, k, v, g, gv, beta))
-    N = B if cu_seqlens is None else len(cu_seqlens) - 1
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state = q.new_zeros(N, H, K, V) if state is None else state.to(work)
     if T == 0 or B == 0:
         # Nothing, but of all inputs: a loss of it has gradients.

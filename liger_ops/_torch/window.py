@@ -206,7 +206,7 @@ def window_attention(
         return q.new_zeros(*q.shape[:3], v.shape[-1]), q.new_zeros(q.shape[:3], dtype=work) if with_lse else None
     q, k, v = q.to(work), k.to(work), v.to(work)
     held, rest = take_sinks(k, v, sinks, visible)
-    o, _, _ = _window(q, k, v, *held, rest, q.new_zeros(1), window, scale, softcap, with_lse)
+    o, _, _ = _window(q, k, v, *held, rest, q.new_zeros(0), window, scale, softcap, with_lse)
     if not with_lse:
         return o.to(dtype), None
     return o[..., :-1].to(dtype, copy=True, memory_format=torch.contiguous_format), o[..., -1].contiguous()

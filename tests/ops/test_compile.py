@@ -119,7 +119,7 @@ SAMPLES = {
     "window": lambda: (
         *(leaf(B, T, HQ, D), leaf(B, T + 16, H, D), leaf(B, T + 16, H, D)),
         *(leaf(B, H, 2, D), leaf(B, H, 2, D), torch.arange(2).expand(B, 2).contiguous()),
-        *(torch.ones(B, T + 16, dtype=torch.bool), torch.zeros(1), 20, 0.3, 2.0, True),
+        *(torch.ones(B, T + 16, dtype=torch.bool), torch.zeros(0), 20, 0.3, 2.0, True),
     ),
     "recurrence": lambda: (
         *(*inputs(), (-torch.rand(B, T, H)).requires_grad_()),
