@@ -52,9 +52,7 @@ def _segment(
     return divide(o, T, out), state
 
 
-def _plan(
-    q, k, v, sink_k, sink_v, sink_column, q_log, k_log, g, mix, rest, state, window, block, scale, softcap
-):
+def _plan(q, k, v, sink_k, sink_v, sink_column, q_log, k_log, g, mix, rest, state, window, block, scale, softcap):
     first = k.shape[1] - q.shape[1]
     body = partial(_segment, lazy_near(q, window, block), first, scale, softcap)
     step, own, keys = rows_at_once(q.shape[0], q.shape[2], window + block, block), (0, 0), (first - window, first)

@@ -52,7 +52,9 @@ class Plan(NamedTuple):
     @property
     def most(self) -> int:
         """No fewer than there are segments; as many without cu_seqlens."""
-        return -(-self.inputs[0].shape[1] // self.step) + (0 if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1)
+        return -(-self.inputs[0].shape[1] // self.step) + (
+            0 if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+        )
 
     @property
     def start(self) -> torch.Tensor:
