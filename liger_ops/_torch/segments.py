@@ -33,8 +33,8 @@ class Segment(NamedTuple):
 class Plan(NamedTuple):
     """How an op runs: `body` handles `step` rows at a time and hands its state on, from `state` to the final one.
 
-    The first of `inputs` is q [B,T,HQ,K] with T >= 1. A segment gets rows [start + first, stop + last) of dimension 1 of
-    each input, zeros where there are none, or all of an input whose reach is not (first, last) but None. o is
+    The first of `inputs` is q [B,T,HQ,K] with T >= 1. A segment gets rows [start + first, stop + last) of dimension 1
+    of each input, zeros where there are none, or all of an input whose reach is not (first, last) but None. o is
     [B,T,HQ,width]. cu_seqlens [N+1] parts batch 1 into sequences, each with a state of its own.
 
     A trace makes plans whose sizes it does not know: what makes one branches on none of them.
@@ -52,9 +52,8 @@ class Plan(NamedTuple):
     @property
     def most(self) -> int:
         """No fewer than there are segments; as many without cu_seqlens."""
-        return -(-self.inputs[0].shape[1] // self.step) + (
-            0 if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
-        )
+        sequences = 0 if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+        return -(-self.inputs[0].shape[1] // self.step) + sequences
 
     @property
     def start(self) -> torch.Tensor:

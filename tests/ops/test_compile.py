@@ -4,13 +4,16 @@ import importlib.util
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 
 import liger_ops
 from liger_ops import (
     chunk_delta_rule,
     chunk_gla,
+    chunk_gsa,
     chunk_kda,
+    chunk_rwkv6,
     chunk_simple_gla,
     liger_attention,
     mlstm,
@@ -19,27 +22,29 @@ from liger_ops import (
 from liger_ops._packed import on_triton
 
 B, T, HQ, H, D = 2, 70, 4, 2, 8
+# Shorter and longer than windows, blocks and chunks, and multiples of them.
+LENGTHS = (40, 33, 5, 16, 17, 64, 70, 3, 2, 130)
 
 
 def leaf(*shape):
     return torch.randn(*shape).requires_grad_()
 
 
-def inputs():
+def inputs(T=T):
     return leaf(B, T, HQ, D), leaf(B, T, H, D), leaf(B, T, H, D)
 
 
-def gla():
+def gla(T=T):
     g = (-torch.rand(B, T, H, D)).requires_grad_()
-    return lambda q, k, v, g: chunk_gla(q, k, v, g, output_final_state=True), (*inputs(), g)
+    return lambda q, k, v, g: chunk_gla(q, k, v, g, output_final_state=True), (*inputs(T), g)
 
 
-def simple_gla():
+def simple_gla(T=T):
     g, state = (-torch.rand(B, T, H)).requires_grad_(), leaf(B, H, D, D)
-    return lambda q, k, v, g, h: chunk_simple_gla(q, k, v, g, None, None, h, True), (*inputs(), g, state)
+    return lambda q, k, v, g, h: chunk_simple_gla(q, k, v, g, None, None, h, True), (*inputs(T), g, state)
 
 
-def joint():
+def joint(T=T):
     q, k, v = leaf(B, T, HQ, D), leaf(B, T + 16, H, D), leaf(B, T + 16, H, D)
     features = leaf(B, T, HQ, D), leaf(B, T, H, D)
     g = (-torch.rand(B, T, H)).requires_grad_()
@@ -49,37 +54,60 @@ def joint():
     )
 
 
-def memory():
+def memory(T=T):
     gates = leaf(B, T, H), (-torch.rand(B, T, H)).requires_grad_()
 
     def run(*x):
         o, (C, n, _) = mlstm(*x, output_final_state=True)
         return o, torch.cat([C, n.unsqueeze(-1)], -1)
 
-    return run, (*inputs(), *gates)
+    return run, (*inputs(T), *gates)
 
 
-def erasing():
+def erasing(T=T):
     g, beta = (-torch.rand(B, T, H, D)).requires_grad_(), torch.rand(B, T, H).requires_grad_()
 
     def run(q, k, v, g, beta):
         return chunk_kda(q, k, v, g, beta, output_final_state=True, use_qk_l2norm_in_kernel=True)
 
-    return run, (*inputs(), g, beta)
+    return run, (*inputs(T), g, beta)
 
 
-def packed():
-    q, k, v = (x[:1].detach().requires_grad_() for x in inputs())
-    g, state, bounds = (-torch.rand(1, T, H, D)).requires_grad_(), leaf(4, H, D, D), torch.tensor([0, 40, 40, 41, T])
+def receptive(T=T):
+    g, u = (-torch.rand(B, T, H, D)).requires_grad_(), leaf(HQ, D)
+    return lambda q, k, v, g, u: chunk_rwkv6(q, k, v, g, u, output_final_state=True), (*inputs(T), g, u)
 
-    def run(q, k, v, g, state):
+
+def slots(T=T):
+    def run(*x):
+        o, states = chunk_gsa(*x, output_final_state=True)
+        return o, *states
+
+    return run, (*inputs(T), leaf(B, T, H, 3))
+
+
+def packed(T=T):
+    q, k, v = (x[:1].detach().requires_grad_() for x in inputs(T))
+    g, state, bounds = (-torch.rand(1, T, H, D)).requires_grad_(), leaf(4, H, D, D), torch.tensor([0, 1, 1, 2, T])
+
+    def run(q, k, v, g, state, bounds):
         return chunk_gla(q, k, v, g, None, state, True, cu_seqlens=bounds)
 
-    return run, (q, k, v, g, state)
+    return run, (q, k, v, g, state, bounds)
 
 
-def window():
-    return lambda q, k, v: sliding_window_attention(q, k, v, 16, 2, return_lse=True), inputs()
+def window(T=T):
+    return lambda q, k, v: sliding_window_attention(q, k, v, 16, 4, return_lse=True), inputs(T)
+
+
+def padded_window(T=T):
+    """Behind what a cache holds, with padding."""
+    k, v, visible = leaf(B, T + 18, H, D), leaf(B, T + 18, H, D), torch.rand(B, T + 18) > 0.3
+
+    def run(q, k, v, visible):
+        return sliding_window_attention(q, k, v, 16, 4, visible=visible, return_lse=True)
+
+    return run, (leaf(B, T, HQ, D), k, v, visible)
 
 
 CASES = {
@@ -87,18 +115,19 @@ CASES = {
     "simple_gla": simple_gla,
     "joint": joint,
     "mlstm": memory,
+    "rwkv6": receptive,
+    "gsa": slots,
     "packed": packed,
     "window": window,
+    "padded_window": padded_window,
     "kda": erasing,
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_fullgraph(name):
-    """One graph, forward and backward, with the same numbers as without the compiler."""
-    op, leaves = CASES[name]()
-    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
-    wanted, got = op(*leaves), compiled(*leaves)
+def compare(op, compiled, arguments):
+    """Outputs and gradients of both, on the same numbers."""
+    leaves = [x for x in arguments if x.requires_grad]
+    wanted, got = op(*arguments), compiled(*arguments)
     weights = [torch.randn_like(x) for x in wanted]
     grads = [
         torch.autograd.grad(sum((x * w).sum() for x, w in zip(out, weights, strict=True)), leaves)
@@ -108,11 +137,15 @@ def test_fullgraph(name):
         assert torch.allclose(a, b, atol=1e-5)
 
 
-def test_another_length_compiles_again():
-    compiled = torch.compile(chunk_gla, fullgraph=True, backend="aot_eager")
-    for length in (33, 70, 71):
-        q, k, v = (torch.randn(1, length, 2, D) for _ in range(3))
-        assert torch.equal(compiled(q, k, v, -v.abs())[0], chunk_gla(q, k, v, -v.abs())[0])
+@pytest.mark.parametrize("name", CASES)
+def test_ten_lengths_make_two_graphs(name):
+    """The first length as it is, and any, forward and backward, with the same numbers as without the compiler."""
+    torch._dynamo.reset()
+    (op, _), counter = CASES[name](), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(op, fullgraph=True, backend=counter)
+    for length in LENGTHS:
+        compare(op, compiled, CASES[name](length)[1])
+    assert counter.frame_count <= 2
 
 
 SAMPLES = {
@@ -145,6 +178,7 @@ SAMPLES = {
         *(leaf(B, T, HQ, D), leaf(B, T, H, D), None, torch.ones(H, 1, 1, HQ // H, 1)),
         *(torch.ones(B, T + 16, dtype=torch.bool), leaf(B, H, D, D + 1), 16, 32, 0.3, 2.0),
     ),
+    "units": lambda: (torch.randn(B, T, H), -torch.rand(B, T, H), torch.randn(B, H), None),
 }
 
 
