@@ -6,9 +6,10 @@ Shapes: B batch, T time, HQ query heads, H key/value heads, D head width, W wind
 import torch
 from torch import nn
 
+from liger_layers import _arguments
 from liger_layers._choices import settle
 from liger_layers._memories import Mix, RoutedMemories
-from liger_layers._padding import check_mask, close_ranks
+from liger_layers._padding import close_ranks
 from liger_layers._state import LigerState
 from liger_layers.feature_maps import FEATURE_MAPS
 from liger_layers.gates import GATES, erases, log_decay, strength
@@ -82,22 +83,23 @@ class LigerAttention(nn.Module):
     ):
         super().__init__()
         chosen = settle(gate, feature_map, mixing, mix, normalize, pool)
-        for name, size in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads), ("head_dim", head_dim)):
-            if size is not None:
-                _checks.check_positive(name, size)
-        num_kv_heads = num_kv_heads or num_heads
-        head_dim = head_dim or hidden_size // num_heads
-        if num_heads % num_kv_heads:
-            raise ValueError(f"num_heads: expected a multiple of num_kv_heads {num_kv_heads}, got {num_heads}")
-        _checks.check_positive("window", window)
-        _checks.check_positive("sinks", sinks, 0)
+        _arguments.check_sizes(hidden_size, num_heads, num_kv_heads, head_dim=head_dim)
+        _checks.check_window(window, sinks, None, None)
+        _arguments.check_factor("tau", tau)
+        for name, value in (("scale", scale), ("softcap", softcap), ("rope_theta", rope_theta)):
+            _arguments.check_factor(name, value, optional=True)
+        for name, value in (("learn_mix", learn_mix), ("bias", bias)):
+            _arguments.check_flag(name, value)
+        _arguments.check_memories(memories, top_k)
+        num_kv_heads, head_dim = num_kv_heads or num_heads, head_dim or hidden_size // num_heads
         if projections is None:
             sizes = {"q_proj": num_heads, "k_proj": num_kv_heads, "v_proj": num_kv_heads}
             projections = {n: nn.Linear(hidden_size, h * head_dim, bias=bias) for n, h in sizes.items()}
             projections["o_proj"] = nn.Linear(num_heads * head_dim, hidden_size, bias=bias)
         for name, module in projections.items():
             self.add_module(name, module)
-        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.hidden_size, self.num_heads = hidden_size, num_heads
+        self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
         self.window, self.sinks, self.scale, self.softcap = window, sinks, scale, softcap
         self.gate, self.tau, self.pool, self.rope_theta = gate, tau, pool, rope_theta
         self.mixing, self.normalize = chosen.mixing, chosen.normalize
@@ -154,7 +156,7 @@ class LigerAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         router_logits: list[torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, LigerState]:
-        check_mask(mask, x)
+        _arguments.check_input(x, mask, self.hidden_size)
         q, k, v = self.project(x)
         if state is None:
             state = self.initial_state(x.shape[0], x.device, k.dtype)

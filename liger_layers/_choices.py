@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from liger_layers._arguments import check_flag, check_weight
 from liger_layers.feature_maps import FEATURE_MAPS
 from liger_layers.gates import GATES, POOLINGS, erases
 
@@ -33,7 +34,7 @@ def settle(
     own, whose weights estimate no softmax's, a small part beside the window.
 
     Raises:
-        ValueError: an unknown name, or choices that do not go with the gate.
+        ValueError: an unknown name, a mix or normalize that is none, or choices that do not go with the gate.
     """
     _choose("gate", gate, GATES)
     erasing, own = erases(gate), GATES[gate].writes != "key"
@@ -46,16 +47,19 @@ def settle(
     _choose("mixing", mixing, MIXINGS)
     bare = erasing or GATES[gate].writes == "slots"
     normalize = not bare if normalize is None else normalize
+    mix = (0.05 if apart else 1.0) if mix is None else mix
+    check_flag("normalize", normalize)
+    check_weight("mix", mix)
     if pool is not None:
         _choose("pool", pool, POOLINGS)
         if own and pool == "width":
             raise ValueError(f"pool: expected identity or heads with gate {gate!r}, {why}, got 'width'")
     if apart and mixing == "joint":
         raise ValueError(f"mixing: expected 'sum' with gate {gate!r}, {why}, got 'joint'")
-    if bare and normalize is True:
+    if bare and normalize:
         raise ValueError(f"normalize: expected False with gate {gate!r}, {why}, got True")
     if not erasing and not FEATURE_MAPS[feature_map].log:
         raise ValueError(f"feature_map: expected a positive one with gate {gate!r}, got {feature_map!r}")
     if own and FEATURE_MAPS[feature_map].paired:
         raise ValueError(f"feature_map: expected one for queries alone with gate {gate!r}, {why}, got {feature_map!r}")
-    return Choices(gate, feature_map, mixing, (0.05 if apart else 1.0) if mix is None else mix, normalize)
+    return Choices(gate, feature_map, mixing, mix, normalize)

@@ -43,10 +43,6 @@ class RoutedMemories(nn.Module):
 
     def __init__(self, k_proj: nn.Linear, v_proj: nn.Linear, num_heads: int, head_dim: int, count: int, top_k: int):
         super().__init__()
-        for name, value, most in (("memories", count, None), ("top_k", top_k, count)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most and value > most):
-                limit = f"an integer from 1 to {most} memories" if most else "an integer >= 1"
-                raise ValueError(f"{name}: expected {limit}, got {value!r}")
         self.count, self.top_k, self.head_dim = count, top_k, head_dim
         self.k_proj, self.v_proj = _repeated(k_proj, count), _repeated(v_proj, count)
         weight = k_proj.weight

@@ -7,18 +7,6 @@ from typing import NamedTuple
 
 import torch
 
-from liger_ops._checks import fail
-
-
-def check_mask(mask: torch.Tensor | None, x: torch.Tensor) -> None:
-    """mask is bool [B,T] on the device of x [B,T,hidden]."""
-    if mask is None:
-        return
-    if not isinstance(mask, torch.Tensor):
-        fail("mask", f"bool {list(x.shape[:2])}", type(mask).__name__)
-    if mask.shape != x.shape[:2] or mask.dtype != torch.bool or mask.device != x.device:
-        fail("mask", f"bool {list(x.shape[:2])} on {x.device}", f"{mask.dtype} {list(mask.shape)} on {mask.device}")
-
 
 class Ranks(NamedTuple):
     """An order of the W + T columns of a window and what follows it: padding first, then tokens as they came.

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from liger_layers._arguments import check_sizes
 from liger_layers._attention import LigerAttention, SlidingWindowAttention
 from liger_layers._state import LigerState, MemoryState
 from liger_layers.mixture_of_memories import MixtureOfMemories
@@ -118,6 +119,9 @@ class InterleavedStack(nn.Module):
     ):
         super().__init__()
         check_positive("num_layers", num_layers)
+        check_sizes(hidden_size, num_heads, num_kv_heads, head_dim=head_dim)
+        if intermediate_size is not None:
+            check_positive("intermediate_size", intermediate_size)
         self.pattern = spread(read_pattern(pattern), num_layers)
         options = options or {}
         if "own" in self.pattern:

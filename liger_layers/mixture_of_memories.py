@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from liger_layers._arguments import check_flag, check_input, check_sizes
 from liger_layers._routing import Dispatch, OneToken, check_router_mask, choose, dispatch, memory_load, one_token
 from liger_layers._state import MemoryState
 from liger_layers.rules import UPDATE_RULES, Sizes, Tensors, UpdateRule
@@ -238,11 +239,8 @@ class MixtureOfMemories(nn.Module):
 
     def _check(self, x, mask, state, cu_seqlens) -> int:
         """Check what was given; the number of sequences."""
-        B, T = x.shape[:2] if x.ndim == 3 else (None, None)
-        if x.ndim != 3 or x.shape[-1] != self.q_proj.in_features:
-            _checks.fail("x", f"[batch, time, {self.q_proj.in_features}]", tuple(x.shape))
-        if mask is not None and (mask.shape != (B, T) or mask.dtype != torch.bool):
-            _checks.fail("mask", f"bool [{B}, {T}]", f"{mask.dtype} {tuple(mask.shape)}")
+        check_input(x, mask, self.q_proj.in_features)
+        B, T = x.shape[:2]
         _checks.check_cu_seqlens(cu_seqlens, B, T, longest=T)
         sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
         if state is not None and not isinstance(state, MemoryState):
@@ -263,8 +261,7 @@ class LinearMixer(MixtureOfMemories):
 
 
 def _check_shift(router_shift, memories, conv_size):
-    if not isinstance(router_shift, bool):
-        _checks.fail("router_shift", "True or False", repr(router_shift))
+    check_flag("router_shift", router_shift)
     if router_shift and not memories:
         _checks.fail("router_shift", "False when memories is 0", router_shift)
     # What the convolution keeps for later tokens is where the router finds the token before.
@@ -275,22 +272,13 @@ def _check_shift(router_shift, memories, conv_size):
 def _check_options(hidden_size, num_heads, num_kv_heads, widths, memories, top_k, rule, shared, conv_size, slots):
     if not isinstance(rule, str) or rule not in UPDATE_RULES:
         _checks.fail("rule", f"one of {', '.join(UPDATE_RULES)}", repr(rule))
-    _checks.check_positive("hidden_size", hidden_size)
-    _checks.check_positive("num_heads", num_heads)
+    check_sizes(hidden_size, num_heads, num_kv_heads, **widths)
     _checks.check_positive("memories", memories, 0)
     _checks.check_positive("slots", slots)
-    if not isinstance(shared, bool):
-        _checks.fail("shared", "True or False", repr(shared))
+    check_flag("shared", shared)
     if memories and (isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= memories):
         _checks.fail("top_k", f"a number from 1 to memories = {memories}", top_k)
     if not memories and not shared:
         _checks.fail("shared", "True when memories is 0", shared)
-    for name, width in dict(num_kv_heads=num_kv_heads, **widths).items():
-        if width is not None:
-            _checks.check_positive(name, width)
-    if num_kv_heads is not None and num_heads % num_kv_heads:
-        _checks.fail("num_heads", f"a multiple of num_kv_heads {num_kv_heads}", num_heads)
-    if widths["head_dim"] is None and hidden_size % num_heads:
-        _checks.fail("hidden_size", f"a multiple of num_heads {num_heads} without head_dim", hidden_size)
     if conv_size is not None:
         _checks.check_positive("conv_size", conv_size, 0)

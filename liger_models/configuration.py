@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from liger_layers import GATES
+from liger_layers._arguments import check_factor, check_flag, check_memories, check_weight
 from liger_layers._choices import settle
 from liger_layers.patterns import read_pattern, spread
+from liger_ops._checks import check_window
 
 
 @dataclass(frozen=True)
@@ -51,20 +52,11 @@ class LigerConfig:
         chosen = settle(self.gate, self.feature_map, self.mixing, self.mix, self.normalize, self.pool)
         for name, value in chosen._asdict().items():
             object.__setattr__(self, name, value)
-        for name, low in (("window", 1), ("sinks", 0), ("memories", 0), ("top_k", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise ValueError(f"{name}: expected an integer >= {low}, got {value!r}")
-        if not _number(self.tau) or not 0 < self.tau < math.inf:
-            raise ValueError(f"tau: expected a number > 0, got {self.tau!r}")
-        if self.memories and self.top_k > self.memories:
-            raise ValueError(f"top_k: expected an integer from 1 to {self.memories} memories, got {self.top_k}")
-        for name in ("mix", "router_aux_loss_coef"):
-            if not _number(getattr(self, name)) or not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: expected a weight >= 0, got {getattr(self, name)!r}")
-        for name in ("learn_mix", "normalize"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+        check_window(self.window, self.sinks, None, None)
+        check_factor("tau", self.tau)
+        check_flag("learn_mix", self.learn_mix)
+        check_memories(self.memories, self.top_k)
+        check_weight("router_aux_loss_coef", self.router_aux_loss_coef)
         object.__setattr__(self, "keep", _indices(self.keep))
         object.__setattr__(self, "pattern", read_pattern(self.pattern))
 
@@ -122,10 +114,6 @@ class LigerConfig:
             told |= {field: None for field, value in usual.items() if told[field] == value}
             told["gate"] = name
         return told
-
-
-def _number(x: Any) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool)
 
 
 def _indices(keep: Iterable[int]) -> tuple[int, ...]:

@@ -238,7 +238,7 @@ def test_a_registered_gate_works_in_a_layer():
         (dict(gate="hgrn2", feature_map="kernel"), "feature_map: expected one for queries alone with gate 'hgrn2'"),
         (dict(pool="depth"), "pool: expected one of identity, width, heads, got 'depth'"),
         (dict(memories=2, top_k=3), "top_k: expected an integer from 1 to 2 memories, got 3"),
-        (dict(memories=-1), "memories: expected an integer >= 1, got -1"),
+        (dict(memories=-1), "memories: expected an integer >= 0, got -1"),
         (dict(num_kv_heads=3), "num_heads: expected a multiple"),
         (dict(num_kv_heads=0), "num_kv_heads: expected an integer >= 1, got 0"),
         (dict(head_dim=0), "head_dim: expected an integer >= 1, got 0"),
