@@ -40,7 +40,7 @@ def check_memories(memories: int, top_k: int) -> None:
 
 
 def check_sizes(hidden_size: int, num_heads: int, num_kv_heads: int | None, **widths: int | None) -> None:
-    """Sizes of a layer; widths are head_dim, and others, by name. Heads without a head_dim share out the whole width."""
+    """Sizes of a layer; widths are head_dim and others by name. Heads without a head_dim share out the whole width."""
     check_positive("hidden_size", hidden_size)
     check_positive("num_heads", num_heads)
     for name, size in dict(num_kv_heads=num_kv_heads, **widths).items():

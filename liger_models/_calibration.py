@@ -6,6 +6,7 @@ Shapes: B batch, T time, HQ query heads, H key/value heads, D head width.
 from __future__ import annotations
 
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import BaseStreamer
@@ -98,14 +99,14 @@ class _Moments:
 
 
 @torch.no_grad()
-def measure(model: PreTrainedModel, ids: torch.Tensor, layers: list[int]) -> list[tuple[torch.Tensor, ...]]:
-    """Per layer: mean and covariance of unrotated queries, pooled over each group, then those of the keys."""
-    found, hooks = [], []
+def measure(model: PreTrainedModel, ids: torch.Tensor, layers: list[int]) -> dict[int, tuple[torch.Tensor, ...]]:
+    """By layer: mean and covariance of unrotated queries, pooled over each group, then those of the keys."""
+    found, hooks = {}, []
     for index in layers:
         attention = model.model.layers[index].self_attn
         own = traits(attention, model.config)
         pair = tuple(_Moments(own.kv_heads, own.width) for _ in range(2))
-        found.append(pair)
+        found[index] = pair
 
         def look(module, args, kwargs, own=own, pair=pair):
             x = args[0] if args else kwargs["hidden_states"]
@@ -123,7 +124,7 @@ def measure(model: PreTrainedModel, ids: torch.Tensor, layers: list[int]) -> lis
     finally:
         for hook in hooks:
             hook.remove()
-    return [(*q.result(), *k.result()) for q, k in found]
+    return {index: (*q.result(), *k.result()) for index, (q, k) in found.items()}
 
 
 def slow_channels(frequencies: torch.Tensor, width: int) -> torch.Tensor:
@@ -133,9 +134,9 @@ def slow_channels(frequencies: torch.Tensor, width: int) -> torch.Tensor:
     return slow if slow.any() else torch.ones(width, dtype=torch.bool)
 
 
-def _rotary(model: PreTrainedModel, index: int) -> tuple[torch.Tensor, float]:
-    """The rotary frequencies of a layer, and the factor that rotated queries and keys are multiplied by."""
-    attention, rotary = model.model.layers[index].self_attn, model.model.rotary_emb
+def _rotary(model: PreTrainedModel, attention: nn.Module) -> tuple[torch.Tensor, float]:
+    """The rotary frequencies of an attention, and the factor that rotated queries and keys are multiplied by."""
+    index, rotary = attention.layer_idx, model.model.rotary_emb
     if not attention.traits.rotary:
         return torch.zeros(0), 1.0
     # Some families turn their sliding layers at other frequencies.
@@ -143,12 +144,11 @@ def _rotary(model: PreTrainedModel, index: int) -> tuple[torch.Tensor, float]:
     return getattr(rotary, f"{prefix}inv_freq"), getattr(rotary, f"{prefix}attention_scaling", 1.0)
 
 
-def calibrate(model: PreTrainedModel, moments: list[tuple[torch.Tensor, ...]], layers: list[int]) -> None:
-    """Fit the feature maps of a model whose attention has been swapped to moments measured before."""
-    for index, (q_mean, q_cov, k_mean, k_cov) in zip(layers, moments, strict=True):
-        attention = model.model.layers[index].self_attn
-        frequencies, factor = _rotary(model, index)
-        # The features must see that factor too.
-        attention.feature_map.calibrate(
-            q_mean, k_mean, q_cov, k_cov, slow_channels(frequencies, attention.head_dim), attention.scale * factor**2
-        )
+def calibrate(model: PreTrainedModel, attention: nn.Module, moments: tuple[torch.Tensor, ...]) -> None:
+    """Fit the feature map of what takes an attention's place in the model to the moments measured there."""
+    q_mean, q_cov, k_mean, k_cov = moments
+    frequencies, factor = _rotary(model, attention)
+    # The features must see that factor too.
+    attention.feature_map.calibrate(
+        q_mean, k_mean, q_cov, k_cov, slow_channels(frequencies, attention.head_dim), attention.scale * factor**2
+    )

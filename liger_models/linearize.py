@@ -13,9 +13,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from liger_layers import FEATURE_MAPS
 from liger_layers._choices import settle
 from liger_models._calibration import calibrate, check_calibration, draw_text, measure
+from liger_models._checks import check_architecture, check_weights
+from liger_models._snapshot import looked_at, whole_or_not
 from liger_models.configuration import LigerConfig
-from liger_models.families import own_windows, weight_shapes
-from liger_models.modeling import FAMILIES, LigerMixin, swap_attention
+from liger_models.families import own_windows
+from liger_models.modeling import FAMILIES, new_attention, swap_attention
 
 # Layers without a recurrence.
 _WINDOWS = ("full", "window", "own")
@@ -50,18 +52,18 @@ def linearize(
             untouched then.
     """
     config = resolved(model, config, preset, keep, changes)
-    check_weights(model)
-
-    training = model.training
-    moments, layers = moments_of(model, config, calibration)
-    before, after = model.config, linearized_config(model, config)
-    for module in model.modules():
-        if getattr(module, "config", None) is before:
-            module.config = after
-    model.__class__ = FAMILIES[before.model_type][1]
-    swap_attention(model, config)
-    calibrate(model, moments, layers)
-    return model.train(training)
+    check_weights(model, config)
+    with whole_or_not(model):
+        moments, attention = moments_of(model, config, calibration), new_attention(model, config)
+        for index, found in moments.items():
+            calibrate(model, attention[index], found)
+        before, after = model.config, linearized_config(model, config)
+        swap_attention(model, attention)
+        for module in model.modules():
+            if getattr(module, "config", None) is before:
+                module.config = after
+        model.__class__ = FAMILIES[before.model_type][1]
+    return model
 
 
 def resolved(
@@ -95,8 +97,8 @@ def linearized_config(model: PreTrainedModel, config: LigerConfig) -> PreTrained
 
 def moments_of(
     model: PreTrainedModel, config: LigerConfig, calibration: torch.Tensor | None
-) -> tuple[list[tuple[torch.Tensor, ...]], list[int]]:
-    """What `measure` finds for the layers whose features are fitted, as config's pattern says, and their indices.
+) -> dict[int, tuple[torch.Tensor, ...]]:
+    """What `measure` finds for the layers whose features are fitted, as config's pattern says. The model is as before.
 
     ValueError for a calibration that is not token ids of the model.
     """
@@ -104,13 +106,9 @@ def moments_of(
         check_calibration(calibration, model.config.vocab_size)
     layers = fitted_layers(config)
     if not layers:
-        return [], []
-    training = model.training
-    model.eval()
-    try:
-        return measure(model, draw_text(model) if calibration is None else calibration, layers), layers
-    finally:
-        model.train(training)
+        return {}
+    with looked_at(model):
+        return measure(model, draw_text(model) if calibration is None else calibration, layers)
 
 
 def fitted_layers(config: LigerConfig) -> list[int]:
@@ -123,45 +121,3 @@ def fitted_layers(config: LigerConfig) -> list[int]:
             if hasattr(FEATURE_MAPS[chosen.feature_map], "calibrate"):
                 found.append(index)
     return found
-
-
-def check_architecture(model: PreTrainedModel) -> None:
-    """ValueError that says which families are supported and why this model is not."""
-    config = model.config
-    reason = None
-    if isinstance(model, LigerMixin):
-        reason = "it is already linearized"
-    elif getattr(model, "_hf_peft_config_loaded", False):
-        reason = "it carries adapters, which are to be merged first"
-    elif config.is_encoder_decoder:
-        reason = "it is an encoder-decoder; only decoders are linearized"
-    elif getattr(config, "kv_lora_rank", None):
-        reason = "it uses multi-head latent attention (MLA), which has no per-head keys to gate"
-    elif getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
-        reason = "it uses ALiBi position biases, which the window branch does not have"
-    elif getattr(config, "use_bidirectional_attention", None):
-        reason = "its attention is not causal"
-    elif config.model_type not in FAMILIES:
-        reason = f"its architecture {config.model_type!r} is not in the list"
-    elif not isinstance(model, FAMILIES[config.model_type][1].__bases__[1]):
-        reason = f"it is a {type(model).__name__}; only the causal LM of a family is linearized"
-    if reason:
-        raise ValueError(f"model: expected one of {', '.join(FAMILIES)}, got {type(model).__name__}: {reason}")
-
-
-def check_weights(model: PreTrainedModel) -> None:
-    """ValueError for a missing, misshapen or non-finite weight."""
-    for index, layer in enumerate(model.model.layers):
-        attention = layer.self_attn
-        for name, shape in weight_shapes(attention, model.config).items():
-            module = getattr(attention, name, None)
-            where = f"model.layers.{index}.self_attn.{name}.weight"
-            if module is None or getattr(module, "weight", None) is None:
-                raise ValueError(f"{where}: expected a weight {list(shape)}, got none")
-            if (module.in_features, module.out_features) != shape[::-1]:
-                raise ValueError(f"{where}: expected shape {list(shape)}, got {list(module.weight.shape)}")
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise ValueError(f"{name}: expected a loaded weight, got one on the meta device")
-        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
-            raise ValueError(f"{name}: expected finite values, got NaN or infinity")

@@ -52,8 +52,12 @@ class _Pretrained:
             rope_theta=None,
             **options,
         )
-        self.layer_idx = old.layer_idx
-        self.to(old.o_proj.weight.device)
+        self.layer_idx, self.training = old.layer_idx, old.training
+        pretrained = dict(old.named_children())
+        for name, module in self.named_children():
+            # Those of the pretrained attention are as they are to be.
+            if name not in pretrained:
+                module.to(old.o_proj.weight.device).train(old.training)
 
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return project(self, x, self.traits)
@@ -142,7 +146,7 @@ class LigerMixin(ConstantCacheMixin):
             raise ValueError(f"config: expected that of a linearized model, with a section liger, got {config.liger!r}")
         liger = LigerConfig(**config.liger).resolve(own_windows(config))
         config.liger = liger.to_dict()
-        swap_attention(self, liger)
+        swap_attention(self, new_attention(self, liger))
 
     def __init_subclass__(cls, **kwargs):
         """What inspects a model's forward is to see that of its family."""
@@ -201,11 +205,16 @@ def _with_routers(forward):
     return call
 
 
-def swap_attention(model: PreTrainedModel, liger: LigerConfig) -> None:
-    """Replace the attention of every layer that is not to stay, in place."""
-    for layer, name in zip(model.model.layers, liger.pattern, strict=True):
-        if name != "full":
-            layer.self_attn = linearized(name, layer.self_attn, model.config, liger).train(layer.training)
+def new_attention(model: PreTrainedModel, liger: LigerConfig) -> dict[int, nn.Module]:
+    """By index of its layer, what takes the place of each attention that is not to stay. The model is as before."""
+    layers = enumerate(zip(model.model.layers, liger.pattern, strict=True))
+    return {i: linearized(name, layer.self_attn, model.config, liger) for i, (layer, name) in layers if name != "full"}
+
+
+def swap_attention(model: PreTrainedModel, attention: Mapping[int, nn.Module]) -> None:
+    """Put each attention in its layer, in place."""
+    for index, module in attention.items():
+        model.model.layers[index].self_attn = module
     hook = functools.partial(_before_decoder, argument_names(model.model))
     model.model.register_forward_pre_hook(hook, with_kwargs=True)
 

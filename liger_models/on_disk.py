@@ -23,6 +23,7 @@ from transformers.utils import CHAT_TEMPLATE_DIR
 
 from liger_models import checkpoint
 from liger_models._calibration import calibrate, check_calibration
+from liger_models._checks import FLOATS
 from liger_models.configuration import LigerConfig
 from liger_models.families import KNOWN
 from liger_models.linearize import fitted_layers, linearized_config, moments_of, resolved
@@ -68,6 +69,8 @@ def linearize_on_disk(
         ValueError: as for `linearize`; weights that are quantized or not in safetensors; no tokenizer in the folder
             to read text with, where a calibration is needed and not given; a source that lies in `out`.
     """
+    if not isinstance(source, str | Path):
+        raise ValueError(f"model: expected a local folder, got {type(source).__name__}")
     source, out = Path(source), checkpoint.check_output(out, overwrite)
     if out.resolve() in source.resolve().parents:
         raise ValueError(f"out: expected a folder that does not hold the model to read, got {out}")
@@ -195,6 +198,8 @@ def _check(path: Path, names: list[str], shapes: dict[str, list[int]]) -> int:
             # Opened again for each piece: what has been read stays in memory until a file is closed.
             with safe_open(path, "pt") as file:
                 piece = file.get_slice(name)[start : start + step] if shape else file.get_tensor(name)
+            if piece.is_floating_point() and piece.dtype not in FLOATS:
+                raise ValueError(f"{name}: expected one of {', '.join(str(x) for x in FLOATS)}, got {piece.dtype}")
             if piece.is_floating_point() and not piece.isfinite().all():
                 raise ValueError(f"{name}: expected finite values, got NaN or infinity")
             size += piece.nbytes
@@ -215,8 +220,7 @@ def _new_tensors(
     model: PreTrainedModel, config: LigerConfig, calibration: torch.Tensor | None
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and value of everything that linearizing adds to a model whose weights lie on a disk, layer by layer."""
-    moments, fitted = moments_of(model, config, calibration)
-    moments = dict(zip(fitted, moments, strict=True))
+    moments = moments_of(model, config, calibration)
     for index, (layer, name) in enumerate(zip(model.model.layers, config.pattern, strict=True)):
         if name == "full":
             continue
@@ -226,7 +230,7 @@ def _new_tensors(
                 stack.enter_context(align_module_device(module))
             layer.self_attn = linearized(name, old, model.config, config)
             if index in moments:
-                calibrate(model, [moments[index]], [index])
+                calibrate(model, layer.self_attn, moments[index])
             found = layer.self_attn.state_dict()
             for key in found.keys() - old.state_dict().keys():
                 yield f"model.layers.{index}.self_attn.{key}", found[key].detach().clone().contiguous()

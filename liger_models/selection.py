@@ -13,10 +13,12 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from liger_models._calibration import calibrate
+from liger_models._checks import check_architecture, check_weights
+from liger_models._snapshot import looked_at
 from liger_models.configuration import LigerConfig
 from liger_models.families import own_windows
-from liger_models.linearize import check_architecture, check_weights, moments_of
-from liger_models.modeling import linearized
+from liger_models.linearize import moments_of
+from liger_models.modeling import new_attention
 from liger_models.retrieval import make_prompt
 from liger_models.text import to_blocks
 
@@ -54,20 +56,14 @@ def select_layers(
     """
     check_architecture(model)
     config = LigerConfig.from_preset(preset, **changes).resolve(own_windows(model.config))
-    check_weights(model)
+    check_weights(model, config)
     open_to = [i for i, name in enumerate(config.pattern) if name not in ("full", "own")]
     if isinstance(keep, bool) or not isinstance(keep, int) or not 0 <= keep <= len(open_to):
         raise ValueError(f"keep: expected a number of layers from 0 to {len(open_to)}, got {keep!r}")
     device = model.get_input_embeddings().weight.device
     rows = hidden_keys(tokenizer or _tokenizer(model), text, length, device)
-    training = model.training
-    with torch.no_grad():
-        model.eval()
-        try:
-            with _Bench.of(model, config, open_to, rows, calibration) as bench:
-                return _choose(bench, keep)
-        finally:
-            model.train(training)
+    with torch.no_grad(), looked_at(model), _Bench.of(model, config, open_to, rows, calibration) as bench:
+        return _choose(bench, keep)
 
 
 def _choose(bench: _Bench, keep: int) -> list[int]:
@@ -140,15 +136,11 @@ class _Bench:
     @contextmanager
     def of(cls, model: PreTrainedModel, config: LigerConfig, open_to: list[int], rows: list, calibration):
         """A bench that may linearize the layers open_to, while it is needed; the model is as it was afterwards."""
-        moments, layers = moments_of(model, config, calibration)
-        others = {
-            i: linearized(config.pattern[i], model.model.layers[i].self_attn, model.config, config).eval()
-            for i in open_to
-        }
-        bench = cls(model, others, rows)
+        moments, others = moments_of(model, config, calibration), new_attention(model, config)
+        for i, found in moments.items():
+            calibrate(model, others[i], found)
+        bench = cls(model, {i: others[i] for i in open_to}, rows)
         try:
-            bench.put([])
-            calibrate(model, moments, layers)
             yield bench
         finally:
             bench.put(bench.before)
