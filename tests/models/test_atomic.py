@@ -38,7 +38,8 @@ def fingerprint(model):
     for name, x in [*model.named_parameters(), *model.named_buffers()]:
         found[f"{name}, a tensor"] = id(x), x.data_ptr(), x.requires_grad, x.dtype, x.detach().numpy().tobytes()
     for name in ("config", "generation_config"):
-        found[f"{name}, inside"] = getattr(model, name).to_dict()
+        inside = getattr(model, name, None)
+        found[f"{name}, inside"] = inside if inside is None or isinstance(inside, dict) else inside.to_dict()
     return found
 
 
@@ -72,11 +73,10 @@ STAGES = {
 }
 
 
-@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=lambda e: type(e).__name__)
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_failure_changes_nothing(monkeypatch, stage, error, after):
-    owner, name, calls = STAGES[stage]
+def test_a_failure_changes_nothing(monkeypatch, stage, after):
+    (owner, name, calls), error = STAGES[stage], KeyboardInterrupt() if after else RuntimeError("out of memory")
     model = lived_in(**STRETCHED)
     before = fingerprint(model)
     monkeypatch.setattr(owner, name, broken(getattr(owner, name), error, calls, after))
@@ -89,9 +89,10 @@ def test_a_failure_changes_nothing(monkeypatch, stage, error, after):
 def test_a_hook_that_fails_changes_nothing(calls):
     model = lived_in("phi3")
     model.model.layers[1].register_forward_hook(broken(lambda *args: None, ValueError("mine"), calls))
+    calibration = ids(16, 256)
     before = fingerprint(model)
     with pytest.raises(ValueError, match="mine"):
-        linearize(model, calibration=torch.randint(3, 97, (16, 256)), window=8)
+        linearize(model, calibration=calibration, window=8)
     assert fingerprint(model) == before
 
 
@@ -121,8 +122,8 @@ def test_success_changes_what_it_has_to():
 @pytest.mark.parametrize("calls", [None, 1, 5])
 def test_choosing_layers_leaves_no_trace(monkeypatch, calls):
     model = lived_in(**STRETCHED)
-    before = fingerprint(model)
     options = dict(tokenizer=tiny_tokenizer(), length=48, calibration=ids(4, 64), window=8, memories=2)
+    before = fingerprint(model)
     if calls is None:
         assert len(select_layers(model, TEXT, 1, **options)) == 1
     else:
