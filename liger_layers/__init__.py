@@ -8,6 +8,7 @@ from liger_layers.gates import GATES, POOLINGS, Gate, register_gate
 from liger_layers.interleaved import FullAttention, InterleavedStack
 from liger_layers.mixture_of_memories import LinearMixer, MixtureOfMemories
 from liger_layers.rules import UPDATE_RULES
+from liger_linear import __version__ as __version__
 
 __all__ = [
     "FEATURE_MAPS",

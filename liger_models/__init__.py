@@ -1,5 +1,6 @@
 """Linearize pretrained Transformers, or train small decoders. Importing this registers the models with transformers."""
 
+from liger_linear import __version__ as __version__
 from liger_models.cache import LigerCacheLayer, cache_bytes, make_cache
 from liger_models.configuration import PRESETS, LigerConfig
 from liger_models.evaluation import evaluate, perplexity

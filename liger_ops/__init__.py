@@ -1,5 +1,6 @@
 """Kernels for gated linear recurrences and windowed attention; tensors are [batch, time, heads, width]."""
 
+from liger_linear import __version__ as __version__
 from liger_ops._decode import gated_step, gsa_step, mlstm_step
 from liger_ops._delta_rule import (
     chunk_delta_rule,

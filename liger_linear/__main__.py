@@ -1,0 +1,132 @@
+"""The `liger` command's words: what may be typed, read without importing torch; liger_models.cli does the work."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+from liger_linear import __version__
+
+# What the help lists. The tables themselves lie behind seconds of imports; a test compares them.
+PRESETS = ("default", "paper-gla", "paper-gsa", "paper-hgrn2")
+RECIPES = ("default", "paper")
+POOLINGS = ("identity", "width", "heads")
+FEATURE_MAPS = ("softmax", "kernel", "unit")
+LETTERS = dict(L="liger", F="full", W="window", M="memories", G="gla", S="gsa", H="hgrn2", B="mamba2", X="mlstm")
+LETTERS |= dict(R="gated_retention", V="rwkv6", T="retention", N="linear", D="deltanet", E="gated_deltanet", K="kda")
+# After the four kinds of layers that are no gates.
+GATES = tuple(LETTERS.values())[4:]
+
+_LETTERS = ", ".join(f"{letter} {name}" for letter, name in LETTERS.items())
+_MODEL = "a local folder, a GGUF file, or the name of a model on the Hugging Face hub"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="liger",
+        description="Turn a pretrained Transformer into a linear-recurrent model that decodes in constant memory.",
+        epilog="A first session: liger linearize MODEL --out small; liger finetune small --text book.txt --out tuned; "
+        'liger generate tuned "Once upon a time"; liger evaluate tuned --text other.txt',
+    )
+    parser.add_argument("--version", action="version", version=f"liger-linear {__version__}")
+    parser.add_argument(
+        "--import",
+        dest="modules",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import a Python module first, one that registers a gate; may be repeated",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    p = _command(commands, "linearize", "Swap the attention of a pretrained causal LM for Liger Attention.")
+    _output(p)
+    p.add_argument("--preset", default="default", choices=PRESETS, help="starting point (default: %(default)s)")
+    p.add_argument("--gate", metavar="NAME", help=f"how the recurrence forgets: {', '.join(GATES)}")
+    p.add_argument("--tau", type=float, help="temperature of the gate: the larger, the slower it forgets")
+    p.add_argument("--pool", choices=POOLINGS, help="what the gate averages the key over")
+    p.add_argument("--feature-map", choices=FEATURE_MAPS, help="features of the recurrent branch")
+    p.add_argument("--window", type=int, help="tokens with exact softmax attention")
+    p.add_argument("--sinks", type=int, help="first tokens that stay visible for ever")
+    p.add_argument("--mix", type=float, help="initial weight of the recurrence; 0 leaves the window alone")
+    p.add_argument("--memories", type=int, help="routed memories beside the one that sees every token (default: 0)")
+    p.add_argument("--top-k", type=int, help="routed memories that a token uses (default: 2)")
+    p.add_argument("--pattern", type=_layers, help=f"a letter a layer, repeated: {_LETTERS}; or names, as in gla,full")
+    p.add_argument("--keep", type=_indices, metavar="I,J,...", help="layers that stay full attention")
+    p.add_argument("--select", type=int, metavar="N", help="measure which N layers should stay full attention")
+
+    p.add_argument(
+        "--on-disk",
+        action="store_true",
+        help="for a folder of safetensors larger than memory: file by file, without loading the model",
+    )
+
+    p = _command(commands, "finetune", "Fine-tune with LoRA and merge the adapters. Ctrl-C leaves a checkpoint.")
+    _output(p)
+    _text(p, "training text; default: the standard library's help topics, every eighth held out")
+    p.add_argument("--recipe", default="default", choices=RECIPES, help="hyperparameters (default: %(default)s)")
+    p.add_argument("--steps", type=int, help="optimiser steps; default: whole passes over the text")
+    p.add_argument("--length", type=int, help="tokens in a block")
+    p.add_argument("--batch", type=int, help="blocks in a step")
+    p.add_argument("--learning-rate", type=float, help="peak learning rate")
+    p.add_argument("--resume", action="store_true", help="continue from the checkpoint of an interrupted run")
+
+    p = _command(commands, "generate", "Continue a prompt.")
+    p.add_argument("prompt", help="text to continue")
+    p.add_argument("--max-new-tokens", type=int, default=64, help="length of the continuation (default: %(default)s)")
+    p.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
+    p.add_argument("--sample", action="store_true", help="sample instead of taking the likeliest token")
+
+    p = _command(
+        commands,
+        "evaluate",
+        "Perplexity on held-out text, also without the recurrence, and keys hidden in it.",
+    )
+    _text(p, "text to score; default: the held-out help topics of the standard library")
+    p.add_argument("--length", type=int, default=512, help="tokens in a block (default: %(default)s)")
+    p.add_argument("--max-blocks", type=int, help="score only the first blocks")
+    p.add_argument("--contexts", type=_indices, default=[], metavar="N,M,...", help="also hide keys in so many tokens")
+    p.add_argument("--depths", type=int, default=8, help="depths to hide them at (default: %(default)s)")
+    p.add_argument("--keys", type=int, default=4, help="keys hidden together, for multikey (default: %(default)s)")
+    p.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to a file")
+    return parser
+
+
+def _command(commands, name: str, text: str) -> argparse.ArgumentParser:
+    p = commands.add_parser(name, help=text, description=text)
+    p.add_argument("model", metavar="MODEL", help=_MODEL)
+    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="weights' dtype")
+    return p
+
+
+def _output(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write")
+    p.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
+
+
+def _text(p: argparse.ArgumentParser, text: str) -> None:
+    p.add_argument("--text", type=Path, metavar="FILE", help=text)
+
+
+def _indices(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected indices such as 0,7,-1, got {text!r}") from None
+
+
+def _layers(text: str) -> str | list[str]:
+    return text if text.isupper() and "," not in text else text.split(",")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Read the arguments (those of the process without argv), then do what they say; the exit status."""
+    args = _parser().parse_args(argv)
+    # By name, for it lies above, and only here, for it takes seconds.
+    return importlib.import_module("liger_models.cli").run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
