@@ -1,6 +1,9 @@
 """Linearize pretrained Transformers, or train small decoders. Importing this registers the models with transformers."""
 
+# First, for what is untested may not even import.
+import liger_models._versions  # noqa: F401
 from liger_linear import __version__ as __version__
+from liger_models._adapters import register_targets
 from liger_models.cache import LigerCacheLayer, cache_bytes, make_cache
 from liger_models.configuration import PRESETS, LigerConfig
 from liger_models.evaluation import evaluate, perplexity
@@ -29,3 +32,5 @@ __all__ = [
     "retrieval",
     "select_layers",
 ]
+
+register_targets()

@@ -44,6 +44,7 @@ from liger_models._inputs import (
     shown_columns,
     take_cache,
 )
+from liger_models._remote import PortableConfig
 from liger_models.cache import fit_cache, layer_and_state, make_cache, seen_columns, take_in
 from liger_models.modeling import refuse_cut_off
 from liger_ops._checks import check_positive, fail
@@ -61,7 +62,7 @@ _SETTLED = {"hidden_size", "num_heads", "num_kv_heads", "head_dim", "memories", 
 _SETTLED |= {"layer_idx", "num_layers", "projections"}
 
 
-class LigerModelConfig(PreTrainedConfig):
+class LigerModelConfig(PortableConfig, PreTrainedConfig):
     """Sizes and mixers of a LigerForCausalLM.
 
     mixers: a name, or a list of names that repeats over the layers. A name is an entry of liger_layers.UPDATE_RULES
@@ -80,6 +81,11 @@ class LigerModelConfig(PreTrainedConfig):
     """
 
     model_type = "liger"
+    auto_classes = {  # noqa: RUF012
+        "AutoConfig": "LigerModelConfig",
+        "AutoModel": "LigerModel",
+        "AutoModelForCausalLM": "LigerForCausalLM",
+    }
     keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
     attribute_map = {"num_local_experts": "num_experts", "num_experts_per_tok": "experts_per_token"}  # noqa: RUF012
 

@@ -30,6 +30,7 @@ from liger_models._inputs import (
     take_cache,
     token_positions,
 )
+from liger_models._remote import PortableConfig
 from liger_models.cache import fit_cache, layer_and_state, make_cache, seen_columns, take_in
 from liger_models.configuration import LigerConfig
 from liger_models.families import KNOWN, PREFIX, Family, finish, key_and_value, own_windows, project, traits
@@ -222,13 +223,19 @@ def swap_attention(model: PreTrainedModel, attention: Mapping[int, nn.Module]) -
 def _twins(family: Family) -> tuple[type, type]:
     """The linearized twins of a family's config and causal LM, registered with the Auto classes."""
     config_class, model_class = family.config, family.model
+    names = [f"Liger{cls.__name__}" for cls in (config_class, model_class)]
     config = type(
-        f"Liger{config_class.__name__}",
-        (config_class,),
-        {"model_type": PREFIX + config_class.model_type, "__module__": __name__, "liger": None},
+        names[0],
+        (PortableConfig, config_class),
+        {
+            "model_type": PREFIX + config_class.model_type,
+            "__module__": __name__,
+            "auto_classes": dict(zip(("AutoConfig", "AutoModelForCausalLM"), names, strict=True)),
+            "liger": None,
+        },
     )
     model = type(
-        f"Liger{model_class.__name__}",
+        names[1],
         (LigerMixin, model_class),
         {"config_class": config, "__module__": __name__, "_no_split_modules": model_class._no_split_modules},
     )
