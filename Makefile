@@ -7,7 +7,12 @@ READY := $(VENV)/.ready
 TEXT ?=
 ARGS ?=
 
-.PHONY: demo test lint bench clean
+# What a change of version breaks first: generation, caches, padding, reload, fine-tuning.
+SMOKE := $(addprefix tests/models/test_,generation.py exactness.py checkpoint.py finetune.py)
+newest := transformers peft accelerate gguf
+oldest := $(shell sed -n '/^dependencies/,/^]/ {/"torch/d; s/^ *"\([a-z]*\)>=\([0-9.]*\)[",].*/\1==\2/p}' pyproject.toml)
+
+.PHONY: demo test test-newest test-oldest lint bench clean
 
 demo: $(READY)
 	$(BIN)/python -m liger_models.demo $(if $(TEXT),--text "$(TEXT)") $(ARGS)
@@ -15,6 +20,19 @@ demo: $(READY)
 # A file of tests stays in one process: some share what they compiled or loaded. Nothing is timed here.
 test: $(READY) lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --benchmark-disable
+
+# The wheel as users install it, with the newest releases or the lowest ones admitted; no pin but torch's, whose newest
+# would fetch CUDA. Tests run beside no sources, so that they import the wheel. The newest may be untested by design.
+test-newest test-oldest: test-%:
+	rm -rf .venv-$* build
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip wheel --quiet --no-deps --wheel-dir .venv-$*/wheel .
+	.venv-$*/bin/python -m pip install --quiet --no-compile $(shell grep '^torch==' constraints.txt)
+	.venv-$*/bin/python -m pip install --quiet --no-compile .venv-$*/wheel/*.whl pytest pytest-xdist hypothesis $(if $(filter oldest,$*),$(oldest))
+	$(if $(filter newest,$*),.venv-$*/bin/python -m pip install --quiet --no-compile --upgrade $(newest))
+	.venv-$*/bin/python -m pip list | grep -E '^(torch|transformers|peft|accelerate|gguf|liger-linear) '
+	mkdir .venv-$*/away && cp -r pyproject.toml tests .venv-$*/away
+	cd .venv-$*/away && ../bin/python -m pytest -n 2 --dist loadfile -W 'ignore:transformers:UserWarning' $(SMOKE)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -33,4 +51,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-out
+	rm -rf $(VENV) .venv-newest .venv-oldest build demo-out
