@@ -1,8 +1,11 @@
 """The rules of the house as tests: public names, layering, file sizes, nothing borrowed at run time."""
 
 import ast
+import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -12,11 +15,8 @@ import liger_models
 import liger_ops
 
 ROOT = Path(__file__).parent.parent
-SOURCES = [
-    p
-    for package in ("liger_linear", "liger_ops", "liger_layers", "liger_models")
-    for p in (ROOT / package).rglob("*.py")
-]
+PACKAGES = ("liger_linear", "liger_ops", "liger_layers", "liger_models")
+SOURCES = [p for package in PACKAGES for p in (ROOT / package).rglob("*.py")]
 
 PUBLIC = {
     liger_ops: "chunk_delta_rule chunk_gated_delta_rule chunk_gla chunk_gsa chunk_hgrn2 chunk_kda "
@@ -69,6 +69,36 @@ def test_every_package_is_shipped():
     shipped = (ROOT / "pyproject.toml").read_text(encoding="utf-8").split("packages = [", 1)[1].split("]", 1)[0]
     found = {".".join(p.parent.relative_to(ROOT).parts) for p in SOURCES}
     assert {name.strip().strip('"') for name in shipped.split(",")} == found
+
+
+def test_what_is_built_is_whole(tmp_path):
+    """The wheel holds the packages and nothing else, the source distribution whatever its tests need."""
+    # In a copy, for building leaves files behind.
+    for folder in (*PACKAGES, "tests", "benchmarks", "examples", ".ci"):
+        shutil.copytree(ROOT / folder, tmp_path / "copy" / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in (p for p in ROOT.iterdir() if p.is_file() and p.name != ".git"):
+        shutil.copy(path, tmp_path / "copy")
+    code = "from setuptools.build_meta import *; build_wheel('..'); build_sdist('..')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "copy", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        shipped = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    typed = {f"{package}/py.typed" for package in PACKAGES}
+    assert shipped == {p.relative_to(ROOT).as_posix() for p in SOURCES} | typed
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    needed = {p for folder in ("tests", "benchmarks", "examples") for p in (ROOT / folder).rglob("*.*")}
+    needed = {p.relative_to(ROOT).as_posix() for p in needed if p.is_file() and p.suffix != ".pyc"} | shipped
+    assert needed | {"Makefile", "constraints.txt", "README.md", "LICENSE", "pyproject.toml", ".ci/run"} <= held
+
+
+def test_every_dependency_is_bounded_on_both_sides():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    bounds = text.split("\ndependencies = [", 1)[1].split("]", 1)[0].split()
+    upper = [bound for bound in bounds if ">=" in bound and ",<" in bound]
+    # packaging parses the others' bounds, and has kept its word over many versions without such a promise.
+    assert {bound.strip('",').partition(">=")[0] for bound in bounds if bound not in upper} == {"packaging"}
+    assert any(bound.startswith('"transformers>=5.17,<5.') for bound in upper)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
