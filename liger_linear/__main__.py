@@ -65,7 +65,17 @@ def _parser() -> argparse.ArgumentParser:
 
     p = _command(commands, "finetune", "Fine-tune with LoRA and merge the adapters. Ctrl-C leaves a checkpoint.")
     _output(p)
-    _text(p, "training text; default: the standard library's help topics, every eighth held out")
+    _text(
+        p,
+        "training text (.txt, .md) or rows (.jsonl, .json) with text, messages, or prompt and completion; default: the "
+        "standard library's help topics, every eighth held out",
+    )
+    p.add_argument("--eval-text", type=Path, metavar="FILE", help="text to measure the loss on at the end")
+    p.add_argument("--eval-steps", type=int, metavar="N", help="measure that loss also every N steps")
+    p.add_argument(
+        "--report-to", default="none", metavar="NAME", help="where to report to, such as tensorboard or wandb"
+    )
+    p.add_argument("--no-merge", action="store_true", help="write the adapters alone, for the model as it is")
     p.add_argument("--recipe", default="default", choices=RECIPES, help="hyperparameters (default: %(default)s)")
     p.add_argument("--steps", type=int, help="optimiser steps; default: whole passes over the text")
     p.add_argument("--length", type=int, help="tokens in a block")
@@ -84,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         "evaluate",
         "Perplexity on held-out text, also without the recurrence, and keys hidden in it.",
     )
-    _text(p, "text to score; default: the held-out help topics of the standard library")
+    _text(p, "text or rows to score, as for finetune; default: the held-out help topics of the standard library")
     p.add_argument("--length", type=int, default=512, help="tokens in a block (default: %(default)s)")
     p.add_argument("--max-blocks", type=int, help="score only the first blocks")
     p.add_argument("--contexts", type=_indices, default=[], metavar="N,M,...", help="also hide keys in so many tokens")

@@ -11,15 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
 # The settings of the run, beside its checkpoints.
 _RUN = "run.json"
+# What the Trainer reports to files, which lies there too and is nobody's to remove.
+_REPORTS = "runs"
+# A model's, and that of adapters without the model.
+_CONFIGS = ("config.json", "adapter_config.json")
 
 
 def load(name: str | Path, dtype: torch.dtype | str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(model, tokenizer) from a local folder, a GGUF file (dequantized to float32 unless dtype says) or a hub name.
+
+    A folder of adapters gives the model they name, with them merged in.
 
     Raises:
         ValueError: nothing there, a folder without a config, a file that cannot be read, or a weight that is missing
@@ -30,6 +37,8 @@ def load(name: str | Path, dtype: torch.dtype | str = "auto") -> tuple[PreTraine
         if not path.is_file():
             raise ValueError(f"model: expected a GGUF file, found nothing at {path}")
         source, options = str(path.parent), {"gguf_file": path.name}
+    elif (path / _CONFIGS[1]).is_file():
+        return _with_adapters(path, dtype)
     elif path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"model: expected a folder with a config.json, got {path}")
@@ -41,6 +50,17 @@ def load(name: str | Path, dtype: torch.dtype | str = "auto") -> tuple[PreTraine
         dtype = torch.float32 if dtype == "auto" else dtype
         options["quantization_config"] = GgufConfig(dequantize=True)
     return open_weights(str(name), source, dtype=dtype, **options), tokenizer
+
+
+def _with_adapters(folder: Path, dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model that adapters in a folder were trained on, with them merged in, and its tokenizer."""
+    with told(str(folder)):
+        name = PeftConfig.from_pretrained(folder).base_model_name_or_path
+    if not name:
+        raise ValueError(f"model: expected adapters that name their model, got {folder}")
+    model, tokenizer = load(name, dtype)
+    with told(str(folder)):
+        return PeftModel.from_pretrained(model, folder).merge_and_unload().eval(), tokenizer
 
 
 def open_weights(name: str, source: str | None, kind: type = AutoModelForCausalLM, **options: Any) -> PreTrainedModel:
@@ -71,7 +91,7 @@ def check_output(folder: str | Path, overwrite: bool) -> Path:
         raise ValueError(f"out: {folder} exists; pass --overwrite to replace it")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out: expected a folder, got the file {folder}")
-    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").is_file():
+    if folder.exists() and any(folder.iterdir()) and not any((folder / name).is_file() for name in _CONFIGS):
         raise ValueError(f"out: expected a model's folder to replace, got {folder}, which holds something else")
     return folder
 
@@ -118,7 +138,7 @@ def claim(folder: Path, run: dict, resume: bool) -> str | None:
     """
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if folder.is_dir():
-        if others := [x.name for x in folder.iterdir() if not _ours(x)]:
+        if others := [x.name for x in folder.iterdir() if not _ours(x) and x.name != _REPORTS]:
             raise ValueError(f"checkpoints: expected a folder of checkpoints, got {folder}, which holds {others[0]}")
         if last and not resume:
             raise ValueError(f"checkpoints: {folder} holds an interrupted run; resume it, or remove the folder")

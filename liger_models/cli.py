@@ -11,6 +11,7 @@ from pathlib import Path
 from liger_linear.__main__ import main
 from liger_models import checkpoint
 from liger_models.configuration import LigerConfig
+from liger_models.data import read
 from liger_models.evaluation import evaluate
 from liger_models.finetune import finetune
 from liger_models.generation import generate
@@ -20,11 +21,11 @@ from liger_models.selection import select_layers
 from liger_models.text import standard_text
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"text: could not read {path} as UTF-8: {error}") from error
+def _checked(path: Path | None) -> Path | None:
+    """A path to text that can be read, which is known before a model is loaded."""
+    if path is not None:
+        read(path)
+    return path
 
 
 def _linearize(args) -> None:
@@ -53,10 +54,11 @@ def _linearize(args) -> None:
 
 def _finetune(args) -> None:
     checkpoint.check_output(args.out, args.overwrite)
-    text = _read(args.text) if args.text else standard_text()[0]
+    text, held_out = _checked(args.text) or standard_text()[0], _checked(args.eval_text)
     model, tokenizer = checkpoint.load(args.model, args.dtype)
     names = ("steps", "length", "batch", "learning_rate")
     changes = {name: getattr(args, name) for name in names}
+    changes |= dict(eval_text=held_out, eval_steps=args.eval_steps, report_to=args.report_to, merge=not args.no_merge)
     store = args.out.with_name(args.out.name + ".checkpoints")
     model = finetune(model, tokenizer, text, args.recipe, checkpoints=store, resume=args.resume, **changes)
     checkpoint.save(model, tokenizer, args.out, args.overwrite)
@@ -76,7 +78,7 @@ def _generate(args) -> None:
 def _evaluate(args) -> None:
     if args.json and not args.json.parent.is_dir():
         raise ValueError(f"json: expected a file in a folder that exists, got {args.json}")
-    text = _read(args.text) if args.text else standard_text()[1]
+    text = _checked(args.text) or standard_text()[1]
     model, tokenizer = checkpoint.load(args.model, args.dtype)
     names = ("length", "max_blocks", "contexts", "depths", "keys")
     figures = evaluate(model, tokenizer, text, **{name: getattr(args, name) for name in names})

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,25 +15,39 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from liger_layers._memories import Mix
 from liger_models.cache import cache_bytes, make_cache
+from liger_models.data import IGNORED, Rows, documents, to_rows
 from liger_models.modeling import LigerMixin
 from liger_models.retrieval import retrieval
-from liger_models.text import to_blocks
+
+
+def perplexity(model: PreTrainedModel, blocks: torch.Tensor | Rows, description: str = "Perplexity") -> float:
+    """exp of the mean next-token loss over token ids [n, length] or rows with labels, one row at a time.
+
+    Every token with a label counts alike, however long its row.
+    """
+    return math.exp(mean_loss(model, blocks, description))
 
 
 @torch.no_grad()
-def perplexity(model: PreTrainedModel, blocks: torch.Tensor, description: str = "Perplexity") -> float:
-    """exp of the mean next-token loss over token ids [n, length], one block at a time."""
+def mean_loss(model: PreTrainedModel, rows: torch.Tensor | Rows, description: str = "Evaluating") -> float:
+    """Mean next-token loss over the tokens with a label, the first of a row aside; as `perplexity` takes them."""
     model.eval()
     device = model.get_input_embeddings().weight.device
-    rows = tqdm(blocks, desc=description, leave=False)
-    losses = [_loss(model, row[None].to(device)) for row in rows]
-    return math.exp(sum(losses) / len(losses))
+    rows = rows if isinstance(rows, Rows) else Rows(tuple(rows), tuple(rows))
+    total, count = 0.0, 0
+    for row in tqdm(rows, desc=description, leave=False):
+        labels = row["labels"][1:]
+        asked = int((labels != IGNORED).sum())
+        if asked:
+            total += asked * _loss(model, row["input_ids"][None].to(device), labels.to(device))
+            count += asked
+    return total / count
 
 
-def _loss(model: PreTrainedModel, ids: torch.Tensor) -> float:
-    """Mean next-token loss on ids [1,T]; the model's own may hold more, such as that of its routers."""
+def _loss(model: PreTrainedModel, ids: torch.Tensor, labels: torch.Tensor) -> float:
+    """Mean loss of ids [1,T] on the labels [T-1] of all but the first; the model's own may hold that of its routers."""
     logits = model(ids, use_cache=False).logits[0, :-1]
-    return F.cross_entropy(logits.float(), ids[0, 1:]).item()
+    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED).item()
 
 
 @contextmanager
@@ -53,7 +68,7 @@ def _nothing(module: Mix, args: tuple, weight: torch.Tensor) -> torch.Tensor:
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    text: str,
+    text: Any,
     *,
     length: int = 512,
     max_blocks: int | None = None,
@@ -61,25 +76,30 @@ def evaluate(
     depths: int = 8,
     keys: int = 4,
 ) -> dict[str, float]:
-    """Held-out figures of a model on text, cut into blocks of `length` tokens.
+    """Held-out figures of a model on text, in rows of at most `length` tokens.
 
-    Returns perplexity and tokens; for a linearized model also perplexity_window_only, with the recurrence switched
-    off: the closer the two, the less the recurrence does. For each context, a number of tokens of text, also
-    passkey_N, the share of keys found that are hidden in it one at a time, each at one of `depths`, and multikey_N, the
-    same among `keys` of them. ValueError if the text is shorter than a block or a context.
+    text may be anything that `finetune` takes; of conversations and completions only what the model would say counts.
+
+    Returns perplexity and tokens, those that count; for a linearized model also perplexity_window_only, with the
+    recurrence switched off: the closer the two, the less the recurrence does. For each context, a number of tokens of
+    text, also passkey_N, the share of keys found that are hidden in it one at a time, each at one of `depths`, and
+    multikey_N, the same among `keys` of them. ValueError if the text cannot be read, or is shorter than a block or a
+    context.
     """
     if max_blocks is not None and max_blocks < 1:
         raise ValueError(f"max_blocks: expected at least 1, got {max_blocks}")
-    blocks = to_blocks(tokenizer, text, length)[:max_blocks]
+    rows = to_rows(tokenizer, text, length).first(max_blocks)
+    filler = documents(text) if contexts else ""
     training, found = model.training, {}
     # First, and the longest before the others: a context that the text cannot fill is to be known at once.
     for context in sorted(contexts, reverse=True):
-        found[f"multikey_{context}"] = retrieval(model, tokenizer, text, context, depths=depths, keys=keys)
-        found[f"passkey_{context}"] = retrieval(model, tokenizer, text, context, depths=depths)
-    result = {"perplexity": perplexity(model, blocks), "tokens": blocks.numel()}
-    if isinstance(model, LigerMixin):
+        found[f"multikey_{context}"] = retrieval(model, tokenizer, filler, context, depths=depths, keys=keys)
+        found[f"passkey_{context}"] = retrieval(model, tokenizer, filler, context, depths=depths)
+    result = {"perplexity": perplexity(model, rows), "tokens": rows.tokens}
+    # Adapters that are not merged wrap the model.
+    if isinstance(model.get_base_model() if hasattr(model, "get_base_model") else model, LigerMixin):
         with without_recurrence(model):
-            result["perplexity_window_only"] = perplexity(model, blocks, "Perplexity, window only")
+            result["perplexity_window_only"] = perplexity(model, rows, "Perplexity, window only")
     model.train(training)
     return result | dict(reversed(found.items()))
 

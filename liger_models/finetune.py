@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import tempfile
 import threading
 import warnings
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
     TrainingArguments,
-    default_data_collator,
 )
 from transformers.trainer_utils import get_last_checkpoint
 
 from liger_models import checkpoint
+from liger_models.data import Rows, collate, to_rows
+from liger_models.evaluation import mean_loss
 from liger_models.modeling import LigerMixin
-from liger_models.text import to_blocks
 
 
 @dataclass(frozen=True)
@@ -82,19 +85,6 @@ RECIPES = {
 _ROUTING = ("memories.router", "memories.mix", "mixer.router", "mixer.router_gate")
 
 
-class Blocks(torch.utils.data.Dataset):
-    """Rows of token ids as inputs and labels of next-token prediction."""
-
-    def __init__(self, ids: torch.Tensor):
-        self.ids = ids
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.ids[index], "labels": self.ids[index]}
-
-
 class _Interrupt(TrainerCallback):
     """Ctrl-C finishes the step, saves a checkpoint and stops; a second one stops at once."""
 
@@ -123,15 +113,31 @@ class _Interrupt(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
+class _Trainer(Trainer):
+    """Evaluates as `perplexity` does: every token with a label counts alike, and routers do not count."""
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        loss = mean_loss(self.model, eval_dataset or self.eval_dataset)
+        figures = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_perplexity": math.exp(loss)}
+        self.log(figures)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
+        return figures
+
+
 def finetune(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    text: str,
+    text: Any,
     recipe: str | Recipe = "default",
     *,
+    eval_text: Any = None,
+    eval_steps: int | None = None,
     checkpoints: str | Path | None = None,
     resume: bool = False,
     seed: int = 0,
+    merge: bool = True,
+    report_to: str | list[str] = "none",
+    callbacks: Sequence[TrainerCallback] = (),
     **changes: Any,
 ) -> PreTrainedModel:
     """Fine-tune on text with LoRA, merge the adapters into the weights and return the model.
@@ -139,18 +145,59 @@ def finetune(
     Args:
         model: a causal LM; changed in place.
         tokenizer: its tokenizer.
-        text: training text, cut into blocks of `length` tokens.
+        text: what to learn, in rows of at most `length` tokens: a text; a list of documents; rows of a list or a
+            dataset with `text`, with `messages` (what the assistant says is learned), or with `prompt` and
+            `completion` (the completion is); or a path to .txt, .md, .jsonl or .json. One text is cut into full
+            blocks, each document of several by itself.
         recipe: "default", "paper", or a Recipe.
+        eval_text: the same forms, to measure eval_loss and eval_perplexity on at the end; the log has them.
+        eval_steps: measure them also every so many steps.
         checkpoints: folder for the checkpoint that Ctrl-C leaves; None leaves none.
-        resume: continue from the last checkpoint in that folder, under the same settings.
-        seed: of the order of blocks and the adapters.
+        resume: continue from the last checkpoint in that folder, under the same settings and on the same text.
+        seed: of the order of rows and the adapters.
+        merge: False returns the peft model with its adapters, which is all that its save_pretrained then writes.
+        report_to: where the Trainer reports to, such as "tensorboard".
+        callbacks: further callbacks of the Trainer; state.log_history holds the losses.
         changes: fields of Recipe: steps, length, batch, learning_rate, rank, ...
 
     Raises:
-        ValueError: unknown recipe or field, a field out of range, a text shorter than a block, nothing to resume, or a
-            folder that holds something else.
+        ValueError: unknown recipe or field, a field out of range, text that cannot be read or teaches nothing, nothing
+            to resume, or a folder that holds something else.
         KeyboardInterrupt: after Ctrl-C, once the checkpoint is written; the model then has no adapters.
     """
+    recipe = _recipe(recipe, changes)
+    if eval_steps is not None and (isinstance(eval_steps, bool) or not isinstance(eval_steps, int) or eval_steps < 1):
+        raise ValueError(f"eval_steps: expected an integer >= 1, got {eval_steps!r}")
+    if eval_steps is not None and eval_text is None:
+        raise ValueError("eval_steps: expected an eval_text to measure, got none")
+    reports = {report_to} if isinstance(report_to, str) else set(report_to)
+    if reports & {"tensorboard", "all"} and not (checkpoints or os.getenv("TENSORBOARD_LOGGING_DIR")):
+        raise ValueError("report_to: expected a folder of checkpoints for tensorboard to write to, got none")
+    rows = to_rows(tokenizer, text, recipe.length)
+    held_out = None if eval_text is None else to_rows(tokenizer, eval_text, recipe.length, "eval_text")
+    pad = next((x for x in (tokenizer.pad_token_id, tokenizer.eos_token_id) if x is not None), 0)
+    job = _Job(rows, held_out, pad, recipe, seed, merge, eval_steps, report_to, tuple(callbacks))
+    if checkpoints is None:
+        if resume:
+            raise ValueError("resume: expected a folder of checkpoints to resume from, got none")
+        with tempfile.TemporaryDirectory() as folder:
+            return _train(model, job, Path(folder), None)
+    folder = Path(checkpoints)
+    run = {**asdict(recipe), "targets": list(recipe.targets), "seed": seed, "text": rows.digest()}
+    run["model"] = f"{type(model).__name__} with {model.num_parameters():,} parameters"
+    last = checkpoint.claim(folder, run, resume)
+    try:
+        return _train(model, job, folder, last)
+    except KeyboardInterrupt as error:
+        if get_last_checkpoint(str(folder)):
+            raise KeyboardInterrupt(f"fine-tuning interrupted; the checkpoint in {folder} can be resumed") from error
+        raise
+    finally:
+        checkpoint.discard(folder, unless_checkpoint=True)
+
+
+def _recipe(recipe: str | Recipe, changes: dict[str, Any]) -> Recipe:
+    """The recipe of a name with some of its fields changed; None changes nothing."""
     if isinstance(recipe, str):
         if recipe not in RECIPES:
             raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, got {recipe!r}")
@@ -158,25 +205,7 @@ def finetune(
     known = {f.name for f in fields(Recipe)}
     if unknown := sorted(set(changes) - known):
         raise ValueError(f"{unknown[0]}: unknown; expected one of {', '.join(sorted(known))}")
-    recipe = replace(recipe, **{name: value for name, value in changes.items() if value is not None})
-    blocks = to_blocks(tokenizer, text, recipe.length)
-    if checkpoints is None:
-        if resume:
-            raise ValueError("resume: expected a folder of checkpoints to resume from, got none")
-        with tempfile.TemporaryDirectory() as folder:
-            return _train(model, blocks, recipe, Path(folder), None, seed)
-    folder = Path(checkpoints)
-    run = {**asdict(recipe), "targets": list(recipe.targets), "seed": seed, "blocks": len(blocks)}
-    run["model"] = f"{type(model).__name__} with {model.num_parameters():,} parameters"
-    last = checkpoint.claim(folder, run, resume)
-    try:
-        return _train(model, blocks, recipe, folder, last, seed)
-    except KeyboardInterrupt as error:
-        if get_last_checkpoint(str(folder)):
-            raise KeyboardInterrupt(f"fine-tuning interrupted; the checkpoint in {folder} can be resumed") from error
-        raise
-    finally:
-        checkpoint.discard(folder, unless_checkpoint=True)
+    return replace(recipe, **{name: value for name, value in changes.items() if value is not None})
 
 
 @contextmanager
@@ -196,8 +225,47 @@ def _checkpointing(wanted: bool) -> dict[str, Any]:
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
 
 
-def _train(model, blocks, recipe: Recipe, folder: Path, last: str | None, seed: int) -> PreTrainedModel:
-    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+@dataclass(frozen=True)
+class _Job:
+    """What to train on, how, and what to tell of it."""
+
+    rows: Rows
+    held_out: Rows | None
+    pad: int
+    recipe: Recipe
+    seed: int
+    merge: bool
+    eval_steps: int | None
+    report_to: str | list[str]
+    callbacks: tuple[TrainerCallback, ...]
+
+    def arguments(self, folder: Path) -> TrainingArguments:
+        recipe = self.recipe
+        return TrainingArguments(
+            output_dir=str(folder),
+            per_device_train_batch_size=recipe.batch,
+            num_train_epochs=recipe.epochs,
+            max_steps=recipe.steps or -1,
+            learning_rate=recipe.learning_rate,
+            lr_scheduler_type="linear",
+            warmup_steps=recipe.warmup,
+            weight_decay=0.0,
+            logging_steps=10,
+            save_strategy="no",
+            eval_strategy="steps" if self.eval_steps else "no",
+            eval_steps=self.eval_steps,
+            report_to=self.report_to,
+            seed=self.seed,
+            # Rows of like lengths in a batch, so that little is padded.
+            train_sampling_strategy="random" if self.rows.even else "group_by_length",
+            dataloader_pin_memory=False,
+            use_cpu=not torch.cuda.is_available(),
+            **_checkpointing(recipe.gradient_checkpointing),
+        )
+
+
+def _adapted(model: PreTrainedModel, recipe: Recipe) -> tuple[PeftModel, bool]:
+    """The model with adapters, and whether it has routers to train."""
     whole = []
     if recipe.features and isinstance(model, LigerMixin):
         whole = ["feature_map", "mix"] if model.config.liger["learn_mix"] else ["feature_map"]
@@ -206,60 +274,50 @@ def _train(model, blocks, recipe: Recipe, folder: Path, last: str | None, seed: 
     # A pattern may leave no layer that recurs.
     whole, routed = ([x for x in xs if any(name.endswith("." + x) for name in names)] for xs in (whole, _ROUTING))
     targets = [*recipe.targets, *(["qkv_proj"] if "qkv_proj" in parts else [])]
-    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=recipe.rank,
+        lora_alpha=recipe.alpha,
+        target_modules=[x for x in targets if x in parts],
+        modules_to_save=[*whole, *routed] or None,
+        task_type="CAUSAL_LM",
+    )
     with _quiet_peft():
-        adapted = get_peft_model(
-            model,
-            LoraConfig(
-                r=recipe.rank,
-                lora_alpha=recipe.alpha,
-                target_modules=[x for x in targets if x in parts],
-                modules_to_save=[*whole, *routed] or None,
-                task_type="CAUSAL_LM",
-            ),
-        )
-    interrupt = _Interrupt()
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=recipe.batch,
-        num_train_epochs=recipe.epochs,
-        max_steps=recipe.steps or -1,
-        learning_rate=recipe.learning_rate,
-        lr_scheduler_type="linear",
-        warmup_steps=recipe.warmup,
-        weight_decay=0.0,
-        logging_steps=10,
-        save_strategy="no",
-        report_to="none",
-        seed=seed,
-        dataloader_pin_memory=False,
-        use_cpu=not torch.cuda.is_available(),
-        **_checkpointing(recipe.gradient_checkpointing),
-    )
-    trainer = Trainer(
-        model=adapted,
-        args=arguments,
-        train_dataset=Blocks(blocks),
-        data_collator=default_data_collator,
-        callbacks=[interrupt],
-    )
+        return get_peft_model(model, config), bool(routed)
+
+
+def _train(model: PreTrainedModel, job: _Job, folder: Path, last: str | None) -> PreTrainedModel:
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    arguments, interrupt = job.arguments(folder), _Interrupt()
+    torch.manual_seed(job.seed)
+    adapted, routed = _adapted(model, job.recipe)
     done, told = False, vars(model.config).get("output_router_logits")
     try:
+        trainer = _Trainer(
+            model=adapted,
+            args=arguments,
+            train_dataset=job.rows,
+            eval_dataset=job.held_out,
+            data_collator=partial(collate, pad=job.pad),
+            callbacks=[interrupt, *job.callbacks],
+        )
         if routed:
             # The load of memories is to be balanced while they learn.
             model.config.output_router_logits = True
         with interrupt.listening(), _quiet_peft():
             trainer.train(resume_from_checkpoint=last)
         done = not interrupt.asked
+        if done and job.held_out and not (job.eval_steps and trainer.state.global_step % job.eval_steps == 0):
+            trainer.evaluate()
     finally:
-        model = adapted.merge_and_unload() if done else adapted.unload()
         if routed and told is None:
             del model.config.output_router_logits
         elif routed:
             model.config.output_router_logits = told
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in trainable)
+        if not done or job.merge:
+            model = adapted.merge_and_unload() if done else adapted.unload()
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name in trainable)
     if not done:
         raise KeyboardInterrupt("fine-tuning interrupted")
     model.config.use_cache = True
-    return model.eval()
+    return (model if job.merge else adapted).eval()

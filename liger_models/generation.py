@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from liger_models.text import chat_ids, framing, token_ids
+
 
 @contextmanager
 def without_settings(model: PreTrainedModel):
@@ -36,18 +38,19 @@ def generate(
     chat: bool = False,
     **options: Any,
 ) -> str:
-    """The continuation of a prompt. chat wraps it in the tokenizer's chat template; options go to model.generate."""
+    """The continuation of a prompt, begun as the tokenizer begins a text.
+
+    chat wraps the prompt in the tokenizer's chat template; options go to model.generate. ValueError for no token at
+    all, or chat without a template.
+    """
     device = model.get_input_embeddings().weight.device
     if chat:
-        messages = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        ids = chat_ids(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
     else:
-        inputs = tokenizer(prompt, return_tensors="pt")
-    if not inputs["input_ids"].shape[1]:
+        ids = framing(tokenizer)[0] + token_ids(tokenizer, prompt)
+    if not ids:
         raise ValueError("prompt: expected at least one token, got none")
-    inputs = {name: inputs[name].to(device) for name in ("input_ids", "attention_mask")}
+    ids = torch.tensor([ids], device=device)
     options = {"do_sample": False, "pad_token_id": tokenizer.eos_token_id, **options}
-    out = model.generate(**inputs, max_new_tokens=max_new_tokens, **options)
-    return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, **options)
+    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)

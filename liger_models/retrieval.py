@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from liger_models.generation import without_settings
-from liger_models.text import to_blocks
+from liger_models.text import framing, token_ids
 
 # Filler starts at a multiple of so many tokens, one of the first hundred.
 _STEP, _STARTS = 512, 100
@@ -41,7 +41,7 @@ def make_prompt(
     """`length` tokens of filler [tokens] from a place that seed draws, with keys in it, and the question for one.
 
     One key stands at depth (0 to 1) and has no name; several have names and stand evenly, and the one nearest to depth
-    is asked for.
+    is asked for. The tokenizer begins the prompt as it begins a text.
     """
     if length < 1:
         raise ValueError(f"length: expected at least one token of filler, got {length}")
@@ -61,7 +61,7 @@ def make_prompt(
     def encode(words: str) -> list[int]:
         return tokenizer(words, add_special_tokens=False)["input_ids"]
 
-    ids, before = [], 0
+    ids, before = list(framing(tokenizer)[0]), 0
     for name, value, place in zip(names, values, depths, strict=True):
         cut = int(length * place)
         ids += text[before:cut] + encode(_key_text(name, value))
@@ -86,7 +86,7 @@ def retrieval(
     """
     if depths < 1:
         raise ValueError(f"depths: expected at least 1, got {depths}")
-    filler, found = to_blocks(tokenizer, text, 2).flatten(), 0
+    filler, found = torch.tensor(token_ids(tokenizer, text)), 0
     prompts = [make_prompt(tokenizer, filler, length, i, (i + 0.5) / depths, keys) for i in range(depths)]
     training, device = model.training, model.get_input_embeddings().weight.device
     model.eval()

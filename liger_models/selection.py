@@ -20,7 +20,7 @@ from liger_models.families import own_windows
 from liger_models.linearize import moments_of
 from liger_models.modeling import new_attention
 from liger_models.retrieval import make_prompt
-from liger_models.text import to_blocks
+from liger_models.text import token_ids
 
 # Prompts, and the seed of the first: `retrieval` hides other keys.
 PROMPTS, SEED = 6, 5000
@@ -99,7 +99,7 @@ def hidden_keys(
     tokenizer: PreTrainedTokenizerBase, text: str, length: int, device: torch.device, seed: int = SEED
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Prompts with a hidden key: token ids [1,T] with the key at their end, and the key [A]."""
-    filler, rows = to_blocks(tokenizer, text, 2).flatten(), []
+    filler, rows = torch.tensor(token_ids(tokenizer, text)), []
     for i in range(PROMPTS):
         prompt = make_prompt(tokenizer, filler, length, seed + i, (i + 0.5) / PROMPTS)
         answer = tokenizer(f" {prompt.key}", add_special_tokens=False)["input_ids"]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pydoc_data import topics
+from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -25,17 +27,69 @@ def hold_out(text: str) -> tuple[str, str]:
     return text[:cut], text[cut:]
 
 
-def to_blocks(tokenizer: PreTrainedTokenizerBase, text: str, length: int, name: str = "text") -> torch.Tensor:
-    """Token ids [n, length]; the rest that fills no block is dropped. ValueError if there is not one block."""
-    if length < 2:
-        raise ValueError(f"length: expected blocks of at least 2 tokens, got {length}")
+def framing(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The token ids that a tokenizer by itself puts before and behind a text; each may be empty."""
+    plain, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return whole[:start], whole[start + len(plain) :]
+    return [], []
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The token ids of a text of any length, without what the tokenizer would put around it."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        ids = tokenizer(text)["input_ids"]
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     finally:
         logging.set_verbosity(verbosity)
-    count = len(ids) // length
-    if not count:
-        raise ValueError(f"{name}: expected at least one block of {length} tokens, got {len(ids)} tokens")
-    return torch.tensor(ids[: count * length]).view(count, length)
+    before, after = framing(tokenizer)
+    # A text may hold them already.
+    ids = ids[len(before) :] if before and ids[: len(before)] == before else ids
+    return ids[: -len(after)] if after and ids[-len(after) :] == after else ids
+
+
+def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **options: Any) -> list[int]:
+    """Token ids of a templated conversation; what the tokenizer puts before a text stands before it exactly once.
+
+    Options go to apply_chat_template. ValueError if there is no template or it refuses the conversation.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError("messages: expected a tokenizer with a chat template, got one without")
+    try:
+        ids = tokenizer.apply_chat_template(messages, return_dict=True, **options)["input_ids"]
+    except (TemplateError, TypeError, KeyError) as error:
+        raise ValueError(f"messages: the chat template refuses them: {error}") from error
+    return once_before(ids, framing(tokenizer)[0])
+
+
+def once_before(ids: list[int], before: list[int]) -> list[int]:
+    """ids with `before` at their start exactly once."""
+    while before and ids[: len(before)] == before:
+        ids = ids[len(before) :]
+    return before + ids
+
+
+def cut(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> list[list[int]]:
+    """A text in rows of at most `length` token ids, the last of which may be shorter, empty for an empty text.
+
+    Each row starts with what the tokenizer puts before a text; what it puts behind one follows the last token.
+    """
+    before, after = framing(tokenizer)
+    if length < max(2, len(before) + 1):
+        raise ValueError(f"length: expected blocks of at least {max(2, len(before) + 1)} tokens, got {length}")
+    ids, step = [*token_ids(tokenizer, text), *after], length - len(before)
+    return [before + ids[start : start + step] for start in range(0, len(ids), step)]
+
+
+def to_blocks(tokenizer: PreTrainedTokenizerBase, text: str, length: int, name: str = "text") -> torch.Tensor:
+    """Token ids [n, length], each row begun as the tokenizer begins a text; the rest that fills no block is dropped.
+
+    ValueError if there is not one block.
+    """
+    rows = cut(tokenizer, text, length)
+    full = [row for row in rows if len(row) == length]
+    if not full:
+        raise ValueError(f"{name}: expected at least one block of {length} tokens, got {sum(map(len, rows))} tokens")
+    return torch.tensor(full)
