@@ -37,7 +37,7 @@ def load(name: str | Path, dtype: torch.dtype | str = "auto") -> tuple[PreTraine
         if not path.is_file():
             raise ValueError(f"model: expected a GGUF file, found nothing at {path}")
         source, options = str(path.parent), {"gguf_file": path.name}
-    elif (path / _CONFIGS[1]).is_file():
+    elif (path / _CONFIGS[1]).is_file() and not (path / _CONFIGS[0]).is_file():
         return _with_adapters(path, dtype)
     elif path.is_dir():
         if not (path / "config.json").is_file():

@@ -21,10 +21,10 @@ from liger_models.selection import select_layers
 from liger_models.text import standard_text
 
 
-def _checked(path: Path | None) -> Path | None:
+def _checked(path: Path | None, name: str = "text") -> Path | None:
     """A path to text that can be read, which is known before a model is loaded."""
     if path is not None:
-        read(path)
+        read(path, name)
     return path
 
 
@@ -54,7 +54,7 @@ def _linearize(args) -> None:
 
 def _finetune(args) -> None:
     checkpoint.check_output(args.out, args.overwrite)
-    text, held_out = _checked(args.text) or standard_text()[0], _checked(args.eval_text)
+    text, held_out = _checked(args.text) or standard_text()[0], _checked(args.eval_text, "eval_text")
     model, tokenizer = checkpoint.load(args.model, args.dtype)
     names = ("steps", "length", "batch", "learning_rate")
     changes = {name: getattr(args, name) for name in names}

@@ -101,3 +101,38 @@ def test_a_pattern_of_names_and_a_gate_from_a_module(folder, capsys, monkeypatch
     assert "import: could not import 'no_gates'" in capsys.readouterr().err
     assert main(["linearize", "nowhere", "--out", "x", "--gate", "none"]) == 2
     assert "gate: expected one of gla, " in capsys.readouterr().err
+
+
+def test_json_lines_are_rows_and_adapters_stand_for_their_model(folder, capsys):
+    rows = [{"prompt": "the quick ", "completion": "brown fox"}, {"prompt": "over the ", "completion": "lazy dog"}] * 3
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    small, adapters = str(folder / "small"), str(folder / "adapters")
+    assert main(["linearize", str(folder / "original"), "--out", small, "--window", "8"]) == 0
+    data = ["--text", str(folder / "rows.jsonl"), "--length", "32"]
+    quick = [
+        "--steps",
+        "2",
+        "--batch",
+        "2",
+        "--no-merge",
+        "--eval-text",
+        str(folder / "rows.jsonl"),
+        "--eval-steps",
+        "1",
+    ]
+    capsys.readouterr()
+    assert main(["finetune", small, "--out", adapters, *data, *quick]) == 0
+    assert capsys.readouterr().out.count("eval_loss") == 2
+    assert not (folder / "adapters" / "config.json").exists()
+    figures = []
+    for model in (small, adapters):
+        assert main(["evaluate", model, *data, "--json", str(folder / "figures.json")]) == 0
+        figures.append(json.loads((folder / "figures.json").read_text()))
+    # Completions and the end of each, no prompt and no braces.
+    assert [x["tokens"] for x in figures] == [3 * (10 + 9)] * 2
+    assert figures[0]["perplexity"] != figures[1]["perplexity"]
+    assert main(["evaluate", small, *data, "--contexts", "16"]) == 2
+    assert "text: expected plain text to hide keys in" in capsys.readouterr().err
+    (folder / "rows.jsonl").write_text("{")
+    assert main(["evaluate", small, *data]) == 2
+    assert "rows.jsonl, line 1: expected JSON" in capsys.readouterr().err

@@ -3,8 +3,10 @@
 import os
 import signal
 
+import peft
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from liger_models import LigerForCausalLM, LigerModelConfig, evaluate, finetune
 from liger_models.finetune import RECIPES, _Interrupt
@@ -97,9 +99,12 @@ def test_control_c_leaves_a_checkpoint_that_resumes(tmp_path, monkeypatch):
     for changes, message in (
         (dict(steps=8), "holds an interrupted run"),
         (dict(steps=9, resume=True), "steps: expected 8, as in the run to resume, got 9"),
+        # As many rows of other text.
+        (dict(steps=8, resume=True, text=TEXT.upper()), "text: expected '84 rows, sha256 .*', as in the run to resume"),
     ):
+        arguments = dict(text=TEXT, checkpoints=store) | changes | QUICK
         with pytest.raises(ValueError, match=message):
-            finetune(linearize_tiny(tiny(), window=8), tiny_tokenizer(), TEXT, checkpoints=store, **changes, **QUICK)
+            finetune(linearize_tiny(tiny(), window=8), tiny_tokenizer(), **arguments)
     resumed = finetune(
         linearize_tiny(tiny(), window=8), tiny_tokenizer(), TEXT, steps=8, checkpoints=store, resume=True, **QUICK
     )
@@ -144,6 +149,71 @@ def test_bad_input_is_named(tmp_path):
         (dict(text=TEXT, speed=3), "speed: unknown; expected one of"),
         (dict(text=TEXT, resume=True), "resume: expected a folder"),
         (dict(text=TEXT, resume=True, checkpoints=tmp_path), "resume: expected a checkpoint"),
+        (dict(text=TEXT, length=32, eval_steps=0, eval_text=TEXT), "eval_steps: expected an integer >= 1, got 0"),
+        (dict(text=TEXT, length=32, eval_steps=2), "eval_steps: expected an eval_text to measure, got none"),
+        (dict(text=TEXT, length=32, eval_text="short"), "eval_text: expected at least one block of 32 tokens, got 5"),
+        (dict(text=TEXT, length=32, report_to="tensorboard"), "report_to: expected a folder of checkpoints"),
+        (dict(text=TEXT, length=32, report_to="nowhere"), "nowhere is not supported"),
     ):
         with pytest.raises(ValueError, match=message):
             finetune(model, tokenizer, **arguments)
+    assert not any("lora" in name for name, _ in model.named_parameters())
+
+
+class Log(TrainerCallback):
+    """What the Trainer has logged."""
+
+    def on_log(self, args, state, control, **kwargs):
+        self.history = list(state.log_history)
+
+
+@pytest.mark.parametrize("name", ["llama", "olmoe"])
+def test_losses_on_held_out_rows_are_those_of_perplexity(name):
+    """Rows of unlike lengths, of which a part is learned; measured every two steps and at the end."""
+    model, tokenizer, log = linearize_tiny(tiny(name), window=8, memories=2), tiny_tokenizer(), Log()
+    rows = [{"prompt": TEXT[i : i + 3 * i], "completion": TEXT[:i]} for i in (3, 5, 2)]
+    model.config.output_router_logits = True
+    before = evaluate(model, tokenizer, rows, length=32)["perplexity"]
+    tuned = finetune(
+        model, tokenizer, TEXT, steps=3, eval_text=rows, eval_steps=2, callbacks=[log], **(QUICK | dict(batch=1))
+    )
+    found = [(x["step"], x["eval_perplexity"], x["eval_loss"]) for x in log.history if "eval_loss" in x]
+    assert [step for step, *_ in found] == [2, 3]
+    figures = evaluate(tuned, tokenizer, rows, length=32)
+    assert figures["tokens"] == 13 and found[-1][1] == pytest.approx(figures["perplexity"], rel=1e-4) != before
+    assert found[-1][2] == pytest.approx(torch.tensor(figures["perplexity"]).log().item(), abs=1e-4)
+
+
+def test_adapters_that_are_not_merged_are_saved_alone_and_come_back(tmp_path):
+    model = linearize_tiny(tiny(), window=8, sinks=2)
+    base = {n: p.detach().clone() for n, p in model.named_parameters()}
+    model.save_pretrained(tmp_path / "base")
+    tuned = finetune(model, tiny_tokenizer(), TEXT, steps=4, merge=False, **QUICK)
+    assert isinstance(tuned, peft.PeftModel) and not tuned.training
+    tuned.save_pretrained(tmp_path / "adapters")
+    size = sum(p.stat().st_size for p in (tmp_path / "adapters").glob("*.safetensors"))
+    assert size < 0.7 * (tmp_path / "base" / "model.safetensors").stat().st_size
+    x = ids(2, 40)
+    with torch.no_grad():
+        wanted = tuned(x).logits
+        again = linearize_tiny(tiny(), window=8, sinks=2)
+        assert all(torch.equal(p, base[n]) for n, p in again.named_parameters())
+        plain = again(x).logits
+        again = peft.PeftModel.from_pretrained(again, tmp_path / "adapters").eval()
+        assert (again(x).logits - wanted).abs().max() <= 1e-6 < (plain - wanted).abs().max()
+        assert (tuned.merge_and_unload()(x).logits - wanted).abs().max() <= 1e-4
+    assert evaluate(again, tiny_tokenizer(), TEXT, length=32, max_blocks=2)["perplexity_window_only"] > 1
+
+
+def test_conversations_of_unlike_lengths_teach_their_answers():
+    template = "{% for m in messages %}{{ m.role[0] + m.content + '</s>' }}{% endfor %}"
+    template += "{% if add_generation_prompt %}a{% endif %}"
+    model, tokenizer = linearize_tiny(tiny(scale=1.0), window=8, sinks=2), tiny_tokenizer("<s>", chat_template=template)
+    rows = [
+        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": q[-1] * 6}]}
+        for q in ("xa", "yyb", "zc", "wwwwd", "e", "uuuuuuuuf")
+    ]
+    before = evaluate(model, tokenizer, rows, length=32)
+    assert before["tokens"] == 6 * 7
+    tuned = finetune(model, tokenizer, rows, steps=40, **(QUICK | dict(learning_rate=2e-2)))
+    assert evaluate(tuned, tokenizer, rows, length=32)["perplexity"] < 0.5 * before["perplexity"]

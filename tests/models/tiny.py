@@ -76,19 +76,30 @@ def checkpoint_activations(model, **options):
     (new or model.gradient_checkpointing_enable)(options or None)
 
 
-def tiny_tokenizer():
-    """One token a printable character; ids 0, 1, 2 are padding, start and end."""
+def tiny_tokenizer(before: str = "", after: str = "", chat_template: str | None = None):
+    """One token a printable character; ids 0, 1, 2 are padding, start and end.
+
+    before, after: the special tokens that it puts around a text by itself, such as "<s>".
+    """
     import string
 
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     characters = [c for c in string.printable if c not in "\r\x0b\x0c"][:93]
     vocabulary = {c: i for i, c in enumerate(["<pad>", "<s>", "</s>", "<unk>", *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    if before or after:
+        special = [(token, vocabulary[token]) for token in (before, after) if token]
+        tokenizer.post_processor = processors.TemplateProcessing(f"{before} $A {after}".strip(), special_tokens=special)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        chat_template=chat_template,
     )
 
 
