@@ -23,7 +23,7 @@ from liger_models.text import chat_ids, cut, framing, to_blocks, token_ids
 IGNORED = -100
 _PLAIN, _LINES, _LIST = (".txt", ".md", ""), ".jsonl", ".json"
 _FORMS = {"text": ("text",), "messages": ("messages",), "prompt and completion": ("prompt", "completion")}
-_CHOICES = "text, messages, or prompt and completion"
+_CHOICES = "one of text, messages, or prompt and completion"
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 

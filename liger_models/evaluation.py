@@ -41,6 +41,8 @@ def mean_loss(model: PreTrainedModel, rows: torch.Tensor | Rows, description: st
         if asked:
             total += asked * _loss(model, row["input_ids"][None].to(device), labels.to(device))
             count += asked
+    if not count:
+        raise ValueError("blocks: expected rows with a token to predict, got none")
     return total / count
 
 

@@ -136,7 +136,7 @@ def finetune(
     resume: bool = False,
     seed: int = 0,
     merge: bool = True,
-    report_to: str | list[str] = "none",
+    report_to: str | Sequence[str] = (),
     callbacks: Sequence[TrainerCallback] = (),
     **changes: Any,
 ) -> PreTrainedModel:
@@ -176,7 +176,7 @@ def finetune(
     rows = to_rows(tokenizer, text, recipe.length)
     held_out = None if eval_text is None else to_rows(tokenizer, eval_text, recipe.length, "eval_text")
     pad = next((x for x in (tokenizer.pad_token_id, tokenizer.eos_token_id) if x is not None), 0)
-    job = _Job(rows, held_out, pad, recipe, seed, merge, eval_steps, report_to, tuple(callbacks))
+    job = _Job(rows, held_out, pad, recipe, seed, merge, eval_steps, sorted(reports), tuple(callbacks))
     if checkpoints is None:
         if resume:
             raise ValueError("resume: expected a folder of checkpoints to resume from, got none")
@@ -236,7 +236,7 @@ class _Job:
     seed: int
     merge: bool
     eval_steps: int | None
-    report_to: str | list[str]
+    report_to: list[str]
     callbacks: tuple[TrainerCallback, ...]
 
     def arguments(self, folder: Path) -> TrainingArguments:

@@ -168,14 +168,17 @@ def test_long_rows_are_cut_and_what_then_teaches_nothing_is_counted():
     [
         (
             [{"prompt": "a", "completions": "b"}],
-            r"^text\[0\]: expected text, messages, or prompt and completion, got p",
+            r"^text\[0\]: expected one of text, messages, or prompt and completion, got p",
         ),
-        ({"train": [], "test": []}, r"^text\[0\]: expected text, messages, or prompt and completion, got train, test"),
+        (
+            {"train": [], "test": []},
+            r"^text\[0\]: expected one of text, messages, or prompt and completion, got train, test",
+        ),
         (
             [{"text": "a", "messages": TALK}],
-            r"^text\[0\]: expected text, messages, or prompt and completion, got text, m",
+            r"^text\[0\]: expected one of text, messages, or prompt and completion, got text, m",
         ),
-        (["a text", 3], r"^text\[1\]: expected a document or a row with text, .*, got int"),
+        (["a text", 3], r"^text\[1\]: expected a document or a row with one of text, .*, got int"),
         ([{"prompt": TALK, "completion": "a"}], r"^text\[0\]: expected prompt to be a string, got list"),
         ([{"messages": "hi"}], r"^text\[0\]: expected messages to be a list, got str"),
         ([{"messages": [{"content": "hi"}]}], r"^text\[0\]: messages: expected a list of messages with a role"),
@@ -211,7 +214,7 @@ def test_a_malformed_line_is_named(tmp_path):
     good, path = json.dumps({"text": "abc"}), tmp_path / "x.jsonl"
     for line, message in (
         ('{"text": "abc"', "line 3: expected JSON: .* at column 15"),
-        ('{"words": "abc"}', "line 3: expected text, messages, or prompt and completion, got words"),
+        ('{"words": "abc"}', "line 3: expected one of text, messages, or prompt and completion, got words"),
         ("[1]", "line 3: expected a document or a row"),
     ):
         path.write_text(f"{good}\n\n{line}\n{good}\n")
@@ -240,10 +243,11 @@ def test_padding_teaches_nothing(options):
     alone = [model(**{k: v[None] for k, v in row.items()}, use_cache=False).loss for row in rows]
     wanted = sum(n * x for n, x in zip(counts, alone, strict=True)) / sum(counts)
     wanted.backward()
-    assert loss.item() == pytest.approx(wanted.item(), abs=1e-10)
+    # transformers takes the loss in float32.
+    assert loss.item() == pytest.approx(wanted.item(), abs=2e-6)
     for n, p in model.named_parameters():
         if p.grad is not None:
-            assert (found[n] - p.grad).abs().max() <= 1e-10, n
+            assert (found[n] - p.grad).abs().max() <= 1e-6, n
 
 
 def test_perplexity_counts_every_learned_token_alike():
@@ -256,7 +260,9 @@ def test_perplexity_counts_every_learned_token_alike():
             for row, first in zip(rows.ids, (25, 0), strict=True)
         ]
     assert [len(x) for x in losses] == [15, 11]
-    assert perplexity(model, rows) == pytest.approx(torch.cat(losses).mean().exp().item(), rel=1e-12)
+    assert perplexity(model, rows) == pytest.approx(torch.cat(losses).mean().exp().item(), rel=1e-7)
+    with pytest.raises(ValueError, match="blocks: expected rows with a token to predict, got none"):
+        perplexity(model, ids(2, 1))
     blocks = ids(3, 40)
     each = [perplexity(model, block[None]) for block in blocks]
     assert perplexity(model, blocks) == pytest.approx(torch.tensor(each, dtype=torch.float64).log().mean().exp().item())
