@@ -12,8 +12,9 @@ import torch
 import transformers
 
 from liger_models import checkpoint, finetune, linearize, perplexity
+from liger_models.costs import measure_costs
 from liger_models.demo import bundled_model
-from liger_models.evaluation import measure_costs, without_recurrence
+from liger_models.evaluation import without_recurrence
 from liger_models.text import standard_text, to_blocks
 
 
@@ -54,14 +55,11 @@ def main() -> None:
 
 
 def prefill(path: str, context: int = 8192, rounds: int = 3) -> dict:
-    """Seconds of prefill, original and linearized in turn in one process; medians."""
+    """Seconds of prefill, original and linearized in turns in one process; medians."""
     models = {name: checkpoint.load(path, torch.float32)[0] for name in ("original", "linearized")}
     linearize(models["linearized"])
-    times = {name: [] for name in models}
-    for _ in range(rounds):
-        for name, model in models.items():
-            times[name].append(measure_costs(model, [context], decode_tokens=1)[0]["prefill_s"])
-    medians = {name: sorted(values)[rounds // 2] for name, values in times.items()}
+    costs = measure_costs(models, [context], rounds=rounds, decode_tokens=1)
+    medians = {name: rows[0]["prefill_s"]["median"] for name, rows in costs.items()}
     return {**medians, "ratio": medians["original"] / medians["linearized"]}
 
 

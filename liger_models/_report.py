@@ -10,56 +10,148 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-_PANELS = (
-    ("cache_bytes", "cache, MB", 1e-6),
-    ("decode_ms_per_token", "decoding, ms a token", 1.0),
-    ("prefill_s", "prefill, s", 1.0),
-)
+from liger_models.costs import PROCESS
+
+# Colour says which model, and is told apart by the colour-blind; a broken line says that it was not tuned.
+STYLES = {
+    "original": dict(color="#0072B2", linestyle="--", marker="o", markerfacecolor="white"),
+    "window only": dict(color="#767676", linestyle=":", marker="^", markerfacecolor="white"),
+    "linearized": dict(color="#D55E00", linestyle="--", marker="s", markerfacecolor="white"),
+    "original, tuned alike": dict(color="#0072B2", linestyle="-", marker="o"),
+    "linearized, tuned": dict(color="#D55E00", linestyle="-", marker="s"),
+}
+_TIMES = {"decode_ms": ("decoding", "ms a token"), "prefill_s": ("prefill", "s")}
 
 
 def write_report(folder: Path, result: dict) -> None:
     """report.json, report.md and report.png in a folder that exists."""
     (folder / "report.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    (folder / "report.md").write_text(_markdown(result), encoding="utf-8")
-    figure, axes = plt.subplots(1, len(_PANELS), figsize=(12, 3.6), layout="constrained")
-    for axis, (key, label, factor) in zip(axes, _PANELS, strict=True):
-        for name, rows in result["costs"].items():
-            axis.plot([r["context"] for r in rows], [factor * r[key] for r in rows], marker="o", label=name)
-        axis.set(xlabel="context, tokens", ylabel=label, ylim=(0, None))
-        axis.grid(alpha=0.3)
-    axes[0].legend()
+    (folder / "report.md").write_text("\n".join(_markdown(result)), encoding="utf-8")
+    figure = _picture(result)
     figure.savefig(folder / "report.png", dpi=120)
     plt.close(figure)
 
 
-def _markdown(result: dict) -> str:
-    p = result["perplexity"]
-    lines = [
-        f"# {Path(result['model']).name}, linearized",
+def _title(result: dict) -> str:
+    return f"{Path(result['model']).stem}, linearized"
+
+
+def _machine(result: dict) -> str:
+    m = result["machine"]
+    return f"{m['processor']}, {m['threads']} threads, torch {m['torch']}, {result['date']}"
+
+
+def _picture(result: dict):
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8.2))
+    figure.subplots_adjust(left=0.075, right=0.98, top=0.865, bottom=0.165, hspace=0.42, wspace=0.2)
+    figure.suptitle(_title(result), x=0.075, y=0.975, ha="left", fontsize=15, fontweight="bold")
+    figure.text(0.075, 0.918, _machine(result), ha="left", fontsize=10, color="#444444")
+    quality, cache, decode, prefill = axes.flat
+    _quality(quality, result["quality"])
+    for name, rows in result["costs"].items():
+        contexts = [row["context"] for row in rows]
+        cache.plot(contexts, [row["cache_bytes"] / 1e6 for row in rows], **STYLES[name])
+        for axis, key in ((decode, "decode_ms"), (prefill, "prefill_s")):
+            spread = [row[key] for row in rows]
+            medians = [s["median"] for s in spread]
+            bars = [[s["median"] - s["low"] for s in spread], [s["high"] - s["median"] for s in spread]]
+            axis.errorbar(contexts, medians, bars, capsize=4, **STYLES[name])
+    for axis, label in ((cache, "Cache, MB"), (decode, "Decoding, ms a token"), (prefill, "Prefill, s")):
+        axis.set_title(label, loc="left", fontsize=11)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(contexts, [f"{c:,}" for c in contexts])
+        axis.minorticks_off()
+        axis.set(xlabel="context, tokens", ylim=(0, None))
+    for axis in axes.flat:
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(*quality.get_legend_handles_labels(), loc="lower center", ncols=5, frameon=False, fontsize=10)
+    figure.text(
+        0.5, 0.055, "Times: wall time, medians and quartiles, the tuned models in turns.", ha="center", color="#444444"
+    )
+    return figure
+
+
+def _quality(axis, quality: dict) -> None:
+    for name, style in STYLES.items():
+        rows = quality[name]["by_position"]
+        label = f"{name} ({quality[name]['perplexity']:.1f})"
+        axis.plot(range(len(rows)), [row["perplexity"] for row in rows], label=label, **style)
+    axis.set_title("Perplexity by position", loc="left", fontsize=11)
+    axis.set_yscale("log", base=2)
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.set_xticks(range(len(rows)), _bins(rows))
+    axis.set(xlabel="tokens read before")
+
+
+def _bins(rows: list[dict]) -> list[str]:
+    return [f"{row['start']}-{row['stop']}" for row in rows]
+
+
+def _markdown(result: dict) -> list[str]:
+    whole = {name: found["perplexity"] for name, found in result["quality"].items()}
+    sample = result["sample"]
+    return [
+        f"# {_title(result)}",
         "",
-        "| held-out perplexity | |",
-        "|---|---|",
-        f"| the original | {p['original']:.2f} |",
-        f"| linearized, no training | {p['linearized']:.2f} |",
-        f"| linearized, after {result['training_tokens']:,} tokens of LoRA | {p['fine_tuned']:.2f} |",
+        f"{_machine(result)}. It took {result['seconds'] / 60:.1f} minutes; {result['planned_seconds'] / 60:.1f} were "
+        "estimated.",
         "",
-        "| context | cache, MB | decoding, ms a token | prefill, s |",
-        "|---|---|---|---|",
+        "![perplexity by position, and cache, decoding and prefill against context length](report.png)",
+        "",
+        "## Quality",
+        "",
+        *_positions(result["quality"]),
+        "",
+        f"Tuned alike: {result['training_tokens']:,} tokens of LoRA for each, of the same text in the same order. "
+        "Tuning teaches the text as well, so the tuned compare with the tuned: linearized, "
+        f"{whole['linearized, tuned']:.2f} against {whole['original, tuned alike']:.2f}; before tuning, "
+        f"{whole['linearized']:.2f} against {whole['original']:.2f}. Window only is the linearized model before tuning "
+        "with its recurrence switched off.",
+        "",
+        "## Costs",
+        "",
+        *_costs(result),
+        "",
+        "Medians, in brackets their quartiles. The two tuned models took turns, A B B A, with every prefill and every "
+        "token; the ratios are of medians. Process time is the processor time of all threads together.",
+        "",
+        "## The saved model: linearized, tuned",
+        "",
+        f"Reloaded from disk, its logits differ by {result['reloaded_logits_difference']:.1e}. What it says:",
+        "",
+        f"> {sample['prompt']}",
+        "",
+        *(f"    {line}" for line in sample["text"].splitlines()),
+        "",
     ]
-    for a, b in zip(result["costs"]["original"], result["costs"]["linearized"], strict=True):
-        cells = [f"{factor * a[key]:.2f} -> {factor * b[key]:.2f}" for key, _, factor in _PANELS]
-        lines.append(f"| {a['context']:,} | {' | '.join(cells)} |")
-    lines += [
-        "",
-        f"Original -> linearized; one run each on this machine ({result['threads']} threads, torch {result['torch']}).",
-        "",
-        "![cache, decoding and prefill against context length](report.png)",
-        "",
-        f"Reloaded from disk, the logits differ by {result['reloaded_logits_difference']:.1e}.",
-        "",
-        f"> {result['sample']['prompt']}",
-        "",
-        *(f"    {line}" for line in result["sample"]["text"].splitlines()),
-        "",
-    ]
-    return "\n".join(lines)
+
+
+def _positions(quality: dict) -> list[str]:
+    bins = _bins(next(iter(quality.values()))["by_position"])
+    lines = [f"| held-out perplexity, tokens read before | {' | '.join(bins)} | all |", "|---" * (len(bins) + 2) + "|"]
+    for name in STYLES:
+        cells = [row["perplexity"] for row in quality[name]["by_position"]] + [quality[name]["perplexity"]]
+        lines.append(f"| {name} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |")
+    return lines
+
+
+def _costs(result: dict) -> list[str]:
+    """A row a figure and context: every model, and how many times more the first takes than the second."""
+    costs = result["costs"]
+    lines = [f"| | context | {' | '.join(costs)} | ratio |", "|---" * (len(costs) + 3) + "|"]
+
+    def add(label: str, key: str, cell) -> None:
+        for *rows, ratio in zip(*costs.values(), result["ratios"], strict=True):
+            cells = " | ".join(cell(row[key]) for row in rows)
+            lines.append(f"| {label} | {rows[0]['context']:,} | {cells} | {ratio[key]:.2f} |")
+
+    add("cache, MB", "cache_bytes", lambda value: f"{value / 1e6:.1f}")
+    for key, (what, unit) in _TIMES.items():
+        add(f"{what}, {unit}", key, _cell)
+        add(f"{what}, process time, {unit}", PROCESS[key], _cell)
+    return lines
+
+
+def _cell(spread: dict) -> str:
+    return f"{spread['median']:.3g} ({spread['low']:.3g} to {spread['high']:.3g})"

@@ -1,25 +1,42 @@
-"""The whole journey on a real model: linearize, measure, fine-tune, measure, generate, save, reload, report."""
+"""The whole journey on a real model: linearize, fine-tune it and the original alike, measure, save, reload, report."""
 
 from __future__ import annotations
 
 import argparse
+import copy
+import datetime
 import importlib.util
+import math
+import platform
+import statistics
 import sys
 import time
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from liger_models import checkpoint
 from liger_models._report import write_report
-from liger_models.evaluation import measure_costs, perplexity
+from liger_models.costs import compare, measure_costs
+from liger_models.evaluation import perplexity_by_position, without_recurrence
 from liger_models.finetune import finetune
 from liger_models.generation import generate
 from liger_models.linearize import linearize
 from liger_models.text import hold_out, standard_text, to_blocks
 
 _LENGTH = 512
+_BLOCKS = 8
+_WORDS = 80
+# Measuring costs: at least so many rounds a context, and rounds for at least so many seconds.
+_ROUNDS = 3
+_SECONDS = 20.0
+# For the plan, in forward passes of a block by the original: a training step and linearizing; how much dearer the
+# linearized model's linear part is; and seconds of saving.
+_STEP = 7.0
+_LINEARIZING = 50.0
+_DEARER = 1.25
+_SAVING = 10.0
 _PROMPT = "What is a Python generator?"
 
 
@@ -38,59 +55,130 @@ def run(model_name: str, text: Path | None, out: Path, steps: int, contexts: lis
         raise ValueError(f"out: expected a new folder or an earlier demonstration's, got {out}")
     start = time.perf_counter()
     training, held_out = hold_out(text.read_text(encoding="utf-8")) if text else standard_text()
-    say = _Narrator()
+    say, quality = _Narrator(start), {}
+
+    def measure(name: str, model: PreTrainedModel) -> None:
+        quality[name] = _quality(model, blocks)
+        say(f"Held-out perplexity, {name}: {quality[name]['perplexity']:.2f}")
 
     say("Loading the model")
-    model, tokenizer = checkpoint.load(model_name, torch.float32)
-    blocks = to_blocks(tokenizer, held_out, _LENGTH, "held-out text")[:4]
+    original, tokenizer = checkpoint.load(model_name, torch.float32)
+    original.to("cuda" if torch.cuda.is_available() else "cpu")
+    blocks = to_blocks(tokenizer, held_out, _LENGTH, "held-out text")[:_BLOCKS]
     to_blocks(tokenizer, training, _LENGTH, "training text")
-    figures = {"original": perplexity(model, blocks)}
-    say(f"Held-out perplexity of the original: {figures['original']:.2f}")
-    say("Measuring the original's prefill, decoding and cache")
-    costs = {"original": measure_costs(model, contexts)}
+    stages = plan(original, steps, contexts, len(blocks))
+    planned = time.perf_counter() - start + sum(stages.values())
+    say(f"On this machine, as busy as it is, all this takes about {_duration(planned)}: " + _listed(stages))
+    measure("original", original)
 
-    say("Linearizing every attention layer")
-    linearize(model)
-    figures["linearized"] = perplexity(model, blocks)
-    say(f"Held-out perplexity, linearized, before training: {figures['linearized']:.2f}")
+    say("Linearizing every attention layer of a copy")
+    linearized = linearize(copy.deepcopy(original))
+    with without_recurrence(linearized):
+        measure("window only", linearized)
+    measure("linearized", linearized)
 
-    say(f"Fine-tuning with LoRA, {steps} steps")
-    model = finetune(model, tokenizer, training, steps=steps)
-    figures["fine_tuned"] = perplexity(model, blocks)
-    say(f"Held-out perplexity, linearized, after training: {figures['fine_tuned']:.2f}")
-
-    sample = generate(model, tokenizer, _PROMPT, chat=tokenizer.chat_template is not None, max_new_tokens=80)
+    tuned = {}
+    for name, model in (("linearized, tuned", linearized), ("original, tuned alike", original)):
+        say(f"Fine-tuning with LoRA, {steps} steps: {name}")
+        tuned[name] = finetune(model, tokenizer, training, steps=steps)
+        measure(name, tuned[name])
+    linearized = tuned["linearized, tuned"]
+    sample = generate(linearized, tokenizer, _PROMPT, chat=tokenizer.chat_template is not None, max_new_tokens=_WORDS)
     say(f"{_PROMPT}\n    {sample}")
-    say("Measuring the linearized model's prefill, decoding and cache")
-    costs["linearized"] = measure_costs(model, contexts)
+
+    say("Measuring prefill, decoding and cache of both, in turns")
+    pair = ("original, tuned alike", "linearized, tuned")
+    costs = measure_costs({name: tuned[name] for name in pair}, contexts, rounds=_ROUNDS, seconds=_SECONDS)
 
     say(f"Saving to {out}")
-    checkpoint.save(model, tokenizer, out, overwrite=True)
-    again = AutoModelForCausalLM.from_pretrained(out).eval()
-    with torch.no_grad():
-        difference = (again(blocks[:1]).logits - model(blocks[:1]).logits).abs().max().item()
+    difference = _saved(linearized, tokenizer, out, blocks[:1])
     say(f"Reloaded with AutoModelForCausalLM: logits differ by {difference:.1e}")
     result = {
         "model": model_name,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "perplexity": figures,
+        "machine": _machine(original),
+        "date": datetime.date.today().isoformat(),
+        "quality": quality,
         "training_tokens": steps * 2 * _LENGTH,
         "costs": costs,
+        "ratios": compare(costs, *pair),
         "reloaded_logits_difference": difference,
         "sample": {"prompt": _PROMPT, "text": sample},
+        "planned_seconds": planned,
         "seconds": time.perf_counter() - start,
     }
     write_report(out, result)
-    say(f"Wrote report.md, report.json and report.png to {out}")
+    say(f"Wrote report.md, report.json and report.png to {out}; {_duration(planned)} were expected")
     return result
+
+
+@torch.no_grad()
+def plan(model: PreTrainedModel, steps: int, contexts: list[int], blocks: int) -> dict[str, float]:
+    """Seconds that each stage will take on this machine as it is, from a few forward passes of the original."""
+    device = model.get_input_embeddings().weight.device
+
+    def forward(tokens: int, times: int) -> float:
+        ids, taken = torch.zeros(1, tokens, dtype=torch.long, device=device), []
+        for _ in range(times):
+            start = time.perf_counter()
+            model(ids, use_cache=False, logits_to_keep=1).logits.sum().item()
+            taken.append(time.perf_counter() - start)
+        return statistics.median(taken)
+
+    forward(_LENGTH, 1)
+    token, block, longer = forward(1, 5), forward(_LENGTH, 3), forward(4 * _LENGTH, 1)
+    # A prefill of n tokens takes linear n + square n^2.
+    square = max(0.0, longer / 4 - block) / (3 * _LENGTH**2)
+    linear = max(0.0, block / _LENGTH - square * _LENGTH)
+    both = [max(_SECONDS, _ROUNDS * ((1 + _DEARER) * linear * n + square * n**2 + 40 * token)) for n in contexts]
+    return {
+        "perplexity": 5 * blocks * _DEARER * block,
+        "linearizing": _LINEARIZING * block,
+        "fine-tuning": steps * _STEP * (1 + _DEARER) * block,
+        "costs": sum(both),
+        "a sample and saving": 1.5 * _WORDS * token + _SAVING,
+    }
+
+
+def _quality(model: PreTrainedModel, blocks: torch.Tensor) -> dict:
+    """Perplexity as a whole and by position, from one forward pass a block."""
+    rows = perplexity_by_position(model, blocks)
+    losses = sum(row["tokens"] * math.log(row["perplexity"]) for row in rows)
+    return {"perplexity": math.exp(losses / sum(row["tokens"] for row in rows)), "by_position": rows}
+
+
+@torch.no_grad()
+def _saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path, ids: torch.Tensor) -> float:
+    """Save, load again, and the largest difference of logits on token ids [1,T]."""
+    checkpoint.save(model, tokenizer, out, overwrite=True)
+    again = AutoModelForCausalLM.from_pretrained(out).eval().to(model.device)
+    ids = ids.to(model.device)
+    return (again(ids).logits - model(ids).logits).abs().max().item()
+
+
+def _machine(model: PreTrainedModel) -> dict:
+    """What the figures were measured on."""
+    name = platform.processor() or platform.machine()
+    if model.device.type == "cuda":
+        name = torch.cuda.get_device_name(model.device)
+    elif (info := Path("/proc/cpuinfo")).is_file():
+        found = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
+        name = found[0] if found else name
+    return {"processor": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} minutes"
+
+
+def _listed(stages: dict[str, float]) -> str:
+    return ", ".join(f"{name} {seconds:.0f} s" for name, seconds in stages.items())
 
 
 class _Narrator:
     """Lines with the time since the start, so that nobody wonders whether anything happens."""
 
-    def __init__(self):
-        self.start = time.perf_counter()
+    def __init__(self, start: float):
+        self.start = start
 
     def __call__(self, line: str) -> None:
         seconds = int(time.perf_counter() - self.start)
@@ -103,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--text", type=Path, metavar="FILE", help="your own text instead of Python's help topics")
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder to write (default: %(default)s)")
     parser.add_argument(
-        "--steps", type=int, default=80, help="fine-tuning steps of 1,024 tokens (default: %(default)s)"
+        "--steps", type=int, default=50, help="fine-tuning steps of 1,024 tokens, of each model (default: %(default)s)"
     )
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048, 8192], help="context lengths to measure")
     args = parser.parse_args(argv)

@@ -1,9 +1,8 @@
-"""Perplexity, with each branch switched off in turn, and the costs of decoding: cache bytes and times."""
+"""Perplexity, as a whole and by position, with each branch switched off in turn."""
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,10 +10,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from liger_layers._memories import Mix
-from liger_models.cache import cache_bytes, make_cache
 from liger_models.data import IGNORED, Rows, documents, to_rows
 from liger_models.modeling import LigerMixin
 from liger_models.retrieval import retrieval
@@ -39,17 +37,17 @@ def mean_loss(model: PreTrainedModel, rows: torch.Tensor | Rows, description: st
         labels = row["labels"][1:]
         asked = int((labels != IGNORED).sum())
         if asked:
-            total += asked * _loss(model, row["input_ids"][None].to(device), labels.to(device))
+            total += _losses(model, row["input_ids"][None].to(device), labels.to(device)).sum().item()
             count += asked
     if not count:
         raise ValueError("blocks: expected rows with a token to predict, got none")
     return total / count
 
 
-def _loss(model: PreTrainedModel, ids: torch.Tensor, labels: torch.Tensor) -> float:
-    """Mean loss of ids [1,T] on the labels [T-1] of all but the first; the model's own may hold that of its routers."""
+def _losses(model: PreTrainedModel, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Losses [T-1] of ids [1,T] on the labels [T-1] of all but the first; the model's own may hold its routers'."""
     logits = model(ids, use_cache=False).logits[0, :-1]
-    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED).item()
+    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="none")
 
 
 @contextmanager
@@ -107,40 +105,26 @@ def evaluate(
 
 
 @torch.no_grad()
-def measure_costs(
-    model: PreTrainedModel, contexts: list[int], *, decode_tokens: int = 8, repeats: int = 1
-) -> list[dict[str, float]]:
-    """Per context length: prefill_s, decode_ms_per_token and cache_bytes after it, medians of `repeats`."""
+def perplexity_by_position(model: PreTrainedModel, blocks: torch.Tensor, first: int = 64) -> list[dict[str, float]]:
+    """Perplexity over token ids [n, length] by how many tokens of its block a prediction has seen.
+
+    Bins [0, first), [first, 2 first) and then twice as wide each, up to length: rows with start, stop, perplexity, and
+    tokens, the number of predictions. The tokens' mean of log(perplexity) is the log of `perplexity`.
+    """
     model.eval()
     device = model.get_input_embeddings().weight.device
-    generator = torch.Generator().manual_seed(0)
-    rows = []
-    for context in tqdm(contexts, desc="Measuring costs", leave=False):
-        ids = torch.randint(model.config.vocab_size, (1, context), generator=generator).to(device)
-        prefill, decode = [], []
-        for _ in range(repeats):
-            cache = make_cache(model.config) if isinstance(model, LigerMixin) else DynamicCache(config=model.config)
-            start = _now(device)
-            token = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
-            prefill.append(_now(device) - start)
-            held = cache_bytes(cache)
-            start = _now(device)
-            for _ in range(decode_tokens):
-                token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-            decode.append((_now(device) - start) / decode_tokens)
-        median = len(prefill) // 2
-        rows.append(
+    rows = tqdm(blocks, desc="Perplexity by position", leave=False)
+    losses = torch.stack([_losses(model, row[None].to(device), row[1:].to(device)).cpu() for row in rows])
+    found, start, stop = [], 0, first
+    while start < losses.shape[1]:
+        part = losses[:, start:stop]
+        found.append(
             {
-                "context": context,
-                "prefill_s": sorted(prefill)[median],
-                "decode_ms_per_token": 1e3 * sorted(decode)[median],
-                "cache_bytes": held,
+                "start": start,
+                "stop": min(stop, blocks.shape[1]),
+                "perplexity": part.mean(dtype=torch.float64).exp().item(),
+                "tokens": part.numel(),
             }
         )
-    return rows
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+        start, stop = stop, 2 * stop
+    return found
