@@ -9,6 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator
 
 from liger_models.costs import PROCESS
 
@@ -66,9 +67,8 @@ def _picture(result: dict):
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     figure.legend(*quality.get_legend_handles_labels(), loc="lower center", ncols=5, frameon=False, fontsize=10)
-    figure.text(
-        0.5, 0.055, "Times: wall time, medians and quartiles, the tuned models in turns.", ha="center", color="#444444"
-    )
+    note = "In brackets: perplexity of all positions. Times: wall time, medians and quartiles, in turns."
+    figure.text(0.5, 0.055, note, ha="center", color="#444444")
     return figure
 
 
@@ -78,8 +78,10 @@ def _quality(axis, quality: dict) -> None:
         label = f"{name} ({quality[name]['perplexity']:.1f})"
         axis.plot(range(len(rows)), [row["perplexity"] for row in rows], label=label, **style)
     axis.set_title("Perplexity by position", loc="left", fontsize=11)
-    axis.set_yscale("log", base=2)
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 3, 4, 5, 7)))
     axis.yaxis.set_major_formatter("{x:g}")
+    axis.minorticks_off()
     axis.set_xticks(range(len(rows)), _bins(rows))
     axis.set(xlabel="tokens read before")
 

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
+from liger_models._inputs import CACHE
 from liger_models.cache import cache_bytes, make_cache
 from liger_models.modeling import LigerMixin
 
@@ -118,7 +119,7 @@ def _timed(model: PreTrainedModel, ids: torch.Tensor, cache: Cache) -> tuple[flo
 
 def forward(model: PreTrainedModel, ids: torch.Tensor, cache: Cache) -> ModelOutput:
     """The model over ids [1,T] behind what the cache holds, which takes them in; logits of the last."""
-    return model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return model(ids, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
 
 
 def _empty_cache(model: PreTrainedModel) -> Cache:

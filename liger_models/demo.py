@@ -31,11 +31,11 @@ _WORDS = 80
 # Measuring costs: at least so many rounds a context, and rounds for at least so many seconds.
 _ROUNDS = 3
 _SECONDS = 20.0
-# For the plan, in forward passes of a block by the original: a training step and linearizing; how much dearer the
-# linearized model's linear part is; and seconds of saving.
-_STEP = 7.0
-_LINEARIZING = 50.0
-_DEARER = 1.25
+# For the plan, in forward passes of a block by the original: a training step of the original and of the linearized
+# model, linearizing, and a block's perplexity; and seconds of saving and loading.
+_STEPS = (7.0, 8.7)
+_LINEARIZING = 30.0
+_PERPLEXITY = 1.2
 _SAVING = 10.0
 _PROMPT = "What is a Python generator?"
 
@@ -129,11 +129,12 @@ def plan(model: PreTrainedModel, steps: int, contexts: list[int], blocks: int) -
     # A prefill of n tokens takes linear n + square n^2.
     square = max(0.0, longer / 4 - block) / (3 * _LENGTH**2)
     linear = max(0.0, block / _LENGTH - square * _LENGTH)
-    both = [max(_SECONDS, _ROUNDS * ((1 + _DEARER) * linear * n + square * n**2 + 40 * token)) for n in contexts]
+    # Each decodes 16 tokens behind it.
+    both = [max(_SECONDS, _ROUNDS * (2 * linear * n + square * n**2 + 40 * token)) for n in contexts]
     return {
-        "perplexity": 5 * blocks * _DEARER * block,
+        "perplexity": 5 * blocks * _PERPLEXITY * block,
         "linearizing": _LINEARIZING * block,
-        "fine-tuning": steps * _STEP * (1 + _DEARER) * block,
+        "fine-tuning": steps * sum(_STEPS) * block,
         "costs": sum(both),
         "a sample and saving": 1.5 * _WORDS * token + _SAVING,
     }

@@ -8,7 +8,7 @@ import pytest
 import torch
 from matplotlib import image
 
-from liger_models import checkpoint, costs, demo, perplexity
+from liger_models import checkpoint, costs, demo, finetune, perplexity
 from liger_models.costs import compare, measure_costs
 from liger_models.evaluation import perplexity_by_position
 from tests.models.test_exactness import ids
@@ -81,7 +81,7 @@ def test_a_machine_that_slows_down_changes_no_ratio(monkeypatch):
         # Half as fast with every thousand seconds, whichever model runs.
         return lambda length, n: seconds * (1 + clock.now / 1000)
 
-    found = measure_costs(watched(clock, drifting(8.0), drifting(4.0)), [16, 64], rounds=9, decode_tokens=8)
+    found = measure_costs(watched(clock, drifting(8.0), drifting(4.0)), [16, 64], rounds=5, decode_tokens=4)
     assert found["a"][1]["prefill_s"]["median"] > 1.5 * found["a"][0]["prefill_s"]["median"]
     for row in compare(found, "a", "b"):
         assert row["prefill_s"] == pytest.approx(2.0, rel=0.05)
@@ -133,11 +133,18 @@ def demonstration(tmp_path_factory):
     text = place / "text.txt"
     generator = torch.Generator().manual_seed(0)
     text.write_text("".join(chr(97 + int(i)) for i in torch.randint(26, (9000,), generator=generator)))
-    said = []
+    said, tunings = [], []
+
+    def listen(model, tokenizer, text, **options):
+        tunings.append((text, options))
+        return finetune(model, tokenizer, text, **options)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "_SECONDS", 0.0)
+        patch.setattr(demo, "finetune", listen)
         patch.setattr(demo._Narrator, "__call__", lambda self, line: said.append(line))
         result = demo.run(str(place / "model"), text, place / "out", 2, [16, 64])
+    assert len(tunings) == 2 and tunings[0] == tunings[1] and tunings[0][1]["steps"] == 2
     return result, place / "out", said
 
 
