@@ -111,13 +111,13 @@ def _timed(model: PreTrainedModel, ids: torch.Tensor, cache: Cache) -> tuple[flo
     """(wall, processor) seconds of the model over ids [1,T] behind what the cache holds."""
     _wait(ids.device)
     wall, process = _clock()
-    forward(model, ids, cache)
+    _forward(model, ids, cache)
     _wait(ids.device)
     end, process_end = _clock()
     return end - wall, process_end - process
 
 
-def forward(model: PreTrainedModel, ids: torch.Tensor, cache: Cache) -> ModelOutput:
+def _forward(model: PreTrainedModel, ids: torch.Tensor, cache: Cache) -> ModelOutput:
     """The model over ids [1,T] behind what the cache holds, which takes them in; logits of the last."""
     return model(ids, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
 

@@ -82,7 +82,7 @@ def test_a_machine_that_slows_down_changes_no_ratio(monkeypatch):
         return lambda length, n: seconds * (1 + clock.now / 1000)
 
     found = measure_costs(watched(clock, drifting(8.0), drifting(4.0)), [16, 64], rounds=5, decode_tokens=4)
-    assert found["a"][1]["prefill_s"]["median"] > 1.5 * found["a"][0]["prefill_s"]["median"]
+    assert found["a"][1]["prefill_s"]["median"] > 1.2 * found["a"][0]["prefill_s"]["median"]
     for row in compare(found, "a", "b"):
         assert row["prefill_s"] == pytest.approx(2.0, rel=0.05)
         assert row["decode_ms"] == pytest.approx(2.0, rel=0.05)
