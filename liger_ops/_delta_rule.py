@@ -10,7 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from liger_ops import _checks, _packed
+from liger_ops._keywords import keywords
 from liger_ops._sequences import in_order
+
+# What goes to `_run` by name.
+_SHARED = "use_beta_sigmoid_in_kernel allow_neg_eigval state_v_first cu_seqlens_cpu reverse chunk_size max_seqlen"
+_GATED = "use_gate_in_kernel A_log dt_bias lower_bound " + _SHARED
 
 
 def _gate(g, A_log, dt_bias, lower_bound, k):
@@ -114,6 +119,7 @@ def _run(
     return o, state.transpose(-1, -2).contiguous() if state_v_first else state
 
 
+@keywords(_SHARED)
 def chunk_delta_rule(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -136,6 +142,7 @@ def chunk_delta_rule(
     return _run(q, k, v, None, beta, *flags, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, **options)
 
 
+@keywords(_SHARED)
 def fused_recurrent_delta_rule(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -153,6 +160,7 @@ def fused_recurrent_delta_rule(
     return _run(q, k, v, None, beta, *flags, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, **options)
 
 
+@keywords(_GATED)
 def chunk_gated_delta_rule(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -206,6 +214,7 @@ def chunk_gated_delta_rule(
     return _run(q, k, v, g, beta, *flags, **options)
 
 
+@keywords(_GATED)
 def fused_recurrent_gated_delta_rule(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -241,6 +250,7 @@ def fused_recurrent_gated_delta_rule(
     return _run(q, k, v, g if gk is None else gk, beta, *flags, **options)
 
 
+@keywords(_GATED + " return_intermediate_states use_graph max_num_seqs")
 def chunk_kda(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -273,6 +283,7 @@ def chunk_kda(
     return _run(q, k, v, g, beta, *flags, lower_bound=lower_bound, **options)
 
 
+@keywords(_GATED)
 def fused_recurrent_kda(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -8,8 +8,13 @@ from functools import partial
 import torch
 
 from liger_ops import _checks
+from liger_ops._keywords import keywords
 from liger_ops._packed import normalized, recurrence
 from liger_ops._sequences import in_order
+
+# What forms of few tokens, and what chunked ones, hand on by name.
+_FEW = "normalize max_seqlen"
+_CHUNKED = "state_v_first cu_seqlens_cpu chunk_size " + _FEW
 
 
 def _run(
@@ -64,6 +69,7 @@ def _run(
     return o, state.transpose(-1, -2).contiguous() if state_v_first else state
 
 
+@keywords()
 def chunk_gla(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -100,11 +106,15 @@ def chunk_gla(
         chunk_size: about how many tokens one matrix product handles; changes speed only.
         max_seqlen: length of the longest sequence; with it a GPU's cu_seqlens are neither checked nor waited for.
 
+    Every op of this kind also takes what flash-linear-attention's callers pass: transpose_state_layout, its former name
+    for state_v_first; disable_recompute and chunk_indices, which have no effect; and cp_context, which is None.
+
     Returns:
         o [B,T,HQ,V] in the dtype of q, and the final state in float32 (float64 for float64) or None.
 
     Raises:
         ValueError: names the argument, what was expected and what was given.
+        TypeError: names an unknown keyword and lists the known ones.
     """
     g = _checks.either("g", g, "gk", gk)
     options = dict(ranks=(4,), normalize=normalize, chunk_size=chunk_size, max_seqlen=max_seqlen)
@@ -113,6 +123,26 @@ def chunk_gla(
     )
 
 
+@keywords("normalize chunk_size max_seqlen gk")
+def fused_chunk_gla(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor | None = None,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    cu_seqlens_cpu: torch.Tensor | None = None,
+    **options,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`chunk_gla` by another name; states are [N,H,K,V] unless state_v_first says otherwise."""
+    flags = (output_final_state, state_v_first, cu_seqlens, cu_seqlens_cpu)
+    return chunk_gla(q, k, v, g, scale, initial_state, *flags, **options)
+
+
+@keywords()
 def fused_recurrent_gla(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -140,6 +170,7 @@ def fused_recurrent_gla(
     return _run(q, k, v, gk, scale, initial_state, output_final_state, state_v_first, cu_seqlens, **options)
 
 
+@keywords()
 def chunk_simple_gla(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -168,6 +199,7 @@ def chunk_simple_gla(
     )
 
 
+@keywords()
 def fused_recurrent_simple_gla(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -196,6 +228,7 @@ def _retention_decay(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch
     return torch.log1p(-torch.exp2(-5.0 - heads))
 
 
+@keywords(_CHUNKED)
 def chunk_retention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -213,6 +246,38 @@ def chunk_retention(
     )
 
 
+@keywords(_CHUNKED)
+def fused_chunk_retention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    **options,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`chunk_retention` by another name."""
+    return chunk_retention(q, k, v, scale, initial_state, output_final_state, cu_seqlens, **options)
+
+
+@keywords("chunk_size max_seqlen")
+def parallel_retention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float | None = None,
+    output_attentions: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    **options,
+) -> tuple[torch.Tensor, None]:
+    """`chunk_retention` without states; returns (o, None), because scores of all pairs are not formed."""
+    if output_attentions is not False:
+        _checks.fail("output_attentions", "False (scores of all pairs are not formed)", repr(output_attentions))
+    return chunk_retention(q, k, v, scale, cu_seqlens=cu_seqlens, **options)
+
+
+@keywords(_FEW)
 def fused_recurrent_retention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -244,6 +309,7 @@ def _lightning_decay(
     return -(8 / len(heads)) * (1 - layer_idx / num_layers) * heads
 
 
+@keywords(_CHUNKED)
 def chunk_lightning_attn(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -263,6 +329,7 @@ def chunk_lightning_attn(
     )
 
 
+@keywords("state_v_first " + _FEW)
 def fused_recurrent_lightning_attn(
     q: torch.Tensor,
     k: torch.Tensor,

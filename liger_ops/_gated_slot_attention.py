@@ -1,5 +1,7 @@
 """Gated slot attention: one recurrence writes keys into slots, a softmax picks slots, another reads values from them.
 
+LightNet's keys are such slots' weights: a running softmax over time.
+
 Shapes: B batch, T time, HQ query heads, H key/value heads (HQ = G * H), K key width, V value width, M slots,
 N sequences.
 """
@@ -8,12 +10,16 @@ import torch
 import torch.nn.functional as F
 
 from liger_ops import _checks
+from liger_ops._gated_linear_attention import chunk_gla
+from liger_ops._keywords import keywords
 from liger_ops._packed import recurrence
 from liger_ops._sequences import in_order
 
 SlotState = tuple[torch.Tensor, torch.Tensor]
+LightNetState = tuple[torch.Tensor | None, torch.Tensor | None]
 
 
+@keywords()
 def chunk_gsa(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -63,12 +69,16 @@ def chunk_gsa(
         shapes = dict(hk=(N, H, K, M), hv=(N, H, M, v.shape[-1]))
         initial_state = _checks.check_parts(initial_state, shapes, k)
     _checks.check_chunk_size(chunk_size)
+    if checkpoint_level not in (0, 1, 2):
+        _checks.fail("checkpoint_level", "0, 1 or 2", repr(checkpoint_level))
     scale = _checks.as_scale(scale, q.shape[-1])
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
 
     def core(q, k, v, s, g, state, cu_seqlens):
         hk, hv = (None, None) if state is None else state
-        s, g = (s.to(work), g) if g is not None else _running_softmax(s.to(work), cu_seqlens)
+        if g is None:
+            s, g, _ = _running_softmax(s.to(work), s.new_full((N, 1, H, M), -torch.inf, dtype=work), cu_seqlens)
+        s = s.to(work)
         shared = dict(chunk=chunk_size, cu_seqlens=cu_seqlens)
         scores, hk = recurrence(q.to(work), k.to(work), s, None, scale, hk, gv=g, **shared)
         o, hv = recurrence(scores.softmax(-1), s, v.to(work), g, 1.0, hv, **shared)
@@ -78,20 +88,29 @@ def chunk_gsa(
     return o.to(q.dtype), state if output_final_state else (None, None)
 
 
-def _running_softmax(s: torch.Tensor, cu_seqlens: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """exp(s_t - z_t) with z_t = log sum_{u<=t} exp(s_u), and the log decay z_{t-1} - z_t, never above 0."""
+def _running_softmax(
+    s: torch.Tensor, before: torch.Tensor, cu_seqlens: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """exp(s_t - z_t) with z_t = log(exp(z_0) + sum_{u<=t} exp(s_u)), the log decay z_{t-1} - z_t, and the last z.
+
+    s [B,T,H,M]; z_0 is before [N,1,H,M], and where that is -inf nothing is there to decay at first.
+    """
     if not s.shape[1]:
-        return s, s
+        return s, s, before
     if cu_seqlens is not None:
         # It starts anew with every sequence: one by one.
-        parts = s.split(cu_seqlens.diff().tolist(), 1)
-        return tuple(torch.cat(x, 1) for x in zip(*(_running_softmax(x, None) for x in parts), strict=True))
-    z = s.logcumsumexp(1)
-    # The first token lets nothing go.
-    before = torch.cat([torch.full_like(z[:, :1], torch.inf), z], 1)[:, :-1]
-    return (s - z).exp(), -F.softplus(s - before)
+        parts = zip(s.split(cu_seqlens.diff().tolist(), 1), before.split(1), strict=True)
+        weights, g, last = zip(*(_running_softmax(*part, None) for part in parts), strict=True)
+        return torch.cat(weights, 1), torch.cat(g, 1), torch.cat(last)
+    # Finite, because the gradient of a sum of -inf alone is NaN.
+    z = torch.cat([before.clamp(min=torch.finfo(s.dtype).min), s], 1).logcumsumexp(1)
+    # A trace holds what has T - 1 rows for another case where that is 1: nothing here has.
+    nothing = torch.cat([before == -torch.inf, torch.zeros_like(s, dtype=torch.bool)], 1)[:, :-1]
+    g = -F.softplus(s - z[:, :-1]).masked_fill(nothing, 0.0)
+    return (s - z[:, 1:]).exp(), g, z[:, -1:]
 
 
+@keywords()
 def fused_recurrent_gsa(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -109,3 +128,69 @@ def fused_recurrent_gsa(
     """`chunk_gsa` for few tokens; reverse runs time backwards."""
     options = dict(cu_seqlens=cu_seqlens, reverse=reverse, max_seqlen=max_seqlen)
     return chunk_gsa(q, k, v, s, g, scale, initial_state, output_final_state, **options)
+
+
+@keywords()
+def chunk_lightnet(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float | None = None,
+    initial_state: LightNetState | None = None,
+    output_final_state: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    *,
+    chunk_size: int | None = None,
+    max_seqlen: int | None = None,
+) -> tuple[torch.Tensor, LightNetState]:
+    """LightNet (arXiv 2405.21022): each channel of the key is a running softmax over time.
+
+    z_t = log(exp(z_{t-1}) + exp(k_t)), h_t = diag(exp(z_{t-1} - z_t)) h_{t-1} + exp(k_t - z_t) v_t^T and
+    o_t = scale q_t h_t.
+
+    Args:
+        q: [B,T,HQ,K] queries, HQ a multiple of H.
+        k, v: [B,T,H,K] logarithms of keys and [B,T,H,V] values, in the dtype of q.
+        scale, output_final_state, state_v_first, cu_seqlens, chunk_size, max_seqlen: as in `chunk_gla`.
+        initial_state: h [N,H,K,V] and z [N,1,H,K]; either may be None. Without z, the first token decays nothing.
+
+    Returns:
+        o [B,T,HQ,V] in the dtype of q, and the pair of final states, or of None, in float32 (float64 for float64).
+
+    Raises:
+        ValueError: names the argument, what was expected and what was given.
+    """
+    _checks.check_qkv(q, k, v)
+    _checks.check_cu_seqlens(cu_seqlens, *q.shape[:2], None, max_seqlen)
+    N, (H, K) = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1, k.shape[2:]
+    work = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if initial_state is None:
+        initial_state = None, None
+    elif not isinstance(initial_state, (tuple, list)) or len(initial_state) != 2:
+        _checks.fail("initial_state", "(h, z), either of them None or a tensor", type(initial_state).__name__)
+    h, z = initial_state
+    if z is None:
+        z = k.new_full((N, 1, H, K), -torch.inf, dtype=work)
+    (z,) = _checks.check_parts((z,), dict(z=(N, 1, H, K)), k)
+    bounds = cu_seqlens if cu_seqlens is None else cu_seqlens.to(k.device)
+    weights, g, z = _running_softmax(k.to(work), z.to(work), bounds)
+    options = dict(state_v_first=state_v_first, cu_seqlens=bounds, chunk_size=chunk_size, max_seqlen=max_seqlen)
+    o, h = chunk_gla(q.to(work), weights, v.to(work), g, scale, h, output_final_state, **options)
+    return o.to(q.dtype), (h, z) if output_final_state else (None, None)
+
+
+@keywords("max_seqlen")
+def fused_recurrent_lightnet(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float | None = None,
+    initial_state: LightNetState | None = None,
+    output_final_state: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    **options,
+) -> tuple[torch.Tensor, LightNetState]:
+    """`chunk_lightnet` for few tokens."""
+    return chunk_lightnet(q, k, v, scale, initial_state, output_final_state, state_v_first, cu_seqlens, **options)

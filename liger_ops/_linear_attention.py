@@ -7,11 +7,13 @@ import torch
 
 from liger_ops import _checks
 from liger_ops._gated_linear_attention import chunk_gla, fused_recurrent_gla, fused_recurrent_simple_gla
+from liger_ops._keywords import keywords
 
 # With normalize, the state is a pair: h [N,H,K,V] and z [N,1,H,K], the sum of the keys.
 LinearState = torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None
 
 
+@keywords()
 def chunk_linear_attn(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -32,6 +34,23 @@ def chunk_linear_attn(
     return fused_recurrent_linear_attn(q, k, v, scale, initial_state, output_final_state, **options)
 
 
+@keywords("max_seqlen")
+def fused_chunk_linear_attn(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float | None = None,
+    initial_state: LinearState = None,
+    output_final_state: bool = False,
+    normalize: bool = True,
+    cu_seqlens: torch.Tensor | None = None,
+    **options,
+) -> tuple[torch.Tensor, LinearState]:
+    """`chunk_linear_attn` by another name."""
+    return chunk_linear_attn(q, k, v, scale, initial_state, output_final_state, normalize, cu_seqlens, **options)
+
+
+@keywords()
 def fused_recurrent_linear_attn(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -59,6 +78,7 @@ def fused_recurrent_linear_attn(
     return o, state
 
 
+@keywords("cu_seqlens_cpu normalize chunk_size max_seqlen")
 def chunk_hgrn2(
     q: torch.Tensor,
     v: torch.Tensor,
@@ -78,6 +98,7 @@ def chunk_hgrn2(
     return chunk_gla(q, _key(q, g, v), v, g, scale, initial_state, *flags, **options)
 
 
+@keywords("normalize max_seqlen")
 def fused_recurrent_hgrn2(
     q: torch.Tensor,
     v: torch.Tensor,

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from liger_ops import _checks
+from liger_ops._keywords import keywords
 from liger_ops._packed import recurrence
 from liger_ops._sequences import after_one, in_order
 from liger_ops._torch.layout import full_precision
@@ -69,6 +70,7 @@ def _core(q, k, v, i, f, scale, state, chunk, cu_seqlens):
     return o, (held, torch.where(empty, smallest, after[0, (cu_seqlens[1:] - 1).clamp(min=0)]))
 
 
+@keywords()
 def mlstm(
     q: torch.Tensor,
     k: torch.Tensor,

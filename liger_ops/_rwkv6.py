@@ -6,11 +6,13 @@ Shapes: B batch, T time, HQ query heads, H key/value heads (HQ = G * H), K key w
 import torch
 
 from liger_ops import _checks
+from liger_ops._keywords import keywords
 from liger_ops._packed import recurrence
 from liger_ops._sequences import after_one, in_order
 from liger_ops._torch.layout import full_precision
 
 
+@keywords()
 def chunk_rwkv6(
     r: torch.Tensor,
     k: torch.Tensor,
@@ -78,6 +80,7 @@ def _read(q: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
     return (q.to(work).unflatten(1, (state.shape[1], -1)) @ state.to(work)).flatten(1, 2)
 
 
+@keywords()
 def fused_recurrent_rwkv6(
     r: torch.Tensor,
     k: torch.Tensor,

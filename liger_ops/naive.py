@@ -142,6 +142,30 @@ def naive_gsa(
     return o, (hk, hv)
 
 
+def naive_lightnet(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float | None = None,
+    initial_state: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """h_t = (exp(z_{t-1}) h_{t-1} + exp(k_t) v_t^T) / exp(z_t), exp(z_t) = exp(z_{t-1}) + exp(k_t) (arXiv 2405.21022).
+
+    q [B,T,HQ,K], k [B,T,H,K], v [B,T,H,V], initial_state (h [B,H,K,V], z [B,1,H,K]) -> o [B,T,HQ,V], scale q_t h_t, and
+    the final (h, z).
+    """
+    (B, T, HQ, K), (H, V) = q.shape, v.shape[2:]
+    scale, weights, outputs = K**-0.5 if scale is None else scale, k.exp(), []
+    h, z = (q.new_zeros(B, H, K, V), q.new_full((B, 1, H, K), -torch.inf)) if initial_state is None else initial_state
+    total = z.squeeze(1).exp()
+    for t in range(T):
+        written = weights[:, t, :, :, None] * v[:, t, :, None, :]
+        h, total = total.unsqueeze(-1) * h + written, total + weights[:, t]
+        h = h / total.unsqueeze(-1)
+        outputs.append(scale * torch.einsum("bhgk,bhkv->bhgv", q[:, t].view(B, H, HQ // H, K), h).flatten(1, 2))
+    return torch.stack(outputs, 1) if outputs else q.new_zeros(B, 0, HQ, V), (h, total.log().unsqueeze(1))
+
+
 def naive_mlstm(
     q: torch.Tensor,
     k: torch.Tensor,

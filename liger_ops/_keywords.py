@@ -1,0 +1,74 @@
+"""Keywords at the public door of a recurrence: an unknown one is answered with the choices, hints change no number.
+
+What flash-linear-attention's ops take besides: disable_recompute and chunk_indices speed its kernels up and have no
+effect here, where backward passes always recompute and chunks follow from cu_seqlens; transpose_state_layout is its
+former name for state_v_first; the others only ask for what is not here.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from liger_ops import _checks
+
+_HINTS = ("chunk_indices", "cp_context", "disable_recompute")
+# What each may be, and why nothing else.
+_ABSENT = {
+    "cp_context": (None, "one device holds a sequence"),
+    "return_intermediate_states": (False, "states between chunks are not kept"),
+    "use_graph": (False, "graphs are captured as they are"),
+    "max_num_seqs": (None, "cu_seqlens has no padding"),
+}
+
+
+def keywords(more: str = "") -> Callable[[Callable], Callable]:
+    """For an op: **options may hold the names in `more`, and no caller any that is neither its own nor a hint."""
+
+    def decorate(op: Callable) -> Callable:
+        own = [p.name for p in inspect.signature(op).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        names = dict.fromkeys([*own, *more.split()])
+        either_layout = "state_v_first" in names
+        choices = (*names, *(["transpose_state_layout"] if either_layout else []), *_HINTS)
+        hints = tuple(name for name in choices if name in _HINTS or name in _ABSENT)
+        title = op.__name__
+
+        @functools.wraps(op)
+        def door(*args: Any, **options: Any) -> Any:
+            for name in options:
+                if name not in choices:
+                    raise TypeError(f"{title}: unexpected argument {name!r}; expected one of {', '.join(choices)}")
+            if either_layout and "transpose_state_layout" in options:
+                _rename_layout(options)
+            for name in hints:
+                if name in options:
+                    _check_hint(name, options.pop(name))
+            return op(*args, **options)
+
+        return door
+
+    return decorate
+
+
+def _rename_layout(options: dict[str, Any]) -> None:
+    transposed = options.pop("transpose_state_layout")
+    if not isinstance(transposed, bool):
+        _checks.fail("transpose_state_layout", "True or False", repr(transposed))
+    if options.get("state_v_first"):
+        _checks.fail("transpose_state_layout", "nothing beside state_v_first, another name for it", transposed)
+    options["state_v_first"] = transposed
+
+
+def _check_hint(name: str, given: Any) -> None:
+    if name in _ABSENT:
+        wanted, why = _ABSENT[name]
+        if given is not wanted:
+            _checks.fail(name, f"{wanted} ({why})", type(given).__name__ if wanted is None else repr(given))
+    elif name == "disable_recompute" and not isinstance(given, bool):
+        _checks.fail(name, "True or False", repr(given))
+    elif name == "chunk_indices" and given is not None:
+        _checks.check_tensor(name, given)
+        if given.ndim != 2 or given.shape[-1] != 2 or given.dtype not in (torch.int32, torch.int64):
+            _checks.fail(name, "int32 or int64 [chunks, 2]", f"{given.dtype} {tuple(given.shape)}")
