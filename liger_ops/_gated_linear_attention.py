@@ -132,13 +132,18 @@ def fused_chunk_gla(
     scale: float | None = None,
     initial_state: torch.Tensor | None = None,
     output_final_state: bool = False,
-    state_v_first: bool = False,
+    state_v_first: bool | None = None,
     cu_seqlens: torch.Tensor | None = None,
     cu_seqlens_cpu: torch.Tensor | None = None,
     **options,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`chunk_gla` by another name; states are [N,H,K,V] unless state_v_first says otherwise."""
-    flags = (output_final_state, state_v_first, cu_seqlens, cu_seqlens_cpu)
+    """`chunk_gla` by another name, where states want state_v_first said.
+
+    Layers of flash-linear-attention call it without, and hand its state to ops that they tell the opposite.
+    """
+    if state_v_first is None and (initial_state is not None or output_final_state):
+        _checks.fail("state_v_first", "True or False where a state comes or goes", None)
+    flags = (output_final_state, bool(state_v_first), cu_seqlens, cu_seqlens_cpu)
     return chunk_gla(q, k, v, g, scale, initial_state, *flags, **options)
 
 

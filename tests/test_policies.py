@@ -19,14 +19,14 @@ PACKAGES = ("liger_linear", "liger_ops", "liger_layers", "liger_models")
 SOURCES = [p for package in PACKAGES for p in (ROOT / package).rglob("*.py")]
 
 PUBLIC = {
-    liger_ops: "chunk_delta_rule chunk_gated_delta_rule chunk_gla chunk_gsa chunk_hgrn2 chunk_kda "
-    "chunk_lightning_attn chunk_linear_attn chunk_retention chunk_rwkv6 chunk_simple_gla fused_recurrent_delta_rule "
-    "fused_recurrent_gated_delta_rule fused_recurrent_gla fused_recurrent_gsa fused_recurrent_hgrn2 "
-    "fused_recurrent_kda fused_recurrent_lightning_attn fused_recurrent_linear_attn fused_recurrent_retention "
-    "fused_recurrent_rwkv6 fused_recurrent_simple_gla gated_step gsa_step liger_attention mlstm mlstm_step "
-    "naive_delta_rule naive_gsa "
-    "naive_liger_attention naive_mlstm naive_recurrence naive_rwkv6 naive_sliding_window_attention "
-    "sliding_window_attention",
+    liger_ops: "chunk_delta_rule chunk_gated_delta_rule chunk_gla chunk_gsa chunk_hgrn2 chunk_kda chunk_lightnet "
+    "chunk_lightning_attn chunk_linear_attn chunk_retention chunk_rwkv6 chunk_simple_gla fused_chunk_gla "
+    "fused_chunk_linear_attn fused_chunk_retention fused_recurrent_delta_rule fused_recurrent_gated_delta_rule "
+    "fused_recurrent_gla fused_recurrent_gsa fused_recurrent_hgrn2 fused_recurrent_kda fused_recurrent_lightnet "
+    "fused_recurrent_lightning_attn fused_recurrent_linear_attn fused_recurrent_retention fused_recurrent_rwkv6 "
+    "fused_recurrent_simple_gla gated_step gsa_step liger_attention mlstm mlstm_step naive_delta_rule naive_gsa "
+    "naive_liger_attention naive_lightnet naive_mlstm naive_recurrence naive_rwkv6 naive_sliding_window_attention "
+    "parallel_retention sliding_window_attention",
     liger_layers: "FEATURE_MAPS FullAttention GATES Gate GatedRecurrence InterleavedStack LigerAttention LigerState "
     "LinearMixer MemoryState MixtureOfMemories POOLINGS SlidingWindowAttention Softmax SoftmaxKernel UPDATE_RULES "
     "load_balancing_loss register_gate",

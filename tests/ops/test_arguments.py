@@ -25,16 +25,20 @@ from liger_ops import (
 SIGNATURES = {
     "chunk_gla": "q k v g scale initial_state output_final_state state_v_first cu_seqlens cu_seqlens_cpu",
     "fused_recurrent_gla": "q k v gk gv scale initial_state output_final_state reverse state_v_first cu_seqlens",
+    "fused_chunk_gla": "q k v g scale initial_state output_final_state state_v_first cu_seqlens cu_seqlens_cpu",
     "chunk_simple_gla": "q k v g g_gamma scale initial_state output_final_state state_v_first cu_seqlens "
     "cu_seqlens_cpu",
     "fused_recurrent_simple_gla": "q k v g g_gamma scale initial_state output_final_state reverse state_v_first "
     "cu_seqlens",
     "chunk_retention": "q k v scale initial_state output_final_state cu_seqlens",
+    "fused_chunk_retention": "q k v scale initial_state output_final_state cu_seqlens",
+    "parallel_retention": "q k v scale output_attentions cu_seqlens",
     "fused_recurrent_retention": "q k v scale initial_state output_final_state reverse state_v_first cu_seqlens",
     "chunk_lightning_attn": "q k v layer_idx num_layers scale initial_state output_final_state cu_seqlens",
     "fused_recurrent_lightning_attn": "q k v layer_idx num_layers scale initial_state output_final_state reverse "
     "cu_seqlens",
     "chunk_linear_attn": "q k v scale initial_state output_final_state normalize cu_seqlens",
+    "fused_chunk_linear_attn": "q k v scale initial_state output_final_state normalize cu_seqlens",
     "fused_recurrent_linear_attn": "q k v scale initial_state output_final_state reverse normalize cu_seqlens",
     "chunk_rwkv6": "r k v w u scale initial_state output_final_state cu_seqlens cu_seqlens_cpu",
     "fused_recurrent_rwkv6": "r k v w u scale initial_state output_final_state reverse cu_seqlens",
@@ -51,6 +55,8 @@ SIGNATURES = {
     "fused_recurrent_kda": "q k v g beta A_log dt_bias scale initial_state output_final_state use_qk_l2norm_in_kernel",
     "chunk_gsa": "q k v s g scale initial_state output_final_state checkpoint_level cu_seqlens cu_seqlens_cpu",
     "fused_recurrent_gsa": "q k v s g scale initial_state output_final_state reverse cu_seqlens",
+    "chunk_lightnet": "q k v scale initial_state output_final_state state_v_first cu_seqlens",
+    "fused_recurrent_lightnet": "q k v scale initial_state output_final_state state_v_first cu_seqlens",
 }
 
 
@@ -59,6 +65,24 @@ def test_positional_arguments(name):
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
     parameters = inspect.signature(getattr(liger_ops, name)).parameters.values()
     assert [p.name for p in parameters if p.kind in kinds] == SIGNATURES[name].split()
+
+
+@pytest.mark.parametrize("name", [*SIGNATURES, "mlstm"])
+def test_unknown_keywords_are_answered_with_the_known_ones(name):
+    op = getattr(liger_ops, name)
+    with pytest.raises(TypeError, match=f"^{name}: unexpected argument 'foo'; expected one of [qr], ") as raised:
+        op(foo=1)
+    choices = str(raised.value).split("expected one of ")[1].split(", ")
+    own = [n for n, p in inspect.signature(op).parameters.items() if p.kind is not p.VAR_KEYWORD]
+    assert choices[: len(own)] == own and len(set(choices)) == len(choices)
+    assert {"cp_context", "disable_recompute", "chunk_indices"} < set(choices)
+    assert ("transpose_state_layout" in choices) == ("state_v_first" in choices)
+
+
+@pytest.mark.parametrize("name", ["chunk_delta_rule", "chunk_gated_delta_rule", "chunk_kda", "fused_recurrent_kda"])
+def test_nobody_reaches_behind_the_door(name):
+    with pytest.raises(TypeError, match=f"^{name}: unexpected argument 'ranks'"):
+        getattr(liger_ops, name)(X, X, X, GATE, GATE[..., 0].exp(), ranks=(3,))
 
 
 X = torch.randn(1, 6, 2, 4)
