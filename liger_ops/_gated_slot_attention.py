@@ -163,7 +163,7 @@ def chunk_lightnet(
     """
     _checks.check_qkv(q, k, v)
     _checks.check_cu_seqlens(cu_seqlens, *q.shape[:2], None, max_seqlen)
-    N, (H, K) = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1, k.shape[2:]
+    N, (H, K) = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, k.shape[2:]
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     if initial_state is None:
         initial_state = None, None
