@@ -5,6 +5,7 @@ Shapes: B batch, T columns at hand, S columns seen before.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +13,15 @@ from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
 from liger_layers import LigerState, MemoryState
-from liger_models._inputs import CACHE, Account, require
+from liger_models._inputs import (
+    CACHE,
+    Account,
+    check_documents,
+    check_positions,
+    read_mask,
+    require,
+    shown_columns,
+)
 
 
 class LigerCacheLayer(CacheLayerMixin):
@@ -169,7 +178,29 @@ def seen_columns(cache: Cache | None) -> int:
     return first.seen if first is not None else cache.get_seq_length() if cache is not None else 0
 
 
-def take_in(cache: Cache | None, mask: torch.Tensor | None, ids: torch.Tensor | None, shape: tuple[int, int]) -> None:
+def admit(
+    cache: Cache | None,
+    tokens: torch.Tensor,
+    ids: torch.Tensor | None,
+    mask: object,
+    position: object,
+    others: Mapping[str, Any],
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The mask [B,S+T] of a call, and of the T columns at hand [B,T], once all it says of them was checked.
+
+    tokens [B,T,...] are ids, or embeddings where ids is None; mask, position and others are further arguments as given.
+    Either mask is None where it is known to show everything. The cache enters the columns into its account.
+    """
+    (B, T), seen = tokens.shape[:2], seen_columns(cache)
+    mask = read_mask(mask, B, T, seen, tokens.device)
+    check_positions(position, B, T)
+    shown = shown_columns(mask, seen)
+    check_documents(position, shown, others)
+    _take_in(cache, mask, ids, (B, T))
+    return mask, shown
+
+
+def _take_in(cache: Cache | None, mask: torch.Tensor | None, ids: torch.Tensor | None, shape: tuple[int, int]) -> None:
     """Check that mask [B,S+T] shows of the first S columns what the cache holds, and enter the T at hand.
 
     ids [B,T] are their tokens, None where embeddings were given; shape is (B, T). ValueError for a mask that hides

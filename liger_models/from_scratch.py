@@ -35,17 +35,9 @@ from liger_layers import (
     load_balancing_loss,
 )
 from liger_models._decoding import ConstantCacheMixin
-from liger_models._inputs import (
-    CACHE,
-    check_documents,
-    check_positions,
-    read_mask,
-    refuse_unread,
-    shown_columns,
-    take_cache,
-)
+from liger_models._inputs import CACHE, refuse_unread, take_cache
 from liger_models._remote import PortableConfig
-from liger_models.cache import fit_cache, layer_and_state, make_cache, seen_columns, take_in
+from liger_models.cache import admit, fit_cache, layer_and_state, make_cache
 from liger_models.modeling import refuse_cut_off
 from liger_ops._checks import check_positive, fail
 
@@ -300,19 +292,14 @@ class LigerModel(LigerPreTrainedModel):
             fail("input_ids", "[batch, tokens]", tuple(input_ids.shape))
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         kwargs |= {"past_key_values": past_key_values, "cache": cache}
-        (B, T), cache = x.shape[:2], take_cache(kwargs)
+        cache = take_cache(kwargs)
         refuse_unread(kwargs)
         if cache is not None:
-            fit_cache(cache, self.config, B)
+            fit_cache(cache, self.config, x.shape[0])
         elif use_cache and not self.training:
             # Nobody reads a cache while training.
             cache = make_cache(self.config)
-        seen = seen_columns(cache)
-        mask = read_mask(attention_mask, B, T, seen, x.device)
-        check_positions(position_ids, B, T)
-        take_in(cache, mask, input_ids, (B, T))
-        mask = shown_columns(mask, seen)
-        check_documents(position_ids, mask, kwargs)
+        _, mask = admit(cache, x, input_ids, attention_mask, position_ids, kwargs)
         for layer in self.layers:
             x = layer(x, mask=mask, cache=cache, router_logits=router_logits)
         return MoeModelOutputWithPast(last_hidden_state=self.norm(x), **{CACHE: cache})

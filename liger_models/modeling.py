@@ -19,19 +19,9 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from liger_layers import LigerAttention, SlidingWindowAttention, load_balancing_loss
 from liger_models._decoding import ConstantCacheMixin
-from liger_models._inputs import (
-    CACHE,
-    argument_names,
-    by_name,
-    check_documents,
-    check_positions,
-    read_mask,
-    shown_columns,
-    take_cache,
-    token_positions,
-)
+from liger_models._inputs import CACHE, argument_names, by_name, take_cache, token_positions
 from liger_models._remote import PortableConfig
-from liger_models.cache import fit_cache, layer_and_state, make_cache, seen_columns, take_in
+from liger_models.cache import admit, fit_cache, layer_and_state, make_cache
 from liger_models.configuration import LigerConfig
 from liger_models.families import KNOWN, PREFIX, Family, finish, key_and_value, own_windows, project, traits
 
@@ -113,24 +103,18 @@ def _before_decoder(names: tuple[str, ...], module: nn.Module, args: tuple, kwar
     if tokens is None:
         # The decoder says what it wants.
         return (), kwargs
-    B, T = tokens.shape[:2]
     use_cache = kwargs.get("use_cache")
     if cache is not None:
-        fit_cache(cache, module.config, B)
+        fit_cache(cache, module.config, tokens.shape[0])
     elif module.training:
         # Nobody reads a cache while training, and with gradient checkpointing none may be written.
         kwargs["use_cache"] = False
     elif module.config.use_cache if use_cache is None else use_cache:
         cache = make_cache(module.config)
-    seen = seen_columns(cache)
-    mask = read_mask(kwargs.get("attention_mask"), B, T, seen, tokens.device)
-    check_positions(kwargs.get("position_ids"), B, T)
-    take_in(cache, mask, ids, (B, T))
-    shown = shown_columns(mask, seen)
-    check_documents(kwargs.get("position_ids"), shown, kwargs)
+    mask, shown = admit(cache, tokens, ids, kwargs.get("attention_mask"), kwargs.get("position_ids"), kwargs)
     if mask is not None and kwargs.get("position_ids") is None:
         # Padding takes no position, wherever it stands.
-        kwargs["position_ids"] = token_positions(mask, T)
+        kwargs["position_ids"] = token_positions(mask, tokens.shape[1])
     kwargs |= {CACHE: cache, "liger_mask": shown}
     if len(module.config.liger["keep"]) == 0:
         # A mask that is already four-dimensional is passed through, so no T x T mask is built for nobody.

@@ -242,7 +242,7 @@ def test_no_cache_mask_or_positions_are_swallowed():
 
 @torch.no_grad()
 def test_a_compiled_model_refuses_what_the_eager_one_refuses():
-    model = linearize_tiny(tiny(), window=4)
+    model = linearize_tiny(tiny(num_hidden_layers=1), window=4)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     x, mask = ids(1, 8), torch.tensor([[0, 0, 1, 1, 0, 1, 1, 1]])
     shown = mask[0].bool()
