@@ -68,13 +68,14 @@ def read_mask(mask: object, batch: int, tokens: int, seen: int, device: torch.de
     """attention_mask [B,S+T] as bool on the device, true where a column is shown; None if there is none."""
     if mask is None:
         return None
-    expected = f"[batch, tokens] = [{batch}, {seen + tokens}], 1 where a column is shown"
+    # The text only where it is needed: a compiler would make a graph for each number in it.
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
         kind = f"a prepared pattern {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
-        raise ValueError(f"attention_mask: expected {expected}, got {kind}")
+        raise ValueError(f"attention_mask: expected [{batch}, {seen + tokens}], 1 where a column is shown, got {kind}")
     if mask.shape[0] != batch or mask.shape[1] != seen + tokens:
         more = f"; {seen} of the columns are in the cache" if seen else ""
-        raise ValueError(f"attention_mask: expected {expected}{more}, got {list(mask.shape)}")
+        expected = f"[batch, tokens] = [{batch}, {seen + tokens}], 1 where a column is shown{more}"
+        raise ValueError(f"attention_mask: expected {expected}, got {list(mask.shape)}")
     if mask.dtype != torch.bool:
         require(((mask == 0) | (mask == 1)).all(), "attention_mask", "numbers 0 and 1", "others")
     return mask.to(device=device, dtype=torch.bool)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,16 @@ def _with_adapters(folder: Path, dtype: torch.dtype | str) -> tuple[PreTrainedMo
     if not name:
         raise ValueError(f"model: expected adapters that name their model, got {folder}")
     model, tokenizer = load(name, dtype)
-    with told(str(folder)):
+    with told(str(folder)), quiet_peft():
         return PeftModel.from_pretrained(model, folder).merge_and_unload().eval(), tokenizer
+
+
+@contextmanager
+def quiet_peft():
+    """peft still asks transformers about gradient checkpointing by its old name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
+        yield
 
 
 def open_weights(name: str, source: str | None, kind: type = AutoModelForCausalLM, **options: Any) -> PreTrainedModel:

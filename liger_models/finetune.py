@@ -7,7 +7,6 @@ import os
 import signal
 import tempfile
 import threading
-import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -22,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
 )
 from transformers.trainer_utils import get_last_checkpoint
@@ -208,12 +208,9 @@ def _recipe(recipe: str | Recipe, changes: dict[str, Any]) -> Recipe:
     return replace(recipe, **{name: value for name, value in changes.items() if value is not None})
 
 
-@contextmanager
-def _quiet_peft():
-    """peft still asks transformers about gradient checkpointing by its old name."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
-        yield
+def _measured(state: TrainerState) -> bool:
+    """Whether the Trainer measured after the last step by itself, as some versions do."""
+    return any("eval_loss" in x and x["step"] == state.global_step for x in state.log_history)
 
 
 def _checkpointing(wanted: bool) -> dict[str, Any]:
@@ -281,7 +278,7 @@ def _adapted(model: PreTrainedModel, recipe: Recipe) -> tuple[PeftModel, bool]:
         modules_to_save=[*whole, *routed] or None,
         task_type="CAUSAL_LM",
     )
-    with _quiet_peft():
+    with checkpoint.quiet_peft():
         return get_peft_model(model, config), bool(routed)
 
 
@@ -303,10 +300,10 @@ def _train(model: PreTrainedModel, job: _Job, folder: Path, last: str | None) ->
         if routed:
             # The load of memories is to be balanced while they learn.
             model.config.output_router_logits = True
-        with interrupt.listening(), _quiet_peft():
+        with interrupt.listening(), checkpoint.quiet_peft():
             trainer.train(resume_from_checkpoint=last)
         done = not interrupt.asked
-        if done and job.held_out and not (job.eval_steps and trainer.state.global_step % job.eval_steps == 0):
+        if done and job.held_out and not _measured(trainer.state):
             trainer.evaluate()
     finally:
         if routed and told is None:

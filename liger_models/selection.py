@@ -124,6 +124,11 @@ class _Held(nn.Module):
         return self.output
 
 
+def _unpadded(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """What the decoder of a linearized model says of rows without padding, which that of a pretrained one does not."""
+    return args, {**kwargs, "liger_mask": None}
+
+
 class _Bench:
     """A model whose layers are as pretrained or linearized, as asked for, and what it then loses on the keys."""
 
@@ -139,6 +144,8 @@ class _Bench:
         moments, others = moments_of(model, config, calibration), new_attention(model, config)
         for i, found in moments.items():
             calibrate(model, others[i], found)
+        for other in others.values():
+            other.register_forward_pre_hook(_unpadded, with_kwargs=True)
         bench = cls(model, {i: others[i] for i in open_to}, rows)
         try:
             yield bench

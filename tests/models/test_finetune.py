@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from liger_models import LigerForCausalLM, LigerModelConfig, evaluate, finetune
+from liger_models import LigerForCausalLM, LigerModelConfig, checkpoint, evaluate, finetune
 from liger_models.finetune import RECIPES, _Interrupt
 from tests.models.test_exactness import ids
 from tests.models.tiny import TEXT, linearize_tiny, tiny, tiny_tokenizer
@@ -199,7 +199,8 @@ def test_adapters_that_are_not_merged_are_saved_alone_and_come_back(tmp_path):
         again = linearize_tiny(tiny(), window=8, sinks=2)
         assert all(torch.equal(p, base[n]) for n, p in again.named_parameters())
         plain = again(x).logits
-        again = peft.PeftModel.from_pretrained(again, tmp_path / "adapters").eval()
+        with checkpoint.quiet_peft():
+            again = peft.PeftModel.from_pretrained(again, tmp_path / "adapters").eval()
         assert (again(x).logits - wanted).abs().max() <= 1e-6 < (plain - wanted).abs().max()
         assert (tuned.merge_and_unload()(x).logits - wanted).abs().max() <= 1e-4
     assert evaluate(again, tiny_tokenizer(), TEXT, length=32, max_blocks=2)["perplexity_window_only"] > 1
@@ -215,5 +216,5 @@ def test_conversations_of_unlike_lengths_teach_their_answers():
     ]
     before = evaluate(model, tokenizer, rows, length=32)
     assert before["tokens"] == 6 * 7
-    tuned = finetune(model, tokenizer, rows, steps=40, **(QUICK | dict(learning_rate=2e-2)))
+    tuned = finetune(model, tokenizer, rows, steps=60, **(QUICK | dict(learning_rate=1e-2, batch=6)))
     assert evaluate(tuned, tokenizer, rows, length=32)["perplexity"] < 0.5 * before["perplexity"]

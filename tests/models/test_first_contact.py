@@ -20,7 +20,8 @@ import liger_ops
 from liger_layers.patterns import LETTERS
 from liger_linear import __main__ as command
 from liger_models import LigerForCausalLM, LigerModelConfig, _versions, checkpoint, linearize_on_disk
-from liger_models.finetune import RECIPES, Blocks
+from liger_models.data import Rows
+from liger_models.finetune import RECIPES
 from tests.models.test_exactness import ids
 from tests.models.tiny import NAMES, linearize_tiny, tiny, tiny_tokenizer
 
@@ -57,7 +58,8 @@ def merged_adapters(folder):
 
 def trained(folder):
     arguments = TrainingArguments(folder / "runs", max_steps=1, report_to="none", use_cpu=True, disable_tqdm=True)
-    Trainer(linearize_tiny(tiny(), window=8), arguments, train_dataset=Blocks(ids(8, 16))).train()
+    rows = tuple(ids(8, 16))
+    Trainer(linearize_tiny(tiny(), window=8), arguments, train_dataset=Rows(rows, rows)).train()
     (folder / "runs" / "checkpoint-1").rename(folder / "last")
     return folder / "last"
 

@@ -58,7 +58,8 @@ def test_files_stay_as_they_are_and_ties_stay_tied(source, tmp_path):
     out = linearize_on_disk(folder, tmp_path / "out")
     names = {path.name for path in folder.iterdir()} - {"model.safetensors", "pytorch_model.bin"}
     shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
-    assert {path.name for path in out.iterdir()} == names | {*shards, "model.safetensors.index.json"}
+    new = {*shards, "model.safetensors.index.json", "modeling_liger.py"}
+    assert {path.name for path in out.iterdir()} == names | new
     assert (out / shards[0]).read_bytes() == (folder / "model.safetensors").read_bytes()
     index = json.loads((out / "model.safetensors.index.json").read_text())
     held = [load_file(out / shard) for shard in shards]
