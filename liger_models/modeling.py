@@ -221,7 +221,13 @@ def _twins(family: Family) -> tuple[type, type]:
     model = type(
         names[1],
         (LigerMixin, model_class),
-        {"config_class": config, "__module__": __name__, "_no_split_modules": model_class._no_split_modules},
+        {
+            "config_class": config,
+            "__module__": __name__,
+            "_no_split_modules": model_class._no_split_modules,
+            # Before 5.21 transformers gave Gemma 2 to sdpa, which drops the bound of its scores.
+            "_supports_sdpa": model_class._supports_sdpa and family.softcap is None,
+        },
     )
     AutoConfig.register(config.model_type, config)
     AutoModelForCausalLM.register(config, model)

@@ -24,7 +24,9 @@ _OPTIONS = {
     "mistral": dict(sliding_window=None),
     "qwen2": dict(tie_word_embeddings=True),
     "qwen3": dict(head_dim=16),
+    # sdpa, which transformers before 5.21 would choose, drops the bound of its scores.
     "gemma2": dict(
+        attn_implementation="eager",
         head_dim=16,
         query_pre_attn_scalar=9,
         attn_logit_softcapping=3.0,
