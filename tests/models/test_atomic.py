@@ -11,7 +11,10 @@ from tests.models.test_exactness import ids
 from tests.models.tiny import TEXT, linearize_tiny, tiny, tiny_tokenizer
 
 # Its rotary frequencies change with the length of what passes through.
-STRETCHED = dict(max_position_embeddings=32, rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0))
+_FACTORS = dict(short_factor=[1.0] * 6, long_factor=[1.5, 2.0, 2.5, 3.0, 3.5, 4.0], factor=2.0)
+STRETCHED = dict(
+    rope_parameters=dict(rope_type="longrope", rope_theta=1e4, original_max_position_embeddings=32, **_FACTORS)
+)
 _linearize = importlib.import_module("liger_models.linearize")
 
 
