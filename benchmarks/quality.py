@@ -58,7 +58,7 @@ def prefill(path: str, context: int = 8192, rounds: int = 3) -> dict:
     """Seconds of prefill, original and linearized in turns in one process; medians."""
     models = {name: checkpoint.load(path, torch.float32)[0] for name in ("original", "linearized")}
     linearize(models["linearized"])
-    costs = measure_costs(models, [context], rounds=rounds, decode_tokens=1)
+    costs = measure_costs(models, [context], rounds=rounds, decode_tokens=1, threads=None)
     medians = {name: rows[0]["prefill_s"]["median"] for name, rows in costs.items()}
     return {**medians, "ratio": medians["original"] / medians["linearized"]}
 

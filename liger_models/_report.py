@@ -67,7 +67,7 @@ def _picture(result: dict):
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     figure.legend(*quality.get_legend_handles_labels(), loc="lower center", ncols=5, frameon=False, fontsize=10)
-    note = "In brackets: perplexity of all positions. Times: wall time, medians and quartiles, in turns."
+    note = "In brackets: perplexity of all positions. Times: wall time on one thread, medians and quartiles, in turns."
     figure.text(0.5, 0.055, note, ha="center", color="#444444")
     return figure
 
@@ -116,7 +116,8 @@ def _markdown(result: dict) -> list[str]:
         *_costs(result),
         "",
         "Medians, in brackets their quartiles. The two tuned models took turns, A B B A, with every prefill and every "
-        "token; the ratios are of medians. Process time is the processor time of all threads together.",
+        "token, on one thread; the ratios are of medians. Wall time grows with whatever else the machine does; process "
+        "time, the processor's, hardly does.",
         "",
         "## The saved model: linearized, tuned",
         "",

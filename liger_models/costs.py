@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from tqdm.auto import tqdm
@@ -30,6 +31,7 @@ def measure_costs(
     rounds: int = 3,
     seconds: float = 0.0,
     decode_tokens: int = 16,
+    threads: int | None = 1,
 ) -> dict[str, list[dict]]:
     """For each model, a row a context length: what prefill and a decoded token take, and the bytes of cache they fill.
 
@@ -42,6 +44,8 @@ def measure_costs(
         rounds: prefills of each model at each context, at least 2; each is followed by the decoding.
         seconds: go on with more rounds until this much time is spent at a context.
         decode_tokens: tokens that each model decodes after each prefill, at least 1.
+        threads: of the processor while measuring; None leaves as many as there are. Several wait for each other at
+            every operation, on a busy machine most of the time, and longest in the model that has the most operations.
 
     Returns:
         Rows with context, rounds, cache_bytes after the prefill, and median, low and high (the quartiles) of prefill_s
@@ -54,18 +58,32 @@ def measure_costs(
             raise ValueError(f"{name}: expected at least {least}, got {value}")
     if not contexts or min(contexts) < 1:
         raise ValueError(f"contexts: expected lengths of at least 1, got {list(contexts)}")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads: expected at least 1 or None, got {threads}")
     for model in models.values():
         model.eval()
     generator = torch.Generator().manual_seed(0)
     vocabulary = min(model.config.vocab_size for model in models.values())
     ids = torch.randint(vocabulary, (1, max(contexts) + decode_tokens), generator=generator)
     inputs = {name: ids.to(model.get_input_embeddings().weight.device) for name, model in models.items()}
-    _round(models, inputs, min(contexts), 1, list(models))
     rows = {name: [] for name in models}
-    for context in tqdm(contexts, desc="Measuring costs, in turns", leave=False):
-        for name, row in _at(models, inputs, context, rounds, seconds, decode_tokens).items():
-            rows[name].append(row)
+    with with_threads(threads):
+        _round(models, inputs, min(contexts), 1, list(models))
+        for context in tqdm(contexts, desc="Measuring costs, in turns", leave=False):
+            for name, row in _at(models, inputs, context, rounds, seconds, decode_tokens).items():
+                rows[name].append(row)
     return rows
+
+
+@contextmanager
+def with_threads(number: int | None):
+    """Torch on so many threads of the processor for a while; None changes nothing."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(number or before)
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def compare(costs: Mapping[str, Sequence[dict]], one: str, other: str) -> list[dict]:

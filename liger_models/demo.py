@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from liger_models import checkpoint
 from liger_models._report import write_report
-from liger_models.costs import compare, measure_costs
+from liger_models.costs import compare, measure_costs, with_threads
 from liger_models.evaluation import perplexity_by_position, without_recurrence
 from liger_models.finetune import finetune
 from liger_models.generation import generate
@@ -86,7 +86,7 @@ def run(model_name: str, text: Path | None, out: Path, steps: int, contexts: lis
     sample = generate(linearized, tokenizer, _PROMPT, chat=tokenizer.chat_template is not None, max_new_tokens=_WORDS)
     say(f"{_PROMPT}\n    {sample}")
 
-    say("Measuring prefill, decoding and cache of both, in turns")
+    say("Measuring prefill, decoding and cache of both, in turns, on one thread")
     pair = ("original, tuned alike", "linearized, tuned")
     costs = measure_costs({name: tuned[name] for name in pair}, contexts, rounds=_ROUNDS, seconds=_SECONDS)
 
@@ -125,12 +125,15 @@ def plan(model: PreTrainedModel, steps: int, contexts: list[int], blocks: int) -
         return statistics.median(taken)
 
     forward(_LENGTH, 1)
-    token, block, longer = forward(1, 5), forward(_LENGTH, 3), forward(4 * _LENGTH, 1)
+    token, block = forward(1, 5), forward(_LENGTH, 3)
+    # Costs are those of one thread.
+    with with_threads(1):
+        alone, short, longer = forward(1, 3), forward(_LENGTH, 1), forward(4 * _LENGTH, 1)
     # A prefill of n tokens takes linear n + square n^2.
-    square = max(0.0, longer / 4 - block) / (3 * _LENGTH**2)
-    linear = max(0.0, block / _LENGTH - square * _LENGTH)
+    square = max(0.0, longer / 4 - short) / (3 * _LENGTH**2)
+    linear = max(0.0, short / _LENGTH - square * _LENGTH)
     # Each decodes 16 tokens behind it.
-    both = [max(_SECONDS, _ROUNDS * (2 * linear * n + square * n**2 + 40 * token)) for n in contexts]
+    both = [max(_SECONDS, _ROUNDS * (2 * linear * n + square * n**2 + 40 * alone)) for n in contexts]
     return {
         "perplexity": 5 * blocks * _PERPLEXITY * block,
         "linearizing": _LINEARIZING * block,
@@ -192,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--text", type=Path, metavar="FILE", help="your own text instead of Python's help topics")
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder to write (default: %(default)s)")
     parser.add_argument(
-        "--steps", type=int, default=50, help="fine-tuning steps of 1,024 tokens, of each model (default: %(default)s)"
+        "--steps", type=int, default=40, help="fine-tuning steps of 1,024 tokens, of each model (default: %(default)s)"
     )
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048, 8192], help="context lengths to measure")
     args = parser.parse_args(argv)

@@ -95,6 +95,18 @@ def test_rounds_go_on_until_the_time_is_spent(monkeypatch):
     assert found["a"][0]["rounds"] == 3
 
 
+@pytest.mark.parametrize(("threads", "seen"), [(1, 1), (2, 2), (None, 3)])
+def test_one_thread_measures_and_all_come_back(threads, seen):
+    before, found, model = torch.get_num_threads(), set(), tiny()
+    model.register_forward_pre_hook(lambda module, args: found.add(torch.get_num_threads()))
+    torch.set_num_threads(3)
+    try:
+        measure_costs({"a": model}, [8], rounds=2, decode_tokens=1, threads=threads)
+        assert found == {seen} and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
@@ -102,6 +114,7 @@ def test_rounds_go_on_until_the_time_is_spent(monkeypatch):
         (dict(contexts=[0]), "contexts"),
         (dict(rounds=1), "rounds"),
         (dict(decode_tokens=0), "decode_tokens"),
+        (dict(threads=0), "threads"),
         (dict(models={}), "models"),
     ],
 )
