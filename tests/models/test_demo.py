@@ -154,6 +154,7 @@ def demonstration(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "_SECONDS", 0.0)
+        patch.setattr(demo, "_WORDS", 8)
         patch.setattr(demo, "finetune", listen)
         patch.setattr(demo._Narrator, "__call__", lambda self, line: said.append(line))
         result = demo.run(str(place / "model"), text, place / "out", 2, [16, 64])
