@@ -51,12 +51,15 @@ class ConstantCacheMixin:
     def create_masks_for_generate(config, inputs_embeds, attention_mask, *args, **kwargs):
         return attention_mask
 
-    def prepare_inputs_for_generation(self, input_ids, *args, liger_ended: _Ended | None = None, **kwargs):
+    # transformers looks for inputs_embeds among the names.
+    def prepare_inputs_for_generation(
+        self, input_ids, *args, inputs_embeds=None, liger_ended: _Ended | None = None, **kwargs
+    ):
         # Where generate is to cut off what the cache holds, it was given all ids.
         whole = kwargs.get("is_first_iteration") and kwargs.get("next_sequence_length") is not None
-        if whole and kwargs.get("inputs_embeds") is None:
+        if whole and inputs_embeds is None:
             check_prompt(kwargs.get(CACHE), input_ids, kwargs.get("attention_mask"))
-        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        return super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
 
     def _sample(self, input_ids, logits_processor, stopping_criteria, *args, **kwargs):
         # Only these criteria make generate write padding where a row has ended.

@@ -45,12 +45,16 @@ class LigerCacheLayer(CacheLayerMixin):
     def _forget(self) -> None:
         self.state: LigerState | MemoryState | None = None
         self.account: Account | None = None
+        # What account and whole become once this layer has taken in the columns at hand.
+        self.pending: tuple[Account, bool] | None = None
         self.seen, self.whole, self.is_initialized = 0, True, False
 
     def store(self, state: LigerState | MemoryState, tokens: int) -> None:
         self.state = state.map(torch.Tensor.detach) if not torch.is_grad_enabled() else state
         self.seen += tokens
         self.is_initialized = True
+        if self.pending is not None:
+            (self.account, self.whole), self.pending = self.pending, None
 
     def lazy_initialization(self, key_states, value_states) -> None:
         raise RuntimeError("a Liger layer keeps a state, not keys and values: it is filled by its own attention")
@@ -167,7 +171,7 @@ def _check_filled(cache: Cache, config: PreTrainedConfig, batch: int | None) -> 
         raise ValueError(f"{CACHE}: expected one of a model with {names[0]} {wanted!r}, got one with {given!r}")
     if batch is not None and first.account is not None and len(first.account.columns) != batch:
         raise ValueError(f"{CACHE}: expected {batch} rows as in the batch, got {len(first.account.columns)}")
-    seen = {layer.seen for layer in cache.layers if isinstance(layer, LigerCacheLayer)}
+    seen = {layer.get_seq_length() for layer in cache.layers}
     if len(seen) > 1:
         raise ValueError(f"{CACHE}: expected layers that have seen as much, got {sorted(seen)}: a call was cut short")
 
@@ -196,8 +200,19 @@ def admit(
     check_positions(position, B, T)
     shown = shown_columns(mask, seen)
     check_documents(position, shown, others)
+    _check_onward(cache, position, shown)
     _take_in(cache, mask, ids, (B, T))
     return mask, shown
+
+
+def _check_onward(cache: Cache | None, position: torch.Tensor | None, shown: torch.Tensor | None) -> None:
+    """ValueError if positions start again behind what a cache holds: the next document would enter its states."""
+    state = getattr(_first(cache), "state", None)
+    if position is None or position.ndim != 2 or not isinstance(state, LigerState):
+        return
+    onward = position >= state.position.to(position.device).unsqueeze(1)
+    onward = onward if shown is None else onward | ~shown
+    require(onward.all(), "position_ids", "positions behind the tokens in the cache", "some that start again")
 
 
 def _take_in(cache: Cache | None, mask: torch.Tensor | None, ids: torch.Tensor | None, shape: tuple[int, int]) -> None:
@@ -219,8 +234,8 @@ def _take_in(cache: Cache | None, mask: torch.Tensor | None, ids: torch.Tensor |
         same = (held == account.columns.to(device)).all()
         require(same, "attention_mask", expected, lambda: _difference(mask, first))
     shown = torch.ones(B, T, dtype=torch.bool, device=device) if mask is None else mask[:, S:]
-    first.account = account.add(S, shown, None if ids is None else ids.to(device))
-    first.whole = first.whole and not tracing and (mask is None or bool(shown.all()))
+    after = account.add(S, shown, None if ids is None else ids.to(device))
+    first.pending = after, first.whole and not tracing and (mask is None or bool(shown.all()))
 
 
 def _difference(mask: torch.Tensor | None, first: LigerCacheLayer) -> str:

@@ -61,7 +61,10 @@ def _with_adapters(folder: Path, dtype: torch.dtype | str) -> tuple[PreTrainedMo
         raise ValueError(f"model: expected adapters that name their model, got {folder}")
     model, tokenizer = load(name, dtype)
     with told(str(folder)), quiet_peft():
-        return PeftModel.from_pretrained(model, folder).merge_and_unload().eval(), tokenizer
+        merged = PeftModel.from_pretrained(model, folder).merge_and_unload().eval()
+    # The name is that of the model without them.
+    merged.config.name_or_path = merged.name_or_path = ""
+    return merged, tokenizer
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from liger_models import checkpoint
 from liger_models.data import Rows, collate, to_rows
 from liger_models.evaluation import mean_loss
-from liger_models.modeling import LigerMixin
+from liger_models.modeling import LigerMixin, forget_name
 
 
 @dataclass(frozen=True)
@@ -165,6 +165,9 @@ def finetune(
             to resume, or a folder that holds something else.
         KeyboardInterrupt: after Ctrl-C, once the checkpoint is written; the model then has no adapters.
     """
+    if not isinstance(model, PreTrainedModel):
+        kind = type(model).__name__
+        raise ValueError(f"model: expected a causal LM of transformers, adapters merged first, got {kind}")
     recipe = _recipe(recipe, changes)
     if eval_steps is not None and (isinstance(eval_steps, bool) or not isinstance(eval_steps, int) or eval_steps < 1):
         raise ValueError(f"eval_steps: expected an integer >= 1, got {eval_steps!r}")
@@ -185,6 +188,7 @@ def finetune(
     folder = Path(checkpoints)
     run = {**asdict(recipe), "targets": list(recipe.targets), "seed": seed, "text": rows.digest()}
     run["model"] = f"{type(model).__name__} with {model.num_parameters():,} parameters"
+    run["liger"] = getattr(model.config, "liger", None)
     last = checkpoint.claim(folder, run, resume)
     try:
         return _train(model, job, folder, last)
@@ -317,4 +321,6 @@ def _train(model: PreTrainedModel, job: _Job, folder: Path, last: str | None) ->
     if not done:
         raise KeyboardInterrupt("fine-tuning interrupted")
     model.config.use_cache = True
+    if job.merge:
+        forget_name(model)
     return (model if job.merge else adapted).eval()

@@ -17,7 +17,7 @@ from liger_models._checks import check_architecture, check_weights
 from liger_models._snapshot import looked_at, whole_or_not
 from liger_models.configuration import LigerConfig
 from liger_models.families import own_windows
-from liger_models.modeling import FAMILIES, new_attention, swap_attention
+from liger_models.modeling import FAMILIES, forget_name, new_attention, swap_attention
 
 # Layers without a recurrence.
 _WINDOWS = ("full", "window", "own")
@@ -63,6 +63,7 @@ def linearize(
             if getattr(module, "config", None) is before:
                 module.config = after
         model.__class__ = FAMILIES[before.model_type][1]
+        forget_name(model)
     return model
 
 

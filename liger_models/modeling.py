@@ -190,6 +190,11 @@ def _with_routers(forward):
     return call
 
 
+def forget_name(model: PreTrainedModel) -> None:
+    """The folder or hub name that it was loaded from holds other weights: adapters would name it as their model."""
+    model.config.name_or_path = model.name_or_path = ""
+
+
 def new_attention(model: PreTrainedModel, liger: LigerConfig) -> dict[int, nn.Module]:
     """By index of its layer, what takes the place of each attention that is not to stay. The model is as before."""
     layers = enumerate(zip(model.model.layers, liger.pattern, strict=True))

@@ -218,3 +218,14 @@ def test_conversations_of_unlike_lengths_teach_their_answers():
     assert before["tokens"] == 6 * 7
     tuned = finetune(model, tokenizer, rows, steps=60, **(QUICK | dict(learning_rate=1e-2, batch=6)))
     assert evaluate(tuned, tokenizer, rows, length=32)["perplexity"] < 0.5 * before["perplexity"]
+
+
+def test_adapters_never_name_a_model_that_holds_other_weights(tmp_path):
+    tiny().save_pretrained(tmp_path / "plain"), tiny_tokenizer().save_pretrained(tmp_path / "plain")
+    model, tokenizer = checkpoint.load(tmp_path / "plain")
+    tuned = finetune(linearize_tiny(model, window=8), tokenizer, TEXT, steps=1, merge=False, **QUICK)
+    tuned.save_pretrained(tmp_path / "adapters")
+    with pytest.raises(ValueError, match="model: expected adapters that name their model"):
+        checkpoint.load(tmp_path / "adapters")
+    with pytest.raises(ValueError, match="model: expected a causal LM of transformers, adapters merged"):
+        finetune(tuned, tokenizer, TEXT, steps=1, **QUICK)

@@ -125,3 +125,10 @@ def test_caches_that_hold_no_states_are_refused(model):
         with pytest.raises(ValueError, match=f"cache_implementation: expected None or 'dynamic', .*, got '{kind}'"):
             generate(model, x, cache_implementation=kind)
     assert torch.equal(generate(model, x, cache_implementation="dynamic"), generate(model, x))
+
+
+def test_embeddings_in_place_of_ids(model):
+    x = ids(2, 9)
+    options = dict(attention_mask=torch.ones_like(x), max_new_tokens=5, do_sample=False, eos_token_id=None)
+    got = model.generate(inputs_embeds=model.get_input_embeddings()(x).detach(), **options)
+    assert torch.equal(got, model.generate(x, **options)[:, 9:])

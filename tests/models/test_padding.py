@@ -273,3 +273,36 @@ def test_documents_behind_padding_are_refused():
         model(ids(1, 8), attention_mask=mask, position_ids=position)
     with pytest.raises(ValueError, match="seq_idx: expected one document per row"):
         model(ids(1, 8), seq_idx=torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1]]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keep", [[], [0], [2]])
+def test_a_call_that_was_cut_short_leaves_the_cache_as_it_was_or_known_to_be_broken(keep):
+    model, x = linearize_tiny(tiny(), window=4, keep=keep), ids(1, 20)
+    wanted = model(x, use_cache=False).logits[:, 10:]
+
+    def fail(*args):
+        raise MemoryError
+
+    for place in ("embed_tokens", "layers.0.mlp", "layers.1.mlp"):
+        cache = make_cache(model.config)
+        model(x[:, :10], **{CACHE: cache})
+        hook = model.model.get_submodule(place).register_forward_pre_hook(fail)
+        with pytest.raises(MemoryError):
+            model(x[:, 10:], **{CACHE: cache})
+        hook.remove()
+        if place == "embed_tokens":
+            assert (model(x[:, 10:], **{CACHE: cache}).logits - wanted).abs().max() <= 1e-4
+        else:
+            with pytest.raises(ValueError, match=f"{CACHE}: expected layers that have seen as much"):
+                model(x[:, 10:], **{CACHE: cache})
+
+
+@torch.no_grad()
+def test_positions_that_start_again_behind_a_cache_are_refused():
+    model, x, cache = linearize_tiny(tiny(), window=4), ids(1, 20), make_cache(linearize_tiny(tiny(), window=4).config)
+    model(x[:, :10], **{CACHE: cache})
+    with pytest.raises(ValueError, match="position_ids: expected positions behind the tokens in the cache"):
+        model(x[:, 10:], position_ids=torch.arange(10)[None], **{CACHE: cache})
+    got = model(x[:, 10:], position_ids=torch.arange(10, 20)[None], **{CACHE: cache}).logits
+    assert (got - model(x, use_cache=False).logits[:, 10:]).abs().max() <= 1e-4
