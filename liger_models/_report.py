@@ -49,11 +49,13 @@ def _picture(result: dict):
     figure.text(0.075, 0.918, _machine(result), ha="left", fontsize=10, color="#444444")
     quality, cache, decode, prefill = axes.flat
     _quality(quality, result["quality"])
+    # A kernel on a GPU takes no processor time; on one thread of a quiet processor the two are the same.
+    gpu = result["machine"]["device"] == "cuda"
     for name, rows in result["costs"].items():
         contexts = [row["context"] for row in rows]
         cache.plot(contexts, [row["cache_bytes"] / 1e6 for row in rows], **STYLES[name])
         for axis, key in ((decode, "decode_ms"), (prefill, "prefill_s")):
-            spread = [row[key] for row in rows]
+            spread = [row[key if gpu else PROCESS[key]] for row in rows]
             medians = [s["median"] for s in spread]
             bars = [[s["median"] - s["low"] for s in spread], [s["high"] - s["median"] for s in spread]]
             axis.errorbar(contexts, medians, bars, capsize=4, **STYLES[name])
@@ -67,7 +69,8 @@ def _picture(result: dict):
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     figure.legend(*quality.get_legend_handles_labels(), loc="lower center", ncols=5, frameon=False, fontsize=10)
-    note = "In brackets: perplexity of all positions. Times: wall time on one thread, medians and quartiles, in turns."
+    kind = "wall time" if gpu else "processor time of one thread"
+    note = f"In brackets: perplexity of all positions. Times: {kind}, medians and quartiles, in turns."
     figure.text(0.5, 0.055, note, ha="center", color="#444444")
     return figure
 
@@ -116,8 +119,8 @@ def _markdown(result: dict) -> list[str]:
         *_costs(result),
         "",
         "Medians, in brackets their quartiles. The two tuned models took turns, A B B A, with every prefill and every "
-        "token, on one thread; the ratios are of medians. Wall time grows with whatever else the machine does; process "
-        "time, the processor's, hardly does.",
+        "token, on one thread; the ratios are of medians. Wall time grows with whatever else the machine does, and so "
+        "may its ratio; process time, the processor's, hardly does, and the picture shows it (on a GPU, wall time).",
         "",
         "## The saved model: linearized, tuned",
         "",

@@ -167,7 +167,12 @@ def _machine(model: PreTrainedModel) -> dict:
     elif (info := Path("/proc/cpuinfo")).is_file():
         found = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
         name = found[0] if found else name
-    return {"processor": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    return {
+        "processor": name,
+        "device": model.device.type,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
 
 
 def _duration(seconds: float) -> str:
