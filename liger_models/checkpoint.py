@@ -69,9 +69,10 @@ def _with_adapters(folder: Path, dtype: torch.dtype | str) -> tuple[PreTrainedMo
 
 @contextmanager
 def quiet_peft():
-    """peft still asks transformers about gradient checkpointing by its old name."""
+    """peft asks transformers about gradient checkpointing by its old name, and wants models to come from a folder."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "Could not find a config file in ", UserWarning)
         yield
 
 

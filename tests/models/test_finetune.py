@@ -190,7 +190,8 @@ def test_adapters_that_are_not_merged_are_saved_alone_and_come_back(tmp_path):
     model.save_pretrained(tmp_path / "base")
     tuned = finetune(model, tiny_tokenizer(), TEXT, steps=4, merge=False, **QUICK)
     assert isinstance(tuned, peft.PeftModel) and not tuned.training
-    tuned.save_pretrained(tmp_path / "adapters")
+    with checkpoint.quiet_peft():
+        tuned.save_pretrained(tmp_path / "adapters")
     size = sum(p.stat().st_size for p in (tmp_path / "adapters").glob("*.safetensors"))
     assert size < 0.7 * (tmp_path / "base" / "model.safetensors").stat().st_size
     x = ids(2, 40)
@@ -224,7 +225,8 @@ def test_adapters_never_name_a_model_that_holds_other_weights(tmp_path):
     tiny().save_pretrained(tmp_path / "plain"), tiny_tokenizer().save_pretrained(tmp_path / "plain")
     model, tokenizer = checkpoint.load(tmp_path / "plain")
     tuned = finetune(linearize_tiny(model, window=8), tokenizer, TEXT, steps=1, merge=False, **QUICK)
-    tuned.save_pretrained(tmp_path / "adapters")
+    with checkpoint.quiet_peft():
+        tuned.save_pretrained(tmp_path / "adapters")
     with pytest.raises(ValueError, match="model: expected adapters that name their model"):
         checkpoint.load(tmp_path / "adapters")
     with pytest.raises(ValueError, match="model: expected a causal LM of transformers, adapters merged"):
