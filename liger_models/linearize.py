@@ -47,9 +47,12 @@ def linearize(
         calibration: token ids to measure instead of the model's own draw.
         changes: fields of LigerConfig: gate, pattern, window, sinks, mix, tau, feature_map, memories, top_k, ...
 
+    Quantized weights that are tensors of a type of their own (bitsandbytes, torchao) stay as they are; there are no
+    memories then. Whatever stops the conversion, an interrupt too, leaves the model as it was.
+
     Raises:
-        ValueError: an architecture outside the list, a damaged weight, or an option that does not exist; the model is
-            untouched then.
+        ValueError: no model, or one that is wrapped, carries adapters, or is of no class in the list itself; a damaged
+            weight; an option that does not exist.
     """
     config = resolved(model, config, preset, keep, changes)
     check_weights(model, config)
