@@ -127,8 +127,8 @@ def token_positions(mask: torch.Tensor, tokens: int) -> torch.Tensor:
 
 
 class Account(NamedTuple):
-    """What a cache has taken in, in constant size: sums over shown columns [B] that no other choice of columns, or of
-    tokens in them, shares. tokens is None once embeddings were given instead of ids."""
+    """What a cache has taken in, in constant size: sums of hashes over shown columns [B], of the columns and of the
+    tokens in them. tokens is None once embeddings were given instead of ids."""
 
     columns: torch.Tensor
     tokens: torch.Tensor | None

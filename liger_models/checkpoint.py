@@ -16,6 +16,8 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
+from liger_models.modeling import forget_name
+
 # The settings of the run, beside its checkpoints.
 _RUN = "run.json"
 # What the Trainer reports to files, which lies there too and is nobody's to remove.
@@ -62,8 +64,7 @@ def _with_adapters(folder: Path, dtype: torch.dtype | str) -> tuple[PreTrainedMo
     model, tokenizer = load(name, dtype)
     with told(str(folder)), quiet_peft():
         merged = PeftModel.from_pretrained(model, folder).merge_and_unload().eval()
-    # The name is that of the model without them.
-    merged.config.name_or_path = merged.name_or_path = ""
+    forget_name(merged)
     return merged, tokenizer
 
 

@@ -80,7 +80,7 @@ def evaluate(
 
     text may be anything that `finetune` takes; of conversations and completions only what the model would say counts.
 
-    Returns perplexity and tokens, those that count; for a linearized model also perplexity_window_only, with the
+    Returns perplexity and tokens, those with a label; for a linearized model also perplexity_window_only, with the
     recurrence switched off: the closer the two, the less the recurrence does. For each context, a number of tokens of
     text, also passkey_N, the share of keys found that are hidden in it one at a time, each at one of `depths`, and
     multikey_N, the same among `keys` of them. ValueError if the text cannot be read, or is shorter than a block or a

@@ -161,8 +161,8 @@ def finetune(
         changes: fields of Recipe: steps, length, batch, learning_rate, rank, ...
 
     Raises:
-        ValueError: unknown recipe or field, a field out of range, text that cannot be read or teaches nothing, nothing
-            to resume, or a folder that holds something else.
+        ValueError: no model of transformers, or one in adapters; unknown recipe or field, a field out of range, text
+            that cannot be read or teaches nothing, nothing to resume, or a folder that holds something else.
         KeyboardInterrupt: after Ctrl-C, once the checkpoint is written; the model then has no adapters.
     """
     if not isinstance(model, PreTrainedModel):
