@@ -3,32 +3,9 @@
 Shapes: B batch, T time.
 """
 
-import math
-
 import torch
 
-from liger_ops._checks import check_positive, fail
-
-
-def _number(x: object) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool)
-
-
-def check_weight(name: str, value: float) -> None:
-    """A share of a sum, or of a loss."""
-    if not _number(value) or not 0 <= value < math.inf:
-        fail(name, "a weight >= 0", repr(value))
-
-
-def check_factor(name: str, value: float | None, optional: bool = False) -> None:
-    """A temperature, scale, bound or base; None too if optional."""
-    if not (optional and value is None) and (not _number(value) or not 0 < value < math.inf):
-        fail(name, "a number > 0, or None" if optional else "a number > 0", repr(value))
-
-
-def check_flag(name: str, value: bool) -> None:
-    if not isinstance(value, bool):
-        fail(name, "True or False", repr(value))
+from liger_ops.errors import check_positive, fail
 
 
 def check_memories(memories: int, top_k: int) -> None:

@@ -15,13 +15,13 @@ from liger_layers.feature_maps import FEATURE_MAPS
 from liger_layers.gates import GATES, erases, log_decay, strength
 from liger_layers.rotary import rotary_tables, rotate
 from liger_ops import (
-    _checks,
     chunk_delta_rule,
     chunk_gated_delta_rule,
     chunk_gla,
     chunk_gsa,
     chunk_kda,
     chunk_simple_gla,
+    errors,
     liger_attention,
     sliding_window_attention,
 )
@@ -84,12 +84,12 @@ class LigerAttention(nn.Module):
         super().__init__()
         chosen = settle(gate, feature_map, mixing, mix, normalize, pool)
         _arguments.check_sizes(hidden_size, num_heads, num_kv_heads, head_dim=head_dim)
-        _checks.check_window(window, sinks, None, None)
-        _arguments.check_factor("tau", tau)
+        errors.check_window(window, sinks)
+        errors.check_factor("tau", tau)
         for name, value in (("scale", scale), ("softcap", softcap), ("rope_theta", rope_theta)):
-            _arguments.check_factor(name, value, optional=True)
+            errors.check_factor(name, value, optional=True)
         for name, value in (("learn_mix", learn_mix), ("bias", bias)):
-            _arguments.check_flag(name, value)
+            errors.check_flag(name, value)
         _arguments.check_memories(memories, top_k)
         num_kv_heads, head_dim = num_kv_heads or num_heads, head_dim or hidden_size // num_heads
         if projections is None:

@@ -2,9 +2,9 @@
 
 from typing import NamedTuple
 
-from liger_layers._arguments import check_flag, check_weight
 from liger_layers.feature_maps import FEATURE_MAPS
 from liger_layers.gates import GATES, POOLINGS, erases
+from liger_ops.errors import check_flag, check_known, check_weight
 
 MIXINGS = ("joint", "sum")
 
@@ -15,11 +15,6 @@ class Choices(NamedTuple):
     mixing: str
     mix: float
     normalize: bool
-
-
-def _choose(name: str, value: str, choices) -> None:
-    if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 
 def settle(
@@ -36,22 +31,22 @@ def settle(
     Raises:
         ValueError: an unknown name, a mix or normalize that is none, or choices that do not go with the gate.
     """
-    _choose("gate", gate, GATES)
+    check_known("gate", gate, GATES)
     erasing, own = erases(gate), GATES[gate].writes != "key"
     apart = erasing or own
     why = "which erases" if erasing else f"which writes {GATES[gate].writes}"
     usual = "unit" if erasing else "softmax" if own else "kernel"
     feature_map = usual if feature_map is None else feature_map
     mixing = ("sum" if apart else "joint") if mixing is None else mixing
-    _choose("feature_map", feature_map, FEATURE_MAPS)
-    _choose("mixing", mixing, MIXINGS)
+    check_known("feature_map", feature_map, FEATURE_MAPS)
+    check_known("mixing", mixing, MIXINGS)
     bare = erasing or GATES[gate].writes == "slots"
     normalize = not bare if normalize is None else normalize
     mix = (0.05 if apart else 1.0) if mix is None else mix
     check_flag("normalize", normalize)
     check_weight("mix", mix)
     if pool is not None:
-        _choose("pool", pool, POOLINGS)
+        check_known("pool", pool, POOLINGS)
         if own and pool == "width":
             raise ValueError(f"pool: expected identity or heads with gate {gate!r}, {why}, got 'width'")
     if apart and mixing == "joint":

@@ -18,7 +18,7 @@ from liger_layers._state import LigerState, MemoryState
 from liger_layers.mixture_of_memories import MixtureOfMemories
 from liger_layers.patterns import Pattern, read_pattern, spread
 from liger_layers.rotary import rotate
-from liger_ops._checks import check_positive, fail
+from liger_ops.errors import check_positive, fail
 
 State = LigerState | MemoryState
 

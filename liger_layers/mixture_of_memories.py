@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from liger_layers._arguments import check_flag, check_input, check_sizes
+from liger_layers._arguments import check_input, check_sizes
 from liger_layers._routing import Dispatch, OneToken, check_router_mask, choose, dispatch, memory_load, one_token
 from liger_layers._state import MemoryState
 from liger_layers.rules import UPDATE_RULES, Sizes, Tensors, UpdateRule
-from liger_ops import _checks
+from liger_ops import errors
 
 
 class ShortConvolution(nn.Module):
@@ -183,7 +183,7 @@ class MixtureOfMemories(nn.Module):
         mask [B,T] or [tokens] marks real tokens.
         """
         if router_logits.ndim != 2 or router_logits.shape[-1] != self.memories:
-            _checks.fail("router_logits", f"[tokens, memories] = [tokens, {self.memories}]", tuple(router_logits.shape))
+            errors.fail("router_logits", f"[tokens, memories] = [tokens, {self.memories}]", tuple(router_logits.shape))
         check_router_mask(mask, len(router_logits))
         return memory_load(router_logits, self.top_k, mask)
 
@@ -241,15 +241,15 @@ class MixtureOfMemories(nn.Module):
         """Check what was given; the number of sequences."""
         check_input(x, mask, self.q_proj.in_features)
         B, T = x.shape[:2]
-        _checks.check_cu_seqlens(cu_seqlens, B, T, longest=T)
+        errors.check_cu_seqlens(cu_seqlens, B, T, longest=T)
         sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
         if state is not None and not isinstance(state, MemoryState):
-            _checks.fail("state", "a MemoryState", type(state).__name__)
+            errors.fail("state", "a MemoryState", type(state).__name__)
         if state is not None:
             wanted = self.initial_state(sequences, torch.device("meta"), x.dtype)
             shapes = [[None if x is None else x.shape for x in (*s.memories, s.inputs)] for s in (state, wanted)]
             if shapes[0] != shapes[1]:
-                _checks.fail("state", f"tensors of shapes {shapes[1]}", shapes[0])
+                errors.fail("state", f"tensors of shapes {shapes[1]}", shapes[0])
         return sequences
 
 
@@ -261,24 +261,24 @@ class LinearMixer(MixtureOfMemories):
 
 
 def _check_shift(router_shift, memories, conv_size):
-    check_flag("router_shift", router_shift)
+    errors.check_flag("router_shift", router_shift)
     if router_shift and not memories:
-        _checks.fail("router_shift", "False when memories is 0", router_shift)
+        errors.fail("router_shift", "False when memories is 0", router_shift)
     # What the convolution keeps for later tokens is where the router finds the token before.
     if router_shift and (conv_size or 0) < 2:
-        _checks.fail("conv_size", "2 or more with router_shift", conv_size)
+        errors.fail("conv_size", "2 or more with router_shift", conv_size)
 
 
 def _check_options(hidden_size, num_heads, num_kv_heads, widths, memories, top_k, rule, shared, conv_size, slots):
     if not isinstance(rule, str) or rule not in UPDATE_RULES:
-        _checks.fail("rule", f"one of {', '.join(UPDATE_RULES)}", repr(rule))
+        errors.fail("rule", f"one of {', '.join(UPDATE_RULES)}", repr(rule))
     check_sizes(hidden_size, num_heads, num_kv_heads, **widths)
-    _checks.check_positive("memories", memories, 0)
-    _checks.check_positive("slots", slots)
-    check_flag("shared", shared)
+    errors.check_positive("memories", memories, 0)
+    errors.check_positive("slots", slots)
+    errors.check_flag("shared", shared)
     if memories and (isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= memories):
-        _checks.fail("top_k", f"a number from 1 to memories = {memories}", top_k)
+        errors.fail("top_k", f"a number from 1 to memories = {memories}", top_k)
     if not memories and not shared:
-        _checks.fail("shared", "True when memories is 0", shared)
+        errors.fail("shared", "True when memories is 0", shared)
     if conv_size is not None:
-        _checks.check_positive("conv_size", conv_size, 0)
+        errors.check_positive("conv_size", conv_size, 0)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from liger_models.configuration import LigerConfig
 from liger_models.families import KNOWN, weight_shapes
 from liger_models.modeling import FAMILIES, LigerMixin
-from liger_ops._checks import fail
+from liger_ops.errors import fail
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _QUANTIZE = "linearize first, quantize afterwards"

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from liger_layers import GATES
-from liger_layers._arguments import check_factor, check_flag, check_memories, check_weight
+from liger_layers._arguments import check_memories
 from liger_layers._choices import settle
 from liger_layers.patterns import read_pattern, spread
-from liger_ops._checks import check_window
+from liger_ops.errors import check_factor, check_flag, check_weight, check_window
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class LigerConfig:
         chosen = settle(self.gate, self.feature_map, self.mixing, self.mix, self.normalize, self.pool)
         for name, value in chosen._asdict().items():
             object.__setattr__(self, name, value)
-        check_window(self.window, self.sinks, None, None)
+        check_window(self.window, self.sinks)
         check_factor("tau", self.tau)
         check_flag("learn_mix", self.learn_mix)
         check_memories(self.memories, self.top_k)

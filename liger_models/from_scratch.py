@@ -39,7 +39,7 @@ from liger_models._inputs import CACHE, refuse_unread, take_cache
 from liger_models._remote import PortableConfig
 from liger_models.cache import admit, fit_cache, layer_and_state, make_cache
 from liger_models.modeling import refuse_cut_off
-from liger_ops._checks import check_positive, fail
+from liger_ops.errors import check_positive, fail
 
 _ATTENTIONS = {"liger": LigerAttention, "window": SlidingWindowAttention, "recurrence": GatedRecurrence}
 MIXERS = (*UPDATE_RULES, "mom", *_ATTENTIONS)

@@ -3,24 +3,16 @@
 Shapes: B batch, T time, HQ query heads, H key/value heads, K key width, V value width, N sequences.
 """
 
-import itertools
 import math
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 
+from liger_ops.errors import check_positive, check_tensor, fail
+
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def fail(name: str, expected: str, given: object) -> NoReturn:
-    raise ValueError(f"{name}: expected {expected}, got {given}")
-
-
-def check_tensor(name: str, x: object) -> None:
-    if not isinstance(x, torch.Tensor):
-        fail(name, "a tensor", type(x).__name__)
 
 
 def refuse_tangents(name: str, tensors: Iterable[Any]) -> None:
@@ -223,63 +215,14 @@ def either(name: str, x: torch.Tensor | None, other: str, y: torch.Tensor | None
     return y if x is None else x
 
 
-def check_cu_seqlens(
-    cu_seqlens: torch.Tensor | None,
-    batch: int,
-    length: int,
-    on_host: torch.Tensor | None = None,
-    longest: int | None = None,
-) -> None:
-    """cu_seqlens [N+1] rises from 0 to the length.
-
-    Its values are read only outside of captured and compiled graphs; on a GPU not if they are on the host too, nor if
-    the caller answers for them with the length of the longest sequence.
-    """
-    if longest is not None:
-        check_positive("max_seqlen", longest, 0)
-    if cu_seqlens is None:
-        if on_host is not None:
-            fail("cu_seqlens", "the bounds of cu_seqlens_cpu on the device", None)
-        return
-    for name, x in (("cu_seqlens", cu_seqlens), ("cu_seqlens_cpu", cu_seqlens if on_host is None else on_host)):
-        check_tensor(name, x)
-        if x.ndim != 1 or x.numel() < 1 or x.dtype not in (torch.int32, torch.int64):
-            fail(name, "a 1-d int32 or int64 tensor of sequence bounds", f"{x.dtype} {tuple(x.shape)}")
-    if batch != 1:
-        fail("cu_seqlens", "batch 1 (sequences packed along time)", f"batch {batch}")
-    if on_host is not None and on_host.shape != cu_seqlens.shape:
-        fail("cu_seqlens_cpu", f"as many bounds as cu_seqlens ({len(cu_seqlens)})", tuple(on_host.shape))
-    readable = cu_seqlens if on_host is None else on_host
-    if torch.compiler.is_compiling() or _capturing(readable) or (readable.is_cuda and longest is not None):
-        return
-    bounds = readable.tolist()
-    if bounds[0] != 0 or bounds[-1] != length or any(a > b for a, b in itertools.pairwise(bounds)):
-        fail("cu_seqlens", f"bounds that rise from 0 to {length}", bounds)
-    if on_host is not None and not cu_seqlens.is_cuda and cu_seqlens.tolist() != bounds:
-        fail("cu_seqlens_cpu", f"the bounds of cu_seqlens ({cu_seqlens.tolist()})", bounds)
-    if longest is not None and any(b - a > longest for a, b in itertools.pairwise(bounds)):
-        fail("max_seqlen", "no less than the longest sequence of cu_seqlens", longest)
-
-
-def _capturing(x: torch.Tensor) -> bool:
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def check_positive(name: str, value: int, minimum: int = 1) -> None:
-    # torch.export writes lengths as SymInt.
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt) or value < minimum:
-        fail(name, f"an integer >= {minimum}", repr(value))
-
-
 def check_chunk_size(size: int | None) -> None:
     """None leaves the choice to the backend."""
     if size is not None:
         check_positive("chunk_size", size)
 
 
-def check_window(window: int, sinks: int, visible: torch.Tensor | None, k: torch.Tensor) -> None:
-    check_positive("window", window)
-    check_positive("sinks", sinks, 0)
+def check_visible(visible: torch.Tensor | None, k: torch.Tensor) -> None:
+    """visible [B,S] bool for k [B,S,H,K]."""
     if visible is None:
         return
     check_tensor("visible", visible)

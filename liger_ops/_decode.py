@@ -6,7 +6,7 @@ M slots of gated slot attention.
 
 import torch
 
-from liger_ops import _checks
+from liger_ops import _checks, errors
 from liger_ops._mlstm import SMALLEST, stable_denominator
 from liger_ops._packed import normalized, pooled_step
 
@@ -46,20 +46,20 @@ def gated_step(
     """
     live = _check(q, k, v, slots)
     if g is not None and g.ndim not in (2, 3):
-        _checks.fail("g", "[batch, heads] or [batch, heads, width]", f"shape {tuple(g.shape)}")
+        errors.fail("g", "[batch, heads] or [batch, heads, width]", f"shape {tuple(g.shape)}")
     _check_decay("g", g, k, live, (3, 4))
     _check_decay("gv", gv, v, live, (4,))
     _checks.check_pool(pool, slots, k, v.shape[-1] + normalize)
     if u is not None:
         _checks.check_bonus(u, q.unsqueeze(1))
     if normalize and not (u is None and gv is None):
-        _checks.fail("normalize", "False with gv or u", True)
+        errors.fail("normalize", "False with gv or u", True)
     if beta is not None:
-        _checks.check_tensor("beta", beta)
+        errors.check_tensor("beta", beta)
         if beta.ndim != 2:
-            _checks.fail("beta", f"shape {list(v.shape[:2])}", tuple(beta.shape))
+            errors.fail("beta", f"shape {list(v.shape[:2])}", tuple(beta.shape))
         if normalize or u is not None or gv is not None:
-            _checks.fail("beta", "None with gv, u or normalize", tuple(beta.shape))
+            errors.fail("beta", "None with gv, u or normalize", tuple(beta.shape))
         _checks.check_strength(beta.unsqueeze(1), v.unsqueeze(1), live)
     scale = _checks.as_scale(scale, q.shape[-1])
     if normalize:
@@ -91,7 +91,7 @@ def gsa_step(
     live = _check(q, k, v, slots)
     _checks.check_like("s", s.unsqueeze(1), k.unsqueeze(1), "H, M")
     if g is None:
-        _checks.fail("g", f"shape {list(s.shape)}", None)
+        errors.fail("g", f"shape {list(s.shape)}", None)
     _check_decay("g", g, s, live, (4,))
     _checks.check_pool(keys, slots, k, s.shape[-1], "pool[0]")
     _checks.check_pool(values, slots, s, v.shape[-1], "pool[1]")
@@ -125,7 +125,7 @@ def mlstm_step(
     for name, x, rank in (("n", n, 3), ("m", m, 2)):
         if x.shape != C.shape[:rank] or x.dtype != torch.float32 or x.device != C.device:
             expected = f"float32 {list(C.shape[:rank])} on {C.device}"
-            _checks.fail(f"pool, {name}", expected, f"{x.dtype} {tuple(x.shape)} on {x.device}")
+            errors.fail(f"pool, {name}", expected, f"{x.dtype} {tuple(x.shape)} on {x.device}")
     scale = _checks.as_scale(scale, q.shape[-1])
     rows, dtype = slots.long().clamp(min=0), q.dtype
     q, k, v, i, f = (x.float() for x in (q, k, v, i, f))
@@ -148,7 +148,7 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slots: torch.Tenso
     """Which requests have a state."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 3:
-            _checks.fail(name, "[batch, heads, width]", f"shape {tuple(x.shape)}")
+            errors.fail(name, "[batch, heads, width]", f"shape {tuple(x.shape)}")
     _checks.check_qkv(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1))
     _checks.check_slots(slots, k)
     return slots >= 0

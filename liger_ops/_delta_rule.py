@@ -9,7 +9,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from liger_ops import _checks, _packed
+from liger_ops import _checks, _packed, errors
 from liger_ops._keywords import keywords
 from liger_ops._sequences import in_order
 
@@ -22,17 +22,17 @@ def _gate(g, A_log, dt_bias, lower_bound, k):
     """The log decay of a raw gate g: -exp(A_log) softplus(g + dt_bias), or lower_bound sigmoid(exp(A_log) ...)."""
     H = k.shape[2]
     if A_log is None and lower_bound is None:
-        _checks.fail("A_log", f"a tensor [{H}] with use_gate_in_kernel", None)
+        errors.fail("A_log", f"a tensor [{H}] with use_gate_in_kernel", None)
     for name, x, size in (("A_log", A_log, H), ("dt_bias", dt_bias, math.prod(g.shape[2:]))):
         if x is not None and (not isinstance(x, torch.Tensor) or x.numel() != size):
-            _checks.fail(name, f"a tensor of {size} numbers", getattr(x, "shape", type(x).__name__))
+            errors.fail(name, f"a tensor of {size} numbers", getattr(x, "shape", type(x).__name__))
     g = g if g.dtype == torch.float64 else g.float()
     g = g if dt_bias is None else g + dt_bias.view(g.shape[2:])
     rate = 1.0 if A_log is None else A_log.to(g.dtype).exp().view(-1, *[1] * (g.ndim - 3))
     if lower_bound is None:
         return -rate * F.softplus(g)
     if not isinstance(lower_bound, (int, float)) or not -torch.inf < lower_bound < 0:
-        _checks.fail("lower_bound", "a number < 0", lower_bound)
+        errors.fail("lower_bound", "a number < 0", lower_bound)
     return lower_bound * torch.sigmoid(rate * g)
 
 
@@ -48,14 +48,14 @@ def _with_unit_keys(q, k, v, beta, g, state, scale, chunk_size, cu_seqlens):
 
 def _strength(beta, sigmoid, doubled, v):
     if doubled and not sigmoid:
-        _checks.fail("allow_neg_eigval", "False without use_beta_sigmoid_in_kernel", True)
+        errors.fail("allow_neg_eigval", "False without use_beta_sigmoid_in_kernel", True)
     if beta is None:
         return v.new_ones(v.shape[:3])
-    _checks.check_tensor("beta", beta)
+    errors.check_tensor("beta", beta)
     if not sigmoid:
         return beta
     if not beta.is_floating_point():
-        _checks.fail("beta", "a floating tensor", beta.dtype)
+        errors.fail("beta", "a floating tensor", beta.dtype)
     return (beta if beta.dtype == torch.float64 else beta.float()).sigmoid() * (2.0 if doubled else 1.0)
 
 
@@ -95,15 +95,15 @@ def _run(
     k = k if k.shape[2] == H else k.repeat_interleave(H // k.shape[2], 2)
     q = q if q.shape[2] >= H else q.repeat_interleave(H // q.shape[2], 2)
     if use_gate_in_kernel:
-        _checks.check_tensor("g", g)
+        errors.check_tensor("g", g)
         _checks.check_decay(g, k, ranks, gate_name, raw=True)
         g = _gate(g, A_log, dt_bias, lower_bound, k)
     elif A_log is not None or dt_bias is not None:
-        _checks.fail("dt_bias" if A_log is None else "A_log", "None without use_gate_in_kernel", "a tensor")
+        errors.fail("dt_bias" if A_log is None else "A_log", "None without use_gate_in_kernel", "a tensor")
     beta = _strength(beta, use_beta_sigmoid_in_kernel, allow_neg_eigval, v)
     _checks.check_decay(g, k, ranks, gate_name)
     _checks.check_strength(beta, v)
-    _checks.check_cu_seqlens(cu_seqlens, *q.shape[:2], cu_seqlens_cpu, max_seqlen)
+    errors.check_cu_seqlens(cu_seqlens, *q.shape[:2], cu_seqlens_cpu, max_seqlen)
     state = _checks.keys_first(initial_state, state_v_first)
     _checks.check_state(state, q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, k, v.shape[-1])
     _checks.check_chunk_size(chunk_size)
@@ -236,13 +236,13 @@ def fused_recurrent_gated_delta_rule(
     gk [B,T,H,K] decays key channels instead of g, or beside it. Values have no decay here: gv is None.
     """
     if gv is not None:
-        _checks.fail("gv", "None (the delta rule decays keys, not values)", type(gv).__name__)
+        errors.fail("gv", "None (the delta rule decays keys, not values)", type(gv).__name__)
     if g is not None and gk is not None:
-        _checks.check_tensor("g", g)
-        _checks.check_tensor("gk", gk)
+        errors.check_tensor("g", g)
+        errors.check_tensor("gk", gk)
         if gk.ndim != 4 or gk.shape[:3] != g.shape or gk.device != g.device:
             wanted = f"[{', '.join(map(str, g.shape))}, K] on {g.device} beside g"
-            _checks.fail("gk", wanted, f"{tuple(gk.shape)} on {gk.device}")
+            errors.fail("gk", wanted, f"{tuple(gk.shape)} on {gk.device}")
         gk = gk + g.unsqueeze(-1)
     options |= dict(use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel)
     options |= dict(ranks=(3,)) if gk is None else dict(ranks=(4,), gate_name="gk")

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from liger_ops import _checks
+from liger_ops import _checks, errors
 from liger_ops._keywords import keywords
 from liger_ops._packed import normalized, recurrence
 from liger_ops._sequences import in_order
@@ -42,7 +42,7 @@ def _run(
     _checks.check_decay(g, k, ranks)
     _checks.check_decay(g_gamma, k, (1,), "g_gamma")
     _checks.check_decay(gv, v, (4,), "gv")
-    _checks.check_cu_seqlens(cu_seqlens, *q.shape[:2], cu_seqlens_cpu, max_seqlen)
+    errors.check_cu_seqlens(cu_seqlens, *q.shape[:2], cu_seqlens_cpu, max_seqlen)
     if g_gamma is not None:
         fixed = g_gamma.expand(k.shape[:3])
         g = fixed if g is None else g + fixed
@@ -52,7 +52,7 @@ def _run(
         v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
         v = v.float() if v.dtype != torch.float64 else v
         if gv is not None:
-            _checks.fail("normalize", "False with gv, which has no decay for the normaliser", True)
+            errors.fail("normalize", "False with gv, which has no decay for the normaliser", True)
     state = _checks.keys_first(initial_state, state_v_first)
     _checks.check_state(state, q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, k, v.shape[-1])
     _checks.check_chunk_size(chunk_size)
@@ -142,7 +142,7 @@ def fused_chunk_gla(
     Layers of flash-linear-attention call it without, and hand its state to ops that they tell the opposite.
     """
     if state_v_first is None and (initial_state is not None or output_final_state):
-        _checks.fail("state_v_first", "True or False where a state comes or goes", None)
+        errors.fail("state_v_first", "True or False where a state comes or goes", None)
     flags = (output_final_state, bool(state_v_first), cu_seqlens, cu_seqlens_cpu)
     return chunk_gla(q, k, v, g, scale, initial_state, *flags, **options)
 
@@ -278,7 +278,7 @@ def parallel_retention(
 ) -> tuple[torch.Tensor, None]:
     """`chunk_retention` without states; returns (o, None), because scores of all pairs are not formed."""
     if output_attentions is not False:
-        _checks.fail("output_attentions", "False (scores of all pairs are not formed)", repr(output_attentions))
+        errors.fail("output_attentions", "False (scores of all pairs are not formed)", repr(output_attentions))
     return chunk_retention(q, k, v, scale, cu_seqlens=cu_seqlens, **options)
 
 
@@ -306,10 +306,10 @@ def _lightning_decay(
 ) -> torch.Tensor:
     """-(8 / H) (1 - layer / layers) h (Lightning Attention-2, arXiv 2401.04658)."""
     _checks.check_qkv(q, k, v)
-    _checks.check_positive("num_layers", num_layers)
-    _checks.check_positive("layer_idx", layer_idx, 0)
+    errors.check_positive("num_layers", num_layers)
+    errors.check_positive("layer_idx", layer_idx, 0)
     if layer_idx > num_layers:
-        _checks.fail("layer_idx", f"at most num_layers = {num_layers}", layer_idx)
+        errors.fail("layer_idx", f"at most num_layers = {num_layers}", layer_idx)
     heads = torch.arange(k.shape[2], device=k.device, dtype=torch.float32)
     return -(8 / len(heads)) * (1 - layer_idx / num_layers) * heads
 

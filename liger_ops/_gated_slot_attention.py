@@ -9,7 +9,7 @@ N sequences.
 import torch
 import torch.nn.functional as F
 
-from liger_ops import _checks
+from liger_ops import _checks, errors
 from liger_ops._gated_linear_attention import chunk_gla
 from liger_ops._keywords import keywords
 from liger_ops._packed import recurrence
@@ -63,14 +63,14 @@ def chunk_gsa(
     _checks.check_qkv(q, k, v)
     _checks.check_like("s", s, k, "H, M")
     _checks.check_decay(g, s, (4,))
-    _checks.check_cu_seqlens(cu_seqlens, *q.shape[:2], cu_seqlens_cpu, max_seqlen)
+    errors.check_cu_seqlens(cu_seqlens, *q.shape[:2], cu_seqlens_cpu, max_seqlen)
     N, (H, K), M = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, k.shape[2:], s.shape[-1]
     if initial_state is not None:
         shapes = dict(hk=(N, H, K, M), hv=(N, H, M, v.shape[-1]))
         initial_state = _checks.check_parts(initial_state, shapes, k)
     _checks.check_chunk_size(chunk_size)
     if checkpoint_level not in (0, 1, 2):
-        _checks.fail("checkpoint_level", "0, 1 or 2", repr(checkpoint_level))
+        errors.fail("checkpoint_level", "0, 1 or 2", repr(checkpoint_level))
     scale = _checks.as_scale(scale, q.shape[-1])
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
 
@@ -162,13 +162,13 @@ def chunk_lightnet(
         ValueError: names the argument, what was expected and what was given.
     """
     _checks.check_qkv(q, k, v)
-    _checks.check_cu_seqlens(cu_seqlens, *q.shape[:2], None, max_seqlen)
+    errors.check_cu_seqlens(cu_seqlens, *q.shape[:2], None, max_seqlen)
     N, (H, K) = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, k.shape[2:]
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     if initial_state is None:
         initial_state = None, None
     elif not isinstance(initial_state, (tuple, list)) or len(initial_state) != 2:
-        _checks.fail("initial_state", "(h, z), either of them None or a tensor", type(initial_state).__name__)
+        errors.fail("initial_state", "(h, z), either of them None or a tensor", type(initial_state).__name__)
     h, z = initial_state
     if z is None:
         z = k.new_full((N, 1, H, K), -torch.inf, dtype=work)

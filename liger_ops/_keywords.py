@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from liger_ops import _checks
+from liger_ops import errors
 
 _HINTS = ("chunk_indices", "cp_context", "disable_recompute")
 # What each may be, and why nothing else.
@@ -55,9 +55,9 @@ def keywords(more: str = "") -> Callable[[Callable], Callable]:
 def _rename_layout(options: dict[str, Any]) -> None:
     transposed = options.pop("transpose_state_layout")
     if not isinstance(transposed, bool):
-        _checks.fail("transpose_state_layout", "True or False", repr(transposed))
+        errors.fail("transpose_state_layout", "True or False", repr(transposed))
     if options.get("state_v_first"):
-        _checks.fail("transpose_state_layout", "nothing beside state_v_first, another name for it", transposed)
+        errors.fail("transpose_state_layout", "nothing beside state_v_first, another name for it", transposed)
     options["state_v_first"] = transposed
 
 
@@ -65,10 +65,10 @@ def _check_hint(name: str, given: Any) -> None:
     if name in _ABSENT:
         wanted, why = _ABSENT[name]
         if given is not wanted:
-            _checks.fail(name, f"{wanted} ({why})", type(given).__name__ if wanted is None else repr(given))
+            errors.fail(name, f"{wanted} ({why})", type(given).__name__ if wanted is None else repr(given))
     elif name == "disable_recompute" and not isinstance(given, bool):
-        _checks.fail(name, "True or False", repr(given))
+        errors.fail(name, "True or False", repr(given))
     elif name == "chunk_indices" and given is not None:
-        _checks.check_tensor(name, given)
+        errors.check_tensor(name, given)
         if given.ndim != 2 or given.shape[-1] != 2 or given.dtype not in (torch.int32, torch.int64):
-            _checks.fail(name, "int32 or int64 [chunks, 2]", f"{given.dtype} {tuple(given.shape)}")
+            errors.fail(name, "int32 or int64 [chunks, 2]", f"{given.dtype} {tuple(given.shape)}")

@@ -5,7 +5,7 @@ Shapes: B batch, T queries, S = W + T keys, HQ query heads, H key/value heads, D
 
 import torch
 
-from liger_ops import _checks
+from liger_ops import _checks, errors
 from liger_ops._packed import default_chunk
 from liger_ops._torch.joint import joint, joint_step
 from liger_ops._torch.window import take_sinks
@@ -57,16 +57,17 @@ def liger_attention(
         ValueError: names the argument, what was expected and what was given.
     """
     _checks.check_qkv(q, k, v, same_length=False)
-    _checks.check_window(window, sinks, visible, k)
+    errors.check_window(window, sinks)
+    _checks.check_visible(visible, k)
     B, T, S = q.shape[0], q.shape[1], k.shape[1]
     if T + window > S:
-        _checks.fail("k", f"at least T + window = {T + window} tokens", S)
+        errors.fail("k", f"at least T + window = {T + window} tokens", S)
     far = slice(S - T - window, S - window)
     _checks.check_qkv(q_log, k_log, v[:, far].to(q_log.dtype), query="q_log", key="k_log")
     if q_log.shape[:3] != q.shape[:3]:
-        _checks.fail("q_log", f"{list(q.shape[:3])} and a width, to match q", tuple(q_log.shape))
+        errors.fail("q_log", f"{list(q.shape[:3])} and a width, to match q", tuple(q_log.shape))
     if isinstance(mix, torch.Tensor) and (mix.shape not in (q.shape[2:3], (1,), ()) or mix.device != q.device):
-        _checks.fail("mix", f"a number or [{q.shape[2]}] on {q.device}", f"{tuple(mix.shape)} on {mix.device}")
+        errors.fail("mix", f"a number or [{q.shape[2]}] on {q.device}", f"{tuple(mix.shape)} on {mix.device}")
     _checks.check_decay(g, k_log, (3, 4))
     _checks.check_state(initial_state, B, k_log, v.shape[-1] + 1)
     dtype, scale, softcap = q.dtype, _checks.as_scale(scale, q.shape[-1]), _checks.as_softcap(softcap)

@@ -5,7 +5,7 @@ Shapes: B batch, T time, HQ query heads, H key/value heads (HQ = G * H), K key w
 
 import torch
 
-from liger_ops import _checks
+from liger_ops import _checks, errors
 from liger_ops._gated_linear_attention import chunk_gla, fused_recurrent_gla, fused_recurrent_simple_gla
 from liger_ops._keywords import keywords
 
@@ -117,7 +117,7 @@ def fused_recurrent_hgrn2(
 
 
 def _key(q: torch.Tensor, g: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    _checks.check_tensor("g", g)
+    errors.check_tensor("g", g)
     _checks.check_qkv(q, g.to(q.dtype), v, key="g")
     # Exact near g = 0, where 1 - exp(g) is not.
     return (-torch.expm1(g)).to(v.dtype)

@@ -6,7 +6,7 @@ Shapes: B batch, T time, HQ query heads, H key/value heads (HQ = G * H), K key w
 import torch
 import torch.nn.functional as F
 
-from liger_ops import _checks
+from liger_ops import _checks, errors
 from liger_ops._keywords import keywords
 from liger_ops._packed import recurrence
 from liger_ops._sequences import after_one, in_order
@@ -107,7 +107,7 @@ def mlstm(
     _checks.check_qkv(q, k, v)
     _checks.check_decay(f, k, (3,), "f")
     _checks.check_input_gate(i, k)
-    _checks.check_cu_seqlens(cu_seqlens, *q.shape[:2], None, max_seqlen)
+    errors.check_cu_seqlens(cu_seqlens, *q.shape[:2], None, max_seqlen)
     _checks.check_chunk_size(chunk_size)
     scale = _checks.as_scale(scale, q.shape[-1])
     work = torch.float64 if q.dtype == torch.float64 else torch.float32

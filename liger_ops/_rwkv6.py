@@ -5,7 +5,7 @@ Shapes: B batch, T time, HQ query heads, H key/value heads (HQ = G * H), K key w
 
 import torch
 
-from liger_ops import _checks
+from liger_ops import _checks, errors
 from liger_ops._keywords import keywords
 from liger_ops._packed import recurrence
 from liger_ops._sequences import after_one, in_order
@@ -50,7 +50,7 @@ def chunk_rwkv6(
     _checks.check_qkv(r, k, v, query="r")
     _checks.check_decay(w, k, (4,), "w")
     _checks.check_bonus(u, r)
-    _checks.check_cu_seqlens(cu_seqlens, *r.shape[:2], cu_seqlens_cpu, max_seqlen)
+    errors.check_cu_seqlens(cu_seqlens, *r.shape[:2], cu_seqlens_cpu, max_seqlen)
     _checks.check_state(initial_state, r.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, k, v.shape[-1])
     _checks.check_chunk_size(chunk_size)
     scale = _checks.as_scale(scale, r.shape[-1])

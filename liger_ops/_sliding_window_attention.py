@@ -5,7 +5,7 @@ Shapes: B batch, T queries, S keys (the queries are the last T of them), HQ quer
 
 import torch
 
-from liger_ops import _checks
+from liger_ops import _checks, errors
 from liger_ops._torch.window import window_attention
 
 
@@ -43,7 +43,8 @@ def sliding_window_attention(
         ValueError: names the argument, what was expected and what was given.
     """
     _checks.check_qkv(q, k, v, same_length=False)
-    _checks.check_window(window, sinks, visible, k)
+    errors.check_window(window, sinks)
+    _checks.check_visible(visible, k)
     scale = _checks.as_scale(scale, q.shape[-1])
     o, lse = window_attention(q, k, v, window, sinks, scale, _checks.as_softcap(softcap), visible, return_lse)
     return (o, lse) if return_lse else o

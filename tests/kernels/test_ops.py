@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import liger_ops
-from liger_ops import _checks, _packed
+from liger_ops import _packed, errors
 from tests.kernels.cases import distances
 from tests.kernels.interpreter import mend_rounding, sanitized
 
@@ -368,10 +368,10 @@ def test_bounds_on_a_gpu_are_not_read_when_the_caller_answers_for_them(monkeypat
     bounds = torch.tensor([0, 20, 20, T])
     remote = bounds.as_subclass(Remote)
     with pytest.raises(AssertionError, match="read on the host"):
-        _checks.check_cu_seqlens(remote, 1, T)
-    _checks.check_cu_seqlens(remote, 1, T, bounds)
-    _checks.check_cu_seqlens(remote, 1, T, None, 20)
+        errors.check_cu_seqlens(remote, 1, T)
+    errors.check_cu_seqlens(remote, 1, T, bounds)
+    errors.check_cu_seqlens(remote, 1, T, None, 20)
     with pytest.raises(ValueError, match="max_seqlen: expected no less than the longest sequence"):
-        _checks.check_cu_seqlens(bounds, 1, T, None, 19)
+        errors.check_cu_seqlens(bounds, 1, T, None, 19)
     with pytest.raises(ValueError, match="max_seqlen: expected an integer >= 0"):
-        _checks.check_cu_seqlens(bounds, 1, T, None, 2.0)
+        errors.check_cu_seqlens(bounds, 1, T, None, 2.0)
