@@ -23,7 +23,9 @@ def main() -> None:
     print("a layer:", tuple(y.shape), "state of", state.nbytes(), "bytes")
 
     sizes = dict(vocab_size=200, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4)
-    model = linearize(LlamaForCausalLM(LlamaConfig(**sizes)).eval(), pattern=["leaky", "full"], tau=16.0, window=8)
+    model = linearize(
+        LlamaForCausalLM(LlamaConfig(**sizes)).eval(), pattern=["liger:leaky", "full"], tau=16.0, window=8
+    )
     ids = torch.randint(200, (1, 50))
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         model.save_pretrained(folder)

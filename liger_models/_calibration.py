@@ -150,5 +150,5 @@ def calibrate(model: PreTrainedModel, attention: nn.Module, moments: tuple[torch
     frequencies, factor = _rotary(model, attention)
     # The features must see that factor too.
     attention.feature_map.calibrate(
-        q_mean, k_mean, q_cov, k_cov, slow_channels(frequencies, attention.head_dim), attention.scale * factor**2
+        q_mean, k_mean, q_cov, k_cov, slow_channels(frequencies, attention.head_dim), attention.window.scale * factor**2
     )

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from liger_layers.patterns import split
 from liger_models.configuration import LigerConfig
 from liger_models.families import KNOWN, weight_shapes
 from liger_models.modeling import FAMILIES, LigerMixin
@@ -79,7 +80,7 @@ def check_weights(model: PreTrainedModel, config: LigerConfig) -> None:
     for index, (layer, kind) in enumerate(zip(model.model.layers, config.pattern, strict=True)):
         for name, shape in weight_shapes(layer.self_attn, model.config).items():
             where = f"model.layers.{index}.self_attn.{name}.weight"
-            copied = kind == "memories" and name in ("k_proj", "v_proj", "qkv_proj")
+            copied = split(kind)[0] == "memories" and name in ("k_proj", "v_proj", "qkv_proj")
             _check_projection(where, getattr(layer.self_attn, name, None), shape, copied)
     spread = _imported("torch.distributed.tensor", "DTensor")
     for name, parameter in model.named_parameters():

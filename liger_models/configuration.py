@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from liger_layers import GATES
-from liger_layers._arguments import check_memories
-from liger_layers._choices import settle
-from liger_layers.patterns import read_pattern, spread
+from liger_layers.choices import check_memories, settle
+from liger_layers.patterns import read_pattern, split, spread
+from liger_layers.recurrences import with_gate
 from liger_ops.errors import check_factor, check_flag, check_weight, check_window
+
+# What a pretrained layer may become, and what the gate fills in where it is left out.
+LAYERS = ("liger", "memories", "window", "full", "own")
+_FILLED = ("gate", "feature_map", "mixing", "mix", "normalize")
 
 
 @dataclass(frozen=True)
 class LigerConfig:
     """Travels inside config.json under "liger".
 
-    gate: name in liger_layers.GATES; tau: its temperature, decay = sigmoid(pooled key) ** (1 / tau).
+    gate: name in liger_layers.RECURRENCES of an entry with a gate; tau: its temperature, as in a decay of
+    sigmoid(pooled key) ** (1 / tau).
     pool: what the gate averages the key over, a name in liger_layers.POOLINGS.
     feature_map: name in liger_layers.FEATURE_MAPS. None, here and below, is what suits the gate.
     mixing: "joint", one softmax of window and recurrence, or "sum", mix * recurrence + (1 - mix) * window.
@@ -26,8 +30,8 @@ class LigerConfig:
     normalize: divide the recurrence by its accumulated keys ("joint" always does).
     window, sinks: tokens that keep exact softmax attention. keep: indices of layers that stay as they are.
     pattern: what the layers are, in letters of liger_layers.patterns ("LLLLLLLF"), names or names by index: "liger" as
-    these options say, "full", "window", "memories", or a gate; it repeats. A gate takes every option that was given,
-    and what suits it for those which are as `gate` has them by itself.
+    these options say, "full", "window", "memories", or "liger:gla"; it repeats. A gate named there takes every option
+    that was given, and what suits it for those which are as `gate` has them by itself.
     memories: routed memories of a layer, beside the one that sees every token; top_k: how many a token uses.
     router_aux_loss_coef: weight of the loss that fine-tuning adds to balance them.
     """
@@ -50,15 +54,15 @@ class LigerConfig:
 
     def __post_init__(self):
         chosen = settle(self.gate, self.feature_map, self.mixing, self.mix, self.normalize, self.pool)
-        for name, value in chosen._asdict().items():
-            object.__setattr__(self, name, value)
+        for name in _FILLED:
+            object.__setattr__(self, name, getattr(chosen, name))
         check_window(self.window, self.sinks)
         check_factor("tau", self.tau)
         check_flag("learn_mix", self.learn_mix)
         check_memories(self.memories, self.top_k)
         check_weight("router_aux_loss_coef", self.router_aux_loss_coef)
         object.__setattr__(self, "keep", _indices(self.keep))
-        object.__setattr__(self, "pattern", read_pattern(self.pattern))
+        object.__setattr__(self, "pattern", read_pattern(self.pattern, LAYERS))
 
     @classmethod
     def from_preset(cls, preset: str = "default", **changes: Any) -> LigerConfig:
@@ -69,6 +73,14 @@ class LigerConfig:
         if unknown := sorted(set(changes) - known):
             raise ValueError(f"{unknown[0]}: unknown; expected one of {', '.join(sorted(known))}")
         return cls(**PRESETS[preset] | {name: value for name, value in changes.items() if value is not None})
+
+    @classmethod
+    def from_saved(cls, saved: Mapping[str, Any]) -> LigerConfig:
+        """What `to_dict` gave, and what it gave when a gate stood in a pattern by itself."""
+        pattern = saved.get("pattern", ())
+        if not isinstance(pattern, Mapping):
+            pattern = [f"liger:{name}" if name in with_gate() else name for name in pattern]
+        return cls(**{**saved, "pattern": pattern})
 
     def to_dict(self) -> dict[str, Any]:
         pattern = self.pattern if isinstance(self.pattern, dict) else list(self.pattern)
@@ -85,9 +97,9 @@ class LigerConfig:
         if bad := [i for i in self.keep if not -depth <= i < depth]:
             raise ValueError(f"keep: expected layer indices from {-depth} to {depth - 1}, got {bad}")
         names = spread(self.pattern or ("liger",), depth)
-        if self.memories and "memories" not in names:
+        if self.memories and not _remember(names):
             names = ["memories" if name == "liger" else name for name in names]
-            if "memories" not in names:
+            if not _remember(names):
                 raise ValueError(f"memories: expected 0 with a pattern that has no place for them, got {self.memories}")
         for index in self.keep:
             names[index] = "full"
@@ -99,21 +111,26 @@ class LigerConfig:
                 names[index] = "own"
         keep = tuple(i for i, name in enumerate(names) if name == "full")
         # None where layers that stay have taken every place: a saved model resolves what is written here once more.
-        memories = (self.memories or 4) if "memories" in names else 0
+        memories = (self.memories or 4) if _remember(names) else 0
         return replace(self, keep=keep, pattern=tuple(names), memories=memories)
 
     def options(self, name: str) -> dict[str, Any]:
-        """What LigerAttention is told for a layer that the pattern calls "liger", "memories" or by a gate's name."""
+        """What LigerAttention is told for a layer that the pattern calls "liger" or "memories", with a gate or not."""
         told = self.to_dict()
         for other in ("keep", "pattern", "router_aux_loss_coef"):
             told.pop(other)
-        if name != "memories":
+        kind, gate = split(name)
+        if kind != "memories":
             told["memories"] = 0
-        if name in GATES and name != self.gate:
-            usual = settle(self.gate)._asdict() | dict(pool=None)
-            told |= {field: None for field, value in usual.items() if told[field] == value}
-            told["gate"] = name
+        if gate is not None and gate != self.gate:
+            usual = settle(self.gate)
+            told |= {x: None for x in (*_FILLED, "pool") if told[x] == getattr(usual, x)}
+            told["gate"] = gate
         return told
+
+
+def _remember(names: Sequence[str]) -> bool:
+    return any(split(name)[0] == "memories" for name in names)
 
 
 def _indices(keep: Iterable[int]) -> tuple[int, ...]:

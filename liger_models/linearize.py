@@ -11,7 +11,8 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from liger_layers import FEATURE_MAPS
-from liger_layers._choices import settle
+from liger_layers.choices import settle
+from liger_layers.patterns import split
 from liger_models._calibration import calibrate, check_calibration, draw_text, measure
 from liger_models._checks import check_architecture, check_weights
 from liger_models._snapshot import looked_at, whole_or_not
@@ -119,7 +120,7 @@ def fitted_layers(config: LigerConfig) -> list[int]:
     """The layers that have features to fit to moments, as a resolved config's pattern says."""
     found = []
     for index, name in enumerate(config.pattern):
-        if name not in _WINDOWS:
+        if split(name)[0] not in _WINDOWS:
             told = config.options(name)
             chosen = settle(*(told[part] for part in ("gate", "feature_map", "mixing", "mix", "normalize", "pool")))
             if hasattr(FEATURE_MAPS[chosen.feature_map], "calibrate"):

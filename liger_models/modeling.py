@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
-from liger_layers import LigerAttention, SlidingWindowAttention, load_balancing_loss
+from liger_layers import LigerAttention, SlidingWindowAttention, load_balancing_loss, router_parameters
+from liger_layers.patterns import split
 from liger_models._decoding import ConstantCacheMixin
 from liger_models._inputs import CACHE, argument_names, by_name, take_cache, token_positions
 from liger_models._remote import PortableConfig
@@ -88,9 +89,10 @@ class LinearizedWindow(_Pretrained, SlidingWindowAttention):
 def linearized(name: str, old: nn.Module, hf: PreTrainedConfig, liger: LigerConfig) -> nn.Module:
     """What takes the place of a pretrained attention in a layer that the pattern calls so."""
     window = own_windows(hf)[old.layer_idx]
-    if name == "own":
+    kind = split(name)[0]
+    if kind == "own":
         return LinearizedWindow(old, hf, window=window, sinks=0)
-    if name == "window":
+    if kind == "window":
         return LinearizedWindow(old, hf, window=min(liger.window, window or liger.window), sinks=liger.sinks)
     return LinearizedAttention(old, hf, **liger.options(name))
 
@@ -129,7 +131,7 @@ class LigerMixin(ConstantCacheMixin):
         super().__init__(config, *args, **kwargs)
         if not isinstance(config.liger, Mapping):
             raise ValueError(f"config: expected that of a linearized model, with a section liger, got {config.liger!r}")
-        liger = LigerConfig(**config.liger).resolve(own_windows(config))
+        liger = LigerConfig.from_saved(config.liger).resolve(own_windows(config))
         config.liger = liger.to_dict()
         swap_attention(self, new_attention(self, liger))
 
@@ -141,15 +143,12 @@ class LigerMixin(ConstantCacheMixin):
 
 
 def refuse_cut_off(
-    model: nn.Module, routers: tuple[str, ...], outputs: torch.Tensor, router_logits: Iterable[torch.Tensor]
+    routers: Iterable[nn.Parameter], outputs: torch.Tensor, router_logits: Iterable[torch.Tensor]
 ) -> None:
-    """RuntimeError if what the routers said carries no gradient, though the outputs do and routers are to learn.
-
-    routers are parts of the names of their parameters.
-    """
+    """RuntimeError if what the routers said carries no gradient, though the outputs do and routers are to learn."""
     if not outputs.requires_grad or any(x.requires_grad for x in router_logits):
         return
-    if any(p.requires_grad for name, p in model.named_parameters() if any(part in name for part in routers)):
+    if any(p.requires_grad for p in routers):
         raise RuntimeError("aux_loss: expected non-reentrant gradient checkpointing, which reentrant one cuts off")
 
 
@@ -170,12 +169,12 @@ def _with_routers(forward):
         if (cache := take_cache(kwargs)) is not None:
             kwargs[CACHE] = cache
         liger = self.config.liger
-        if not output_router_logits or "memories" not in liger["pattern"]:
+        if not output_router_logits or not liger["memories"]:
             return forward(self, *args, **kwargs)
         # Hooks that move inputs between devices would copy a list, and leave ours empty.
         given, logits = inspect.signature(forward).bind(self, *args, **kwargs).arguments, deque()
         out = forward(self, *args, **{**kwargs, "return_dict": True}, liger_router_logits=logits)
-        refuse_cut_off(self, ("memories.router",), out.logits, logits)
+        refuse_cut_off(router_parameters(self), out.logits, logits)
         mask = given.get("attention_mask")
         tokens = len(logits[0]) // max(out.logits.shape[0], 1)
         aux = load_balancing_loss(logits, liger["top_k"], None if mask is None else mask[:, -tokens:])
