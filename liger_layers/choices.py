@@ -18,7 +18,6 @@ class Choices(NamedTuple):
     mix: float
     normalize: bool
     pool: str | None
-    recurrence: str
 
 
 def settle(
@@ -39,8 +38,7 @@ def settle(
     if pool is not None:
         check_known("pool", pool, POOLINGS)
     form = RECURRENCES[gate].gate
-    behind = rule_behind(form, pool)
-    rule = RECURRENCES[behind].rule
+    rule = RECURRENCES[rule_behind(form, pool)].rule
     erasing, complement = form.strength is not None, rule.key is None
     own = complement or rule.slots
     apart, bare = erasing or own, erasing or rule.slots
@@ -64,7 +62,7 @@ def settle(
         fail("feature_map", f"a positive one with gate {gate!r}", repr(feature_map))
     if own and FEATURE_MAPS[feature_map].paired:
         fail("feature_map", f"one for queries alone with gate {gate!r}, {why}", repr(feature_map))
-    return Choices(gate, feature_map, mixing, mix, normalize, pool, behind)
+    return Choices(gate, feature_map, mixing, mix, normalize, pool)
 
 
 def check_memories(memories: int, top_k: int) -> None:
