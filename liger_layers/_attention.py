@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from liger_layers import _arguments
-from liger_layers._choices import settle
+from liger_layers._choices import Choices, settle
 from liger_layers._memories import Mix, RoutedMemories
 from liger_layers._padding import close_ranks
 from liger_layers._state import LigerState
@@ -65,7 +65,7 @@ class LigerAttention(nn.Module):
         *,
         window: int = 64,
         sinks: int = 4,
-        gate: str = "gated_retention",
+        gate: str | Choices = "gated_retention",
         tau: float = 1024.0,
         feature_map: str | None = None,
         mixing: str | None = None,
@@ -82,7 +82,8 @@ class LigerAttention(nn.Module):
         projections: dict[str, nn.Module] | None = None,
     ):
         super().__init__()
-        chosen = settle(gate, feature_map, mixing, mix, normalize, pool)
+        # A conversion settles them for all its layers beforehand.
+        chosen = gate if isinstance(gate, Choices) else settle(gate, feature_map, mixing, mix, normalize, pool)
         _arguments.check_sizes(hidden_size, num_heads, num_kv_heads, head_dim=head_dim)
         errors.check_window(window, sinks)
         errors.check_factor("tau", tau)
@@ -101,7 +102,7 @@ class LigerAttention(nn.Module):
         self.hidden_size, self.num_heads = hidden_size, num_heads
         self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
         self.window, self.sinks, self.scale, self.softcap = window, sinks, scale, softcap
-        self.gate, self.tau, self.pool, self.rope_theta = gate, tau, pool, rope_theta
+        self.gate, self.tau, self.pool, self.rope_theta = chosen.gate, tau, pool, rope_theta
         self.mixing, self.normalize = chosen.mixing, chosen.normalize
         if self.recurs:
             self.feature_map = FEATURE_MAPS[chosen.feature_map](num_heads, num_kv_heads, head_dim)

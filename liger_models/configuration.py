@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from liger_layers import GATES
 from liger_layers._arguments import check_memories
-from liger_layers._choices import settle
+from liger_layers._choices import Choices, settle
 from liger_layers.patterns import read_pattern, spread
 from liger_ops.errors import check_factor, check_flag, check_weight, check_window
 
@@ -100,10 +101,10 @@ class LigerConfig:
         keep = tuple(i for i, name in enumerate(names) if name == "full")
         # None where layers that stay have taken every place: a saved model resolves what is written here once more.
         memories = (self.memories or 4) if "memories" in names else 0
-        return replace(self, keep=keep, pattern=tuple(names), memories=memories)
+        return self._placed(keep=keep, pattern=tuple(names), memories=memories)
 
     def options(self, name: str) -> dict[str, Any]:
-        """What LigerAttention is told for a layer that the pattern calls "liger", "memories" or by a gate's name."""
+        """What a layer is told, settled, that the pattern calls "liger", "memories" or by a gate's name."""
         told = self.to_dict()
         for other in ("keep", "pattern", "router_aux_loss_coef"):
             told.pop(other)
@@ -113,7 +114,16 @@ class LigerConfig:
             usual = settle(self.gate)._asdict() | dict(pool=None)
             told |= {field: None for field, value in usual.items() if told[field] == value}
             told["gate"] = name
+            told |= settle(**{field: told[field] for field in (*Choices._fields, "pool")})._asdict()
         return told
+
+    def _placed(self, **places: Any) -> LigerConfig:
+        """A copy with other `keep`, `pattern` and `memories`, whose choices are settled already."""
+        after = copy.copy(self)
+        for name, value in places.items():
+            object.__setattr__(after, name, value)
+        check_memories(after.memories, after.top_k)
+        return after
 
 
 def _indices(keep: Iterable[int]) -> tuple[int, ...]:
