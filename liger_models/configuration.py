@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -111,11 +112,15 @@ class LigerConfig:
         if name != "memories":
             told["memories"] = 0
         if name in GATES and name != self.gate:
-            usual = settle(self.gate)._asdict() | dict(pool=None)
-            told |= {field: None for field, value in usual.items() if told[field] == value}
+            told |= {field: None for field, value in self._usual.items() if told[field] == value}
             told["gate"] = name
             told |= settle(**{field: told[field] for field in (*Choices._fields, "pool")})._asdict()
         return told
+
+    @functools.cached_property
+    def _usual(self) -> dict[str, Any]:
+        """What suits the gate by itself."""
+        return settle(self.gate)._asdict() | dict(pool=None)
 
     def _placed(self, **places: Any) -> LigerConfig:
         """A copy with other `keep`, `pattern` and `memories`, whose choices are settled already."""
