@@ -104,7 +104,7 @@ def forget_name(model: PreTrainedModel) -> None:
 
 
 def _twins(family: Family) -> tuple[type, type]:
-    """The linearized twins of a family's config and causal LM, registered with the Auto classes."""
+    """The linearized twins of a family's config and causal LM, here by name and registered with the Auto classes."""
     config_class, model_class = family.config, family.model
     names = [f"Liger{cls.__name__}" for cls in (config_class, model_class)]
     config = type(
@@ -133,9 +133,20 @@ def _twins(family: Family) -> tuple[type, type]:
     # Experts lie in files one by one and in memory together, which transformers looks up by the type's name.
     if (mapping := get_checkpoint_conversion_mapping(config_class.model_type)) is not None:
         register_checkpoint_conversion_mapping(config.model_type, mapping, overwrite=True)
+    # Saved configs and pickles look classes up by name.
+    globals().update(zip(names, (config, model), strict=True))
     return config, model
 
 
 FAMILIES: dict[str, tuple[type, type]] = {name: _twins(family) for name, family in KNOWN.items()}
-# Saved configs and pickles look classes up by name.
-globals().update({cls.__name__: cls for pair in FAMILIES.values() for cls in pair})
+
+
+def add_family(family: Family) -> None:
+    """Make the twins of a family that is not known yet; ValueError if its type, or a twin's name, is taken."""
+    kind, names = family.config.model_type, [f"Liger{cls.__name__}" for cls in (family.config, family.model)]
+    if kind in KNOWN or kind.startswith(PREFIX):
+        fail("family", "a model type that is not taken", repr(kind))
+    if taken := [name for name in names if name in globals()]:
+        fail("family", "classes of names that are not taken", taken[0].removeprefix("Liger"))
+    FAMILIES[kind] = _twins(family)
+    KNOWN[kind] = family

@@ -30,8 +30,9 @@ PUBLIC = {
     liger_layers: "FEATURE_MAPS FullAttention GATES Gate GatedRecurrence InterleavedStack LigerAttention LigerState "
     "LinearMixer MemoryState MixtureOfMemories POOLINGS SlidingWindowAttention Softmax SoftmaxKernel UPDATE_RULES "
     "load_balancing_loss register_gate",
-    liger_models: "FAMILIES LigerCacheLayer LigerConfig LigerForCausalLM LigerModelConfig PRESETS cache_bytes evaluate "
-    "finetune linearize linearize_on_disk make_cache perplexity retrieval select_layers",
+    liger_models: "FAMILIES Family LigerCacheLayer LigerConfig LigerForCausalLM LigerModelConfig PRESETS Recipe "
+    "cache_bytes evaluate finetune generate linearize linearize_on_disk load make_cache perplexity register_family "
+    "retrieval save select_layers standard_text",
 }
 
 
