@@ -6,7 +6,7 @@ python examples/linearize_folder.py MODEL OUT
 import argparse
 from pathlib import Path
 
-from liger_models import checkpoint, generation, linearize
+from liger_models import generate, linearize, load, save
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -14,12 +14,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
     args = parser.parse_args(arguments)
-    model, tokenizer = checkpoint.load(args.model)
+    model, tokenizer = load(args.model)
     linearize(model, pattern="LLLF")
-    checkpoint.save(model, tokenizer, args.out)
-    again, tokenizer = checkpoint.load(args.out)
+    save(model, tokenizer, args.out)
+    again, tokenizer = load(args.out)
     print(again.config.liger["pattern"])
-    print(generation.generate(again, tokenizer, "Once upon a time", max_new_tokens=20))
+    print(generate(again, tokenizer, "Once upon a time", max_new_tokens=20))
 
 
 if __name__ == "__main__":

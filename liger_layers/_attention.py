@@ -16,7 +16,7 @@ from liger_layers._memories import Mix, RoutedMemories
 from liger_layers._recurrent import PooledRecurrence
 from liger_layers._state import LigerState, Origin
 from liger_layers._window import Window
-from liger_layers.choices import check_memories, settle
+from liger_layers.choices import Choices, check_memories, settle
 from liger_layers.feature_maps import FEATURE_MAPS, FeatureMap
 from liger_layers.rotary import rotary_tables, rotate
 from liger_ops import errors, liger_attention
@@ -171,7 +171,7 @@ class LigerAttention(Attention):
         *,
         window: int = 64,
         sinks: int = 4,
-        gate: str = "gated_retention",
+        gate: str | Choices = "gated_retention",
         tau: float = 1024.0,
         feature_map: str | None = None,
         mixing: str | None = None,
@@ -188,10 +188,10 @@ class LigerAttention(Attention):
         projections: dict[str, nn.Module] | None = None,
     ):
         super().__init__(hidden_size, num_heads, num_kv_heads, head_dim, rope_theta, bias, projections)
-        chosen = settle(gate, feature_map, mixing, mix, normalize, pool)
-        errors.check_factor("tau", tau)
+        # A conversion settles them for all its layers beforehand.
+        chosen = gate if isinstance(gate, Choices) else settle(gate, feature_map, mixing, mix, normalize, pool)
         errors.check_flag("learn_mix", learn_mix)
-        self.window, self.recurrence = Window(window, sinks, scale, softcap), PooledRecurrence(chosen, tau)
+        self.window, self.recurrence = Window(window, sinks, scale, softcap), PooledRecurrence.of(chosen, tau)
         self.window.check()
         self.feature_map = FEATURE_MAPS[chosen.feature_map](num_heads, self.num_kv_heads, self.head_dim)
         self.mix = Mix(num_heads, chosen.mix, learn_mix)
@@ -275,8 +275,7 @@ class GatedRecurrence(Attention):
     ):
         super().__init__(hidden_size, num_heads, num_kv_heads, head_dim, None, bias, projections)
         chosen = settle(gate, feature_map, None, None, normalize, pool)
-        errors.check_factor("tau", tau)
-        self.recurrence = PooledRecurrence(chosen, tau)
+        self.recurrence = PooledRecurrence.of(chosen, tau)
         self.feature_map = FEATURE_MAPS[chosen.feature_map](num_heads, self.num_kv_heads, self.head_dim)
         self._add_memories(memories, top_k)
 

@@ -13,7 +13,8 @@ from liger_layers._state import Origin
 from liger_layers.choices import Choices
 from liger_layers.feature_maps import FeatureMap
 from liger_layers.gates import Gate, log_decay, strength
-from liger_layers.recurrences import RECURRENCES, UpdateRule
+from liger_layers.recurrences import RECURRENCES, UpdateRule, rule_behind
+from liger_ops.errors import check_factor
 
 # Sums of features with a larger logarithm could leave float32.
 MAX_LOG = 30.0
@@ -28,6 +29,12 @@ class PooledRecurrence(NamedTuple):
 
     chosen: Choices
     tau: float
+    behind: str
+
+    @classmethod
+    def of(cls, chosen: Choices, tau: float) -> PooledRecurrence:
+        check_factor("tau", tau)
+        return cls(chosen, tau, rule_behind(RECURRENCES[chosen.gate].gate, chosen.pool))
 
     @property
     def gate(self) -> Gate:
@@ -35,7 +42,7 @@ class PooledRecurrence(NamedTuple):
 
     @property
     def rule(self) -> UpdateRule:
-        return RECURRENCES[self.chosen.recurrence].rule
+        return RECURRENCES[self.behind].rule
 
     @property
     def origin(self) -> Origin:

@@ -5,12 +5,14 @@ Shapes: B batch, T time, HQ query heads, H key/value heads, D head width.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import BaseStreamer
 
+from liger_models._decoder import Decoder
 from liger_models.families import project, traits
 from liger_models.generation import without_settings
 
@@ -78,7 +80,16 @@ def draw_text(model: PreTrainedModel, batch: int = 8, length: int = 256) -> torc
             )
 
 
-class _Moments:
+class Moments(NamedTuple):
+    """Of a layer's unrotated queries, pooled over each group, and of its keys: means [H,D] and covariances [H,D,D]."""
+
+    query_mean: torch.Tensor
+    query_covariance: torch.Tensor
+    key_mean: torch.Tensor
+    key_covariance: torch.Tensor
+
+
+class _Running:
     """Running mean and covariance per head."""
 
     def __init__(self, heads: int, width: int):
@@ -99,13 +110,13 @@ class _Moments:
 
 
 @torch.no_grad()
-def measure(model: PreTrainedModel, ids: torch.Tensor, layers: list[int]) -> dict[int, tuple[torch.Tensor, ...]]:
-    """By layer: mean and covariance of unrotated queries, pooled over each group, then those of the keys."""
-    found, hooks = {}, []
+def measure(model: PreTrainedModel, ids: torch.Tensor, layers: list[int]) -> dict[int, Moments]:
+    """The moments of layers by index, over one pass of token ids [rows, length]."""
+    decoder, found, hooks = Decoder(model), {}, []
     for index in layers:
-        attention = model.model.layers[index].self_attn
+        attention = decoder.attention(index)
         own = traits(attention, model.config)
-        pair = tuple(_Moments(own.kv_heads, own.width) for _ in range(2))
+        pair = tuple(_Running(own.kv_heads, own.width) for _ in range(2))
         found[index] = pair
 
         def look(module, args, kwargs, own=own, pair=pair):
@@ -120,11 +131,11 @@ def measure(model: PreTrainedModel, ids: torch.Tensor, layers: list[int]) -> dic
         device = torch.device("cpu")
     try:
         for rows in tqdm(ids.split(max(1, _AT_ONCE // ids.shape[1])), desc="Measuring queries and keys", leave=False):
-            model.model(rows.to(device), use_cache=False)
+            decoder.module(rows.to(device), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
-    return {index: (*q.result(), *k.result()) for index, (q, k) in found.items()}
+    return {index: Moments(*q.result(), *k.result()) for index, (q, k) in found.items()}
 
 
 def slow_channels(frequencies: torch.Tensor, width: int) -> torch.Tensor:
@@ -132,23 +143,3 @@ def slow_channels(frequencies: torch.Tensor, width: int) -> torch.Tensor:
     slow = (frequencies.detach().float().cpu() * _REACH < 1).repeat(2)
     slow = torch.cat([slow, torch.ones(width - len(slow), dtype=torch.bool)])
     return slow if slow.any() else torch.ones(width, dtype=torch.bool)
-
-
-def _rotary(model: PreTrainedModel, attention: nn.Module) -> tuple[torch.Tensor, float]:
-    """The rotary frequencies of an attention, and the factor that rotated queries and keys are multiplied by."""
-    index, rotary = attention.layer_idx, model.model.rotary_emb
-    if not attention.traits.rotary:
-        return torch.zeros(0), 1.0
-    # Some families turn their sliding layers at other frequencies.
-    prefix = "" if hasattr(rotary, "inv_freq") else f"{model.config.layer_types[index]}_"
-    return getattr(rotary, f"{prefix}inv_freq"), getattr(rotary, f"{prefix}attention_scaling", 1.0)
-
-
-def calibrate(model: PreTrainedModel, attention: nn.Module, moments: tuple[torch.Tensor, ...]) -> None:
-    """Fit the feature map of what takes an attention's place in the model to the moments measured there."""
-    q_mean, q_cov, k_mean, k_cov = moments
-    frequencies, factor = _rotary(model, attention)
-    # The features must see that factor too.
-    attention.feature_map.calibrate(
-        q_mean, k_mean, q_cov, k_cov, slow_channels(frequencies, attention.head_dim), attention.window.scale * factor**2
-    )

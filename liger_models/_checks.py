@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from liger_layers.patterns import split
+from liger_models._decoder import Decoder
 from liger_models.configuration import LigerConfig
 from liger_models.families import KNOWN, weight_shapes
 from liger_models.modeling import FAMILIES, LigerMixin
@@ -66,9 +67,10 @@ def _no_family(model: PreTrainedModel) -> str | None:
         return f"it is a {name}; only the causal LM of a family is linearized"
     if type(model) is not own:
         return f"its class, which is derived from {own.__name__}, would be lost; linearize a {own.__name__} itself"
-    for layer in model.model.layers:
-        if type(layer.self_attn).__module__ != own.__module__:
-            return f"its attention is a {type(layer.self_attn).__name__}, whose code would be lost"
+    decoder = Decoder(model)
+    for attention in map(decoder.attention, range(len(decoder.layers))):
+        if type(attention).__module__ != own.__module__:
+            return f"its attention is a {type(attention).__name__}, whose code would be lost"
     return None
 
 
@@ -77,11 +79,13 @@ def check_weights(model: PreTrainedModel, config: LigerConfig) -> None:
 
     Quantized weights of a tensor type of their own stay as they are; memories, which start as copies, want others.
     """
-    for index, (layer, kind) in enumerate(zip(model.model.layers, config.pattern, strict=True)):
-        for name, shape in weight_shapes(layer.self_attn, model.config).items():
-            where = f"model.layers.{index}.self_attn.{name}.weight"
+    decoder = Decoder(model)
+    for index, kind in enumerate(config.pattern):
+        attention = decoder.attention(index)
+        for name, shape in weight_shapes(attention, model.config).items():
             copied = split(kind)[0] == "memories" and name in ("k_proj", "v_proj", "qkv_proj")
-            _check_projection(where, getattr(layer.self_attn, name, None), shape, copied)
+            where = f"{decoder.where(index)}.{name}.weight"
+            _check_projection(where, getattr(attention, name, None), shape, copied)
     spread = _imported("torch.distributed.tensor", "DTensor")
     for name, parameter in model.named_parameters():
         if parameter.is_meta:

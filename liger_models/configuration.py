@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from liger_layers.choices import check_memories, settle
+from liger_layers.choices import Choices, check_memories, settle
 from liger_layers.patterns import read_pattern, split, spread
 from liger_layers.recurrences import with_gate
 from liger_ops.errors import check_factor, check_flag, check_weight, check_window
 
-# What a pretrained layer may become, and what the gate fills in where it is left out.
+# What a pretrained layer may become.
 LAYERS = ("liger", "memories", "window", "full", "own")
-_FILLED = ("gate", "feature_map", "mixing", "mix", "normalize")
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ class LigerConfig:
 
     def __post_init__(self):
         chosen = settle(self.gate, self.feature_map, self.mixing, self.mix, self.normalize, self.pool)
-        for name in _FILLED:
-            object.__setattr__(self, name, getattr(chosen, name))
+        for name, value in chosen._asdict().items():
+            object.__setattr__(self, name, value)
         check_window(self.window, self.sinks)
         check_factor("tau", self.tau)
         check_flag("learn_mix", self.learn_mix)
@@ -112,10 +113,10 @@ class LigerConfig:
         keep = tuple(i for i, name in enumerate(names) if name == "full")
         # None where layers that stay have taken every place: a saved model resolves what is written here once more.
         memories = (self.memories or 4) if _remember(names) else 0
-        return replace(self, keep=keep, pattern=tuple(names), memories=memories)
+        return self._placed(keep=keep, pattern=tuple(names), memories=memories)
 
     def options(self, name: str) -> dict[str, Any]:
-        """What LigerAttention is told for a layer that the pattern calls "liger" or "memories", with a gate or not."""
+        """What a layer is told, settled, that the pattern calls "liger" or "memories", with a gate or not."""
         told = self.to_dict()
         for other in ("keep", "pattern", "router_aux_loss_coef"):
             told.pop(other)
@@ -123,10 +124,23 @@ class LigerConfig:
         if kind != "memories":
             told["memories"] = 0
         if gate is not None and gate != self.gate:
-            usual = settle(self.gate)
-            told |= {x: None for x in (*_FILLED, "pool") if told[x] == getattr(usual, x)}
+            told |= {field: None for field, value in self._usual.items() if told[field] == value}
             told["gate"] = gate
+            told |= settle(**{field: told[field] for field in Choices._fields})._asdict()
         return told
+
+    @functools.cached_property
+    def _usual(self) -> dict[str, Any]:
+        """What suits the gate by itself."""
+        return settle(self.gate)._asdict()
+
+    def _placed(self, **places: Any) -> LigerConfig:
+        """A copy with other `keep`, `pattern` and `memories`, whose choices are settled already."""
+        after = copy.copy(self)
+        for name, value in places.items():
+            object.__setattr__(after, name, value)
+        check_memories(after.memories, after.top_k)
+        return after
 
 
 def _remember(names: Sequence[str]) -> bool:

@@ -49,16 +49,24 @@ PREFIX = "liger_"
 
 @dataclass(frozen=True)
 class Family:
-    """A config, its causal LM, and the names of the config's fields that bound scores, or queries, keys and values.
+    """A config, its causal LM, where that holds its attention, and what the config alone says of its scores.
 
     All else is read off the attention itself: fused projections, norms over a head or over all of them, the scale,
     layers without rotary positions. A mixture of experts says so in its forward.
+
+    softcap, clip: fields of the config that bound scores, or queries, keys and values.
+    decoder: the module in the causal LM that takes ids and returns hidden states. In it, layers is the list of its
+    layers and rotary the embedding that turns queries and keys (None: nothing does). attention: the module in a layer.
     """
 
     config: type[PreTrainedConfig]
     model: type[PreTrainedModel]
     softcap: str | None = None
     clip: str | None = None
+    decoder: str = "model"
+    layers: str = "layers"
+    attention: str = "self_attn"
+    rotary: str | None = "rotary_emb"
 
 
 KNOWN: dict[str, Family] = {
@@ -82,6 +90,11 @@ KNOWN: dict[str, Family] = {
 }
 
 
+def family_of(config: PreTrainedConfig) -> Family:
+    """The family of a model with this config, whose type may already be the linearized one."""
+    return KNOWN[config.model_type.removeprefix(PREFIX)]
+
+
 class Traits(NamedTuple):
     """One pretrained attention: its sizes, the factor and bound of its scores, the bound of q, k and v, and whether its
     layer turns queries and keys by their positions."""
@@ -102,7 +115,7 @@ class Traits(NamedTuple):
 
 def traits(attention: nn.Module, config: PreTrainedConfig) -> Traits:
     """What a pretrained attention does in a model with this config, whose type may already be the linearized one."""
-    family = KNOWN[config.model_type.removeprefix(PREFIX)]
+    family = family_of(config)
     softcap, clip = (None if name is None else getattr(config, name) for name in (family.softcap, family.clip))
     return Traits(
         config.num_attention_heads,
@@ -111,7 +124,7 @@ def traits(attention: nn.Module, config: PreTrainedConfig) -> Traits:
         attention.scaling,
         softcap,
         clip,
-        bool(getattr(attention, "use_rope", True)),
+        family.rotary is not None and bool(getattr(attention, "use_rope", True)),
     )
 
 

@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from liger_layers import FEATURE_MAPS
-from liger_layers.choices import settle
-from liger_layers.patterns import split
-from liger_models._calibration import calibrate, check_calibration, draw_text, measure
 from liger_models._checks import check_architecture, check_weights
-from liger_models._snapshot import looked_at, whole_or_not
+from liger_models._conversion import converted, plan_layers, swap_attention
+from liger_models._snapshot import whole_or_not
 from liger_models.configuration import LigerConfig
 from liger_models.families import own_windows
-from liger_models.modeling import FAMILIES, forget_name, new_attention, swap_attention
-
-# Layers without a recurrence.
-_WINDOWS = ("full", "window", "own")
+from liger_models.modeling import FAMILIES, forget_name
+from liger_ops.errors import fail
 
 
 def linearize(
@@ -57,10 +51,9 @@ def linearize(
     """
     config = resolved(model, config, preset, keep, changes)
     check_weights(model, config)
+    plans = plan_layers(model.config, config)
     with whole_or_not(model):
-        moments, attention = moments_of(model, config, calibration), new_attention(model, config)
-        for index, found in moments.items():
-            calibrate(model, attention[index], found)
+        attention = dict(converted(model, plans, calibration))
         before, after = model.config, linearized_config(model, config)
         swap_attention(model, attention)
         for module in model.modules():
@@ -80,13 +73,11 @@ def resolved(
 ) -> LigerConfig:
     """What `linearize` was told, with a name for every layer of the model; ValueError if the two do not fit."""
     if config is not None and (preset != "default" or keep is not None or changes):
-        raise ValueError("config: expected alone, got further options beside it")
-    config = LigerConfig.from_preset(preset, **changes) if config is None else config
+        fail("config", "alone", "further options beside it")
+    config = LigerConfig.from_preset(preset, keep=keep, **changes) if config is None else config
     if not isinstance(config, LigerConfig):
-        raise ValueError(f"config: expected a LigerConfig, got {config!r}")
+        fail("config", "a LigerConfig", repr(config))
     check_architecture(model)
-    if keep is not None:
-        config = replace(config, keep=keep)
     return config.resolve(own_windows(model.config))
 
 
@@ -98,31 +89,3 @@ def linearized_config(model: PreTrainedModel, config: LigerConfig) -> PreTrained
     after.model_type, after.architectures = config_class.model_type, [model_class.__name__]
     after.liger = config.to_dict()
     return after
-
-
-def moments_of(
-    model: PreTrainedModel, config: LigerConfig, calibration: torch.Tensor | None
-) -> dict[int, tuple[torch.Tensor, ...]]:
-    """What `measure` finds for the layers whose features are fitted, as config's pattern says. The model is as before.
-
-    ValueError for a calibration that is not token ids of the model.
-    """
-    if calibration is not None:
-        check_calibration(calibration, model.config.vocab_size)
-    layers = fitted_layers(config)
-    if not layers:
-        return {}
-    with looked_at(model):
-        return measure(model, draw_text(model) if calibration is None else calibration, layers)
-
-
-def fitted_layers(config: LigerConfig) -> list[int]:
-    """The layers that have features to fit to moments, as a resolved config's pattern says."""
-    found = []
-    for index, name in enumerate(config.pattern):
-        if split(name)[0] not in _WINDOWS:
-            told = config.options(name)
-            chosen = settle(*(told[part] for part in ("gate", "feature_map", "mixing", "mix", "normalize", "pool")))
-            if hasattr(FEATURE_MAPS[chosen.feature_map], "calibrate"):
-                found.append(index)
-    return found

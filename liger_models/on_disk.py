@@ -8,12 +8,11 @@ import math
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import align_module_device
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
@@ -22,12 +21,12 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.utils import CHAT_TEMPLATE_DIR
 
 from liger_models import checkpoint
-from liger_models._calibration import calibrate, check_calibration
+from liger_models._calibration import check_calibration
 from liger_models._checks import FLOATS
+from liger_models._conversion import LayerPlan, converted, plan_layers
+from liger_models._decoder import Decoder
 from liger_models.configuration import LigerConfig
-from liger_models.families import KNOWN
-from liger_models.linearize import fitted_layers, linearized_config, moments_of, resolved
-from liger_models.modeling import linearized
+from liger_models.linearize import linearized_config, resolved
 from liger_models.text import standard_text, to_blocks
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -77,15 +76,16 @@ def linearize_on_disk(
     files = _files(source)
     skeleton = _skeleton(source)
     config = resolved(skeleton, config, preset, keep, changes)
-    if calibration is None and fitted_layers(config):
+    plans = plan_layers(skeleton.config, config)
+    if calibration is None and any(plan.fitted for plan in plans):
         calibration = _standard_rows(source)
     if calibration is not None:
         check_calibration(calibration, skeleton.config.vocab_size)
     with checkpoint.written_whole(out, overwrite) as part, tempfile.TemporaryDirectory(dir=part) as scratch:
         written, size = _copy(source, files, part, skeleton)
-        model = _open(source, files, scratch)
+        model = _open(source, files, skeleton, scratch)
         limit = max(path.stat().st_size for path in written) // 2
-        for tensors in _pieces(_new_tensors(model, config, calibration), limit):
+        for tensors in _pieces(_new_tensors(model, plans, calibration), limit):
             path = part / f"{len(written)}.part"
             save_file(tensors, path, metadata={"format": "pt"})
             size += sum(tensor.nbytes for tensor in tensors.values())
@@ -151,15 +151,13 @@ def _copy(
     return written, size
 
 
-def _open(folder: Path, files: dict[str, list[str]], scratch: str) -> PreTrainedModel:
+def _open(folder: Path, files: dict[str, list[str]], skeleton: PreTrainedModel, scratch: str) -> PreTrainedModel:
     """The model in a folder with its weights left there: each is read when its module runs, then dropped.
 
     If they lie in files otherwise than in memory, as experts do, they are rewritten into the folder scratch.
     """
     config = AutoConfig.from_pretrained(folder)
-    large = ("model.embed_tokens", "model.layers", "lm_head")
-    places = dict.fromkeys(large, "disk") | {"model.norm": "cpu", "model.rotary_emb": "cpu"}
-    options = dict(device_map=places, offload_folder=scratch)
+    options = dict(device_map=_places(skeleton), offload_folder=scratch)
     with _quiet("accelerate.big_modeling"):
         if get_checkpoint_conversion_mapping(config.model_type) is None:
             return checkpoint.open_weights(str(folder), str(folder), dtype="auto", **options)
@@ -170,7 +168,21 @@ def _open(folder: Path, files: dict[str, list[str]], scratch: str) -> PreTrained
             state |= {name: opened.get_slice(name) for name in names}
         dtype = config.dtype or next(iter(state.values()))[...].dtype
         options |= dict(config=config, state_dict=state, dtype=dtype)
-        return checkpoint.open_weights(str(folder), None, KNOWN[config.model_type].model, **options)
+        return checkpoint.open_weights(str(folder), None, type(skeleton), **options)
+
+
+def _places(skeleton: PreTrainedModel) -> dict[str, str]:
+    """Where each part of a model is to lie: on the disk what is large, in memory all else."""
+    ends = skeleton.get_input_embeddings(), skeleton.get_output_embeddings()
+    large, places = {*ends, Decoder(skeleton).layers}, {}
+    for name, module in skeleton.named_modules():
+        if any(name.startswith(f"{place}.") for place in places):
+            continue
+        if module in large:
+            places[name] = "disk"
+        elif not large.intersection(module.modules()):
+            places[name] = "cpu"
+    return places
 
 
 @contextmanager
@@ -217,24 +229,14 @@ def _standard_rows(folder: Path) -> torch.Tensor:
 
 
 def _new_tensors(
-    model: PreTrainedModel, config: LigerConfig, calibration: torch.Tensor | None
+    model: PreTrainedModel, plans: Iterable[LayerPlan], calibration: torch.Tensor | None
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and value of everything that linearizing adds to a model whose weights lie on a disk, layer by layer."""
-    moments = moments_of(model, config, calibration)
-    for index, (layer, name) in enumerate(zip(model.model.layers, config.pattern, strict=True)):
-        if name == "full":
-            continue
-        old = layer.self_attn
-        with ExitStack() as stack:
-            for module in old.modules():
-                stack.enter_context(align_module_device(module))
-            layer.self_attn = linearized(name, old, model.config, config)
-            if index in moments:
-                calibrate(model, layer.self_attn, moments[index])
-            found = layer.self_attn.state_dict()
-            for key in found.keys() - old.state_dict().keys():
-                yield f"model.layers.{index}.self_attn.{key}", found[key].detach().clone().contiguous()
-        layer.self_attn = old
+    decoder = Decoder(model)
+    for index, attention in converted(model, plans, calibration):
+        found = attention.state_dict()
+        for key in found.keys() - decoder.attention(index).state_dict().keys():
+            yield f"{decoder.where(index)}.{key}", found[key].detach().clone().contiguous()
 
 
 def _pieces(tensors: Iterable[tuple[str, torch.Tensor]], limit: int) -> Iterator[dict[str, torch.Tensor]]:

@@ -12,13 +12,12 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from liger_models._calibration import calibrate
-from liger_models._checks import check_architecture, check_weights
+from liger_models._checks import check_weights
+from liger_models._conversion import converted, plan_layers
+from liger_models._decoder import Decoder
 from liger_models._snapshot import looked_at
 from liger_models.configuration import LigerConfig
-from liger_models.families import own_windows
-from liger_models.linearize import moments_of
-from liger_models.modeling import new_attention
+from liger_models.linearize import resolved
 from liger_models.retrieval import make_prompt
 from liger_models.text import token_ids
 
@@ -54,8 +53,7 @@ def select_layers(
     Raises:
         ValueError: an unsupported model, no tokenizer, a short text, or a number of layers that there are not.
     """
-    check_architecture(model)
-    config = LigerConfig.from_preset(preset, **changes).resolve(own_windows(model.config))
+    config = resolved(model, None, preset, None, changes)
     check_weights(model, config)
     open_to = [i for i, name in enumerate(config.pattern) if name not in ("full", "own")]
     if isinstance(keep, bool) or not isinstance(keep, int) or not 0 <= keep <= len(open_to):
@@ -134,19 +132,19 @@ class _Bench:
 
     def __init__(self, model: PreTrainedModel, others: dict[int, nn.Module], rows: list):
         self.model, self.rows, self.others = model, rows, others
-        self.layers = list(model.model.layers)
-        self.before = {i: self.layers[i].self_attn for i in others}
+        self.decoder = Decoder(model)
+        self.layers = list(self.decoder.layers)
+        self.before = {i: self.decoder.attention(i) for i in others}
 
     @classmethod
     @contextmanager
     def of(cls, model: PreTrainedModel, config: LigerConfig, open_to: list[int], rows: list, calibration):
         """A bench that may linearize the layers open_to, while it is needed; the model is as it was afterwards."""
-        moments, others = moments_of(model, config, calibration), new_attention(model, config)
-        for i, found in moments.items():
-            calibrate(model, others[i], found)
+        plans = [plan for plan in plan_layers(model.config, config) if plan.index in open_to]
+        others = dict(converted(model, plans, calibration))
         for other in others.values():
             other.register_forward_pre_hook(_unpadded, with_kwargs=True)
-        bench = cls(model, {i: others[i] for i in open_to}, rows)
+        bench = cls(model, others, rows)
         try:
             yield bench
         finally:
@@ -156,7 +154,7 @@ class _Bench:
         """Full attention in the layers kept, the linearized one in all others."""
         kept = set(kept)
         for i, other in self.others.items():
-            self.layers[i].self_attn = self.before[i] if i in kept else other
+            self.decoder.put(i, self.before[i] if i in kept else other)
 
     def inputs(self, kept: Iterable[int]) -> list[list[torch.Tensor]]:
         """What goes into every layer, for every prompt."""
@@ -182,9 +180,9 @@ class _Bench:
         try:
             for (ids, answer), held in zip(self.rows, inputs, strict=True):
                 for i in range(first):
-                    self.model.model.layers[i] = _Held(held[first] if i == first - 1 else None)
+                    self.decoder.layers[i] = _Held(held[first] if i == first - 1 else None)
                 total += key_loss(self.model, ids, answer)
         finally:
             for i in range(first):
-                self.model.model.layers[i] = self.layers[i]
+                self.decoder.layers[i] = self.layers[i]
         return total / len(self.rows)

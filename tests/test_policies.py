@@ -30,8 +30,9 @@ PUBLIC = {
     liger_layers: "FEATURE_MAPS FullAttention Gate GatedRecurrence InterleavedStack LigerAttention LigerState "
     "LinearMixer MemoryState Mix MixtureOfMemories POOLINGS RECURRENCES Recurrence RuleGate SlidingWindowAttention "
     "Softmax SoftmaxKernel UpdateRule load_balancing_loss register_gate router_parameters routing_modules",
-    liger_models: "FAMILIES LigerCacheLayer LigerConfig LigerForCausalLM LigerModelConfig PRESETS cache_bytes evaluate "
-    "finetune linearize linearize_on_disk make_cache perplexity retrieval select_layers",
+    liger_models: "FAMILIES Family LigerCacheLayer LigerConfig LigerForCausalLM LigerModelConfig PRESETS Recipe "
+    "cache_bytes evaluate finetune generate linearize linearize_on_disk load make_cache perplexity register_family "
+    "retrieval save select_layers standard_text",
 }
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from liger_layers import SoftmaxKernel
-from liger_models import _calibration, linearize, modeling, select_layers, selection
+from liger_models import _calibration, _conversion, linearize, select_layers, selection
 from tests.models.test_exactness import ids
 from tests.models.tiny import TEXT, linearize_tiny, tiny, tiny_tokenizer
 
@@ -64,11 +64,11 @@ def broken(function, error, calls=1, after=False):
 
 
 STAGES = {
-    "drawing": (_linearize, "draw_text", 1),
+    "drawing": (_conversion, "draw_text", 1),
     "drawing, half way": (torch, "multinomial", 5),
     "measuring": (_calibration, "project", 2),
-    "building the first": (modeling, "linearized", 1),
-    "building the last": (modeling, "linearized", 3),
+    "building the first": (_conversion, "build", 1),
+    "building the last": (_conversion, "build", 3),
     "calibrating the first": (SoftmaxKernel, "calibrate", 1),
     "calibrating the last": (SoftmaxKernel, "calibrate", 3),
     "the config": (_linearize, "linearized_config", 1),

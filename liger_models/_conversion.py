@@ -1,0 +1,129 @@
+"""A conversion, planned once: measure, build, fit and swap, layer by layer, for whoever converts or loads a model.
+
+Shapes: H key/value heads, D head width.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import align_module_device
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from liger_layers import FEATURE_MAPS
+from liger_layers.choices import Choices
+from liger_layers.patterns import split
+from liger_models._calibration import Moments, check_calibration, draw_text, measure, slow_channels
+from liger_models._decoder import Decoder, Rotation
+from liger_models._inputs import argument_names
+from liger_models._linearized import LinearizedAttention, LinearizedWindow, before_decoder
+from liger_models._snapshot import looked_at
+from liger_models.configuration import LigerConfig
+from liger_models.families import own_windows
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What takes the place of the attention in one layer, its options settled, and whether it has features to fit."""
+
+    index: int
+    name: str
+    kind: type[LinearizedAttention] | type[LinearizedWindow]
+    options: Mapping[str, Any]
+    fitted: bool
+
+
+def plan_layers(hf: PreTrainedConfig, liger: LigerConfig) -> tuple[LayerPlan, ...]:
+    """A plan for each layer that is not to stay, as a resolved config says; ValueError if a gate's choices do not go
+    together."""
+    windows, names = own_windows(hf), list(liger.pattern)
+    told = {name: _recurrent(liger, name) for name in dict.fromkeys(names) if split(name)[0] in ("liger", "memories")}
+    plans = []
+    for index, name in enumerate(names):
+        if name == "own":
+            plans.append(LayerPlan(index, name, LinearizedWindow, dict(window=windows[index], sinks=0), False))
+        elif name == "window":
+            width = min(liger.window, windows[index] or liger.window)
+            plans.append(LayerPlan(index, name, LinearizedWindow, dict(window=width, sinks=liger.sinks), False))
+        elif name != "full":
+            plans.append(LayerPlan(index, name, LinearizedAttention, *told[name]))
+    return tuple(plans)
+
+
+def _recurrent(liger: LigerConfig, name: str) -> tuple[dict[str, Any], bool]:
+    """Options of every layer of this name, and whether these layers have features to fit."""
+    options = liger.options(name)
+    chosen = Choices(**{field: options.pop(field) for field in Choices._fields})
+    return options | dict(gate=chosen), hasattr(FEATURE_MAPS[chosen.feature_map], "calibrate")
+
+
+def build(plan: LayerPlan, old: nn.Module, hf: PreTrainedConfig) -> LinearizedAttention | LinearizedWindow:
+    """What the plan says, on the modules of a pretrained attention, which stays as it is."""
+    return plan.kind(old, hf, **plan.options)
+
+
+def fit(layer: nn.Module, moments: Moments, rotation: Rotation) -> None:
+    """Fit the features of a layer, which need not sit in a model, to the moments measured where it will."""
+    frequencies, factor = rotation if layer.traits.rotary else Rotation(torch.zeros(0), 1.0)
+    # The features must see that factor too.
+    layer.feature_map.calibrate(
+        moments.query_mean,
+        moments.key_mean,
+        moments.query_covariance,
+        moments.key_covariance,
+        slow_channels(frequencies, layer.head_dim),
+        layer.traits.scale * factor**2,
+    )
+
+
+def converted(
+    model: PreTrainedModel, plans: Iterable[LayerPlan], calibration: torch.Tensor | None
+) -> Iterator[tuple[int, LinearizedAttention | LinearizedWindow]]:
+    """Index and new attention, built and fitted, of one planned layer after the other. The model is as before.
+
+    Weights that do not lie in memory are there until the next layer is asked for. ValueError for a calibration that is
+    not token ids of the model.
+    """
+    plans, decoder = tuple(plans), Decoder(model)
+    moments = _measured(model, [plan.index for plan in plans if plan.fitted], calibration)
+    for plan in plans:
+        old = decoder.attention(plan.index)
+        with _at_hand(old):
+            new = build(plan, old, model.config)
+            if plan.fitted:
+                fit(new, moments[plan.index], decoder.rotation(plan.index))
+            yield plan.index, new
+
+
+def _measured(model: PreTrainedModel, layers: list[int], calibration: torch.Tensor | None) -> dict[int, Moments]:
+    """By layer, what its features are fitted to, on a calibration or else on text that the model draws from itself."""
+    if calibration is not None:
+        check_calibration(calibration, model.config.vocab_size)
+    if not layers:
+        return {}
+    with looked_at(model):
+        return measure(model, draw_text(model) if calibration is None else calibration, layers)
+
+
+@contextmanager
+def _at_hand(attention: nn.Module):
+    """The weights of an attention in memory for a while, wherever they lie."""
+    with ExitStack() as stack:
+        for module in attention.modules():
+            stack.enter_context(align_module_device(module))
+        yield
+
+
+def swap_attention(model: PreTrainedModel, attention: Mapping[int, nn.Module]) -> None:
+    """Put each attention in its layer, in place."""
+    decoder = Decoder(model)
+    for index, module in attention.items():
+        decoder.put(index, module)
+    hook = functools.partial(before_decoder, argument_names(decoder.module))
+    decoder.module.register_forward_pre_hook(hook, with_kwargs=True)

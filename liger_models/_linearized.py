@@ -1,0 +1,104 @@
+"""What takes the place of a pretrained attention, and what the decoder around it hands on.
+
+Shapes: B batch, T time, D head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from liger_layers import LigerAttention, SlidingWindowAttention
+from liger_models._inputs import CACHE, by_name, take_cache, token_positions
+from liger_models.cache import admit, fit_cache, layer_and_state, make_cache
+from liger_models.families import finish, key_and_value, project, traits
+from liger_ops.errors import fail
+
+
+class _Pretrained:
+    """A layer of liger_layers on the modules of a pretrained attention, under their own names, with its signature."""
+
+    def __init__(self, old: nn.Module, hf: PreTrainedConfig, **options: Any):
+        # Before the modules are there, which routed memories ask for their keys and values.
+        self.traits = own = traits(old, hf)
+        super().__init__(
+            hf.hidden_size,
+            own.heads,
+            own.kv_heads,
+            own.width,
+            projections=dict(old.named_children()),
+            scale=own.scale,
+            softcap=own.softcap,
+            rope_theta=None,
+            **options,
+        )
+        self.layer_idx, self.training = old.layer_idx, old.training
+        pretrained = dict(old.named_children())
+        for name, module in self.named_children():
+            # Those of the pretrained attention are as they are to be.
+            if name not in pretrained:
+                module.to(old.o_proj.weight.device).train(old.training)
+
+    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return project(self, x, self.traits)
+
+    def finish(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return finish(self, "k", k, self.traits), finish(self, "v", v, self.traits)
+
+    def key_and_value(self) -> tuple[nn.Linear, nn.Linear]:
+        return key_and_value(self, self.traits)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        liger_router_logits: list[torch.Tensor] | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, None]:
+        if attention_mask is not None and "liger_mask" not in kwargs:
+            fail("attention_mask", "liger_mask beside it, as the decoder hands it on", "it alone")
+        layer, state = layer_and_state(take_cache(kwargs), self.layer_idx, hidden_states.device)
+        tables = position_embeddings if self.traits.rotary else None
+        out, state = super().forward(hidden_states, kwargs.get("liger_mask"), state, tables, liger_router_logits)
+        if layer is not None:
+            layer.store(state, hidden_states.shape[1])
+        return out, None
+
+
+class LinearizedAttention(_Pretrained, LigerAttention):
+    """Window and recurrence."""
+
+
+class LinearizedWindow(_Pretrained, SlidingWindowAttention):
+    """The window alone."""
+
+
+def before_decoder(names: tuple[str, ...], module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Hand the padding mask to the Liger layers, spare them the square one, check mask, positions and cache."""
+    kwargs = by_name(names, args, kwargs)
+    cache, ids = take_cache(kwargs), kwargs.get("input_ids")
+    tokens = kwargs.get("inputs_embeds") if ids is None else ids
+    if tokens is None:
+        # The decoder says what it wants.
+        return (), kwargs
+    use_cache = kwargs.get("use_cache")
+    if cache is not None:
+        fit_cache(cache, module.config, tokens.shape[0])
+    elif module.training:
+        # Nobody reads a cache while training, and with gradient checkpointing none may be written.
+        kwargs["use_cache"] = False
+    elif module.config.use_cache if use_cache is None else use_cache:
+        cache = make_cache(module.config)
+    mask, shown = admit(cache, tokens, ids, kwargs.get("attention_mask"), kwargs.get("position_ids"), kwargs)
+    if mask is not None and kwargs.get("position_ids") is None:
+        # Padding takes no position, wherever it stands.
+        kwargs["position_ids"] = token_positions(mask, tokens.shape[1])
+    kwargs |= {CACHE: cache, "liger_mask": shown}
+    if len(module.config.liger["keep"]) == 0:
+        # A mask that is already four-dimensional is passed through, so no T x T mask is built for nobody.
+        kwargs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
+    return (), kwargs
