@@ -20,7 +20,7 @@ class ByteModel(nn.Module):
         super().__init__()
         near = dict(window=16, sinks=1)
         self.embed = nn.Embedding(256, width)
-        options = {"liger": near, "window": near, "gated_deltanet": {**near, "tau": 16.0}}
+        options = {"liger": near, "window": near, "liger:gated_deltanet": {**near, "tau": 16.0}}
         self.stack = InterleavedStack(width, 7, 4, "LLWELLF", options=options)
         self.head = nn.Linear(width, 256, bias=False)
 

@@ -92,7 +92,11 @@ def test_a_pattern_of_names_and_a_gate_from_a_module(folder, capsys, monkeypatch
         assert "pattern: expected liger, alone or with one of gla, " in capsys.readouterr().err
         assert main(["--import", "my_gates", *given]) == 0
         assert main(["--import", "my_gates", "generate", "new", "the quick", "--max-new-tokens", "2"]) == 0
-        assert json.loads((folder / "new" / "config.json").read_text())["liger"]["pattern"] == ["mine", "gla", "full"]
+        assert json.loads((folder / "new" / "config.json").read_text())["liger"]["pattern"] == [
+            "liger:mine",
+            "liger:gla",
+            "full",
+        ]
         assert main(["linearize", "original", "--out", "other", "--window", "8", "--pattern", "liger:mine"]) == 0
     finally:
         RECURRENCES.pop("mine", None)

@@ -82,3 +82,9 @@ def test_gates_in_a_pattern_have_their_own_of_the_rest():
 def test_what_does_not_suit_a_gate_in_a_pattern_is_refused():
     with pytest.raises(ValueError, match="feature_map: expected one for queries alone with gate 'hgrn2'"):
         linearize_tiny(tiny(), gate="kda", feature_map="kernel", pattern="LH")
+
+
+def test_a_pattern_saved_when_gates_stood_alone_is_read():
+    saved = LigerConfig(pattern="LGF").resolve([None] * 3).to_dict()
+    old = saved | dict(pattern=["liger", "gla", "full"])
+    assert LigerConfig.from_saved(old) == LigerConfig.from_saved(saved)

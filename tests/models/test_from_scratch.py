@@ -22,7 +22,7 @@ SIZES = dict(
     mixer_options={name: {"window": 8, "sinks": 2} for name in ("liger", "window")},
 )
 MIXERS = [*(f"mixer:{rule}" for rule in with_rule()), "mom", "liger", "window", "recurrence", ["mom", "window"]]
-FEW = ["gla", "gated_deltanet", "mom", ["liger", "window"]]
+FEW = ["mixer:gla", "mixer:gated_deltanet", "mom", ["liger", "window"]]
 WITH_MLP = [*((mixers, "dense") for mixers in FEW), ("mom", "moe")]
 
 
@@ -87,7 +87,7 @@ def test_save_and_reload_bit_for_bit(mixers, mlp, tmp_path):
 
 def test_mixers_start_where_their_classes_start(tmp_path):
     shift = {"mom": {"router_shift": True}}
-    model = build(["gated_deltanet", "rwkv6", "mom", "liger"], num_hidden_layers=4, mixer_options=shift)
+    model = build(["mixer:gated_deltanet", "mixer:rwkv6", "mom", "liger"], num_hidden_layers=4, mixer_options=shift)
 
     def check(model):
         first, second, third, fourth = (layer.mixer for layer in model.model.layers)
@@ -178,7 +178,7 @@ def test_a_router_that_nobody_could_train_says_so(options):
 
 @pytest.mark.parametrize("mlp", ["dense", "moe"])
 def test_router_logits_and_their_loss(mlp):
-    model, x = build(["mom", "gla", "mom"], num_hidden_layers=3, mlp=mlp, memories=5, num_experts=6), ids(2, 15)
+    model, x = build(["mom", "mixer:gla", "mom"], num_hidden_layers=3, mlp=mlp, memories=5, num_experts=6), ids(2, 15)
     mask = torch.ones_like(x)
     mask[0, :4] = 0
     inputs = {}
@@ -199,7 +199,7 @@ def test_router_logits_and_their_loss(mlp):
     assert abs(out.loss - plain.loss - coefficient * out.aux_loss) <= 1e-5
     model.config.output_router_logits = True
     assert torch.equal(model(x, attention_mask=mask, labels=x).loss, out.loss)
-    assert build("gla")(x, labels=x, output_router_logits=True).aux_loss is None
+    assert build("mixer:gla")(x, labels=x, output_router_logits=True).aux_loss is None
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -331,3 +331,11 @@ def test_what_forward_refuses():
             model(**kwargs)
     with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
         model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=3, prompt_lookup_num_tokens=2)
+
+
+def test_a_model_saved_when_rules_stood_alone_still_loads(tmp_path):
+    build(["mixer:gla", "window"], mixer_options={"mixer:gla": {"value_dim": 8}}).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text().replace("mixer:gla", "gla"))
+    config = AutoModelForCausalLM.from_pretrained(tmp_path).config
+    assert config.mixers == ["mixer:gla", "window"] and config.mixer_options == {"mixer:gla": {"value_dim": 8}}
