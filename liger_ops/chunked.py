@@ -1,7 +1,8 @@
-"""The chunked algorithm of gated recurrences as papers print it (GLA, arXiv 2312.06635, sec. 4; Mamba-2, arXiv 2405.21060,
-sec. 6), to be read beside `naive` and tested against it; the ops do the same faster.
+"""The chunked algorithm of gated recurrences as papers print it (GLA, arXiv 2312.06635, sec. 4; Mamba-2, 2405.21060).
 
-Shapes: B batch, T time, HQ query heads, H key/value heads, K key width, V value width, C chunk; i and j tokens of a chunk.
+To be read beside `naive` and tested against it; the ops do the same faster.
+
+Shapes: B batch, T time, HQ query heads, H key/value heads, K key width, V value width, C chunk; i, j tokens of a chunk.
 """
 
 import torch

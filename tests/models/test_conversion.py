@@ -5,9 +5,9 @@ from collections import Counter
 
 import pytest
 import torch
-from liger_layers.choices import settle
 from transformers import AutoModelForCausalLM
 
+from liger_layers.choices import settle
 from liger_models import LigerConfig, _conversion, linearize_on_disk, select_layers
 from liger_models._conversion import build, converted, plan_layers
 from liger_models._decoder import Decoder
