@@ -69,7 +69,7 @@ class _Pretrained(_Layer):
             fail("attention_mask", "liger_mask beside it, as the decoder hands it on", "it alone")
         layer, state = layer_and_state(take_cache(kwargs), self.layer_idx, hidden_states.device)
         tables = position_embeddings if self.traits.rotary else None
-        held = cast(LigerState | None, state)
+        held = cast("LigerState | None", state)
         out, after = super().forward(hidden_states, kwargs.get("liger_mask"), held, tables, liger_router_logits)
         if layer is not None:
             layer.store(after, hidden_states.shape[1])

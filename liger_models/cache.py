@@ -147,7 +147,7 @@ def fit_cache(cache: AnyCache, config: PreTrainedConfig, batch: int | None = Non
         _check_filled(cache, filled, config, batch)
     if len(ours) == depth and all(mine or i in keep for i, mine in enumerate(ours)):
         return cache
-    if any(layer.is_initialized for layer in _layers(cache)):
+    if any(layer.is_initialized for layer in cast("list[Any]", cache.layers)):
         expected = "an empty cache or one this linearized model filled (liger_models.make_cache)"
         fail(CACHE, expected, "one that holds another model's keys and values")
     if not isinstance(cache, DynamicCache):
@@ -158,11 +158,6 @@ def fit_cache(cache: AnyCache, config: PreTrainedConfig, batch: int | None = Non
     if first := _first(cache):
         first.told = _told(config)
     return cache
-
-
-def _layers(cache: Cache) -> list[Any]:
-    """The layers of a cache, whose classes in transformers have no attribute in common."""
-    return cache.layers
 
 
 def _first(cache: Cache | None) -> LigerCacheLayer | None:
@@ -178,7 +173,8 @@ def _check_filled(cache: Cache, first: LigerCacheLayer, config: PreTrainedConfig
         fail(CACHE, f"one of a model with {names[0]} {wanted!r}", f"one with {given!r}")
     if batch is not None and first.account is not None and len(first.account.columns) != batch:
         fail(CACHE, f"{batch} rows as in the batch", len(first.account.columns))
-    seen = {layer.get_seq_length() for layer in _layers(cache)}
+    # Their classes in transformers share no attribute.
+    seen = {layer.get_seq_length() for layer in cast("list[Any]", cache.layers)}
     if len(seen) > 1:
         fail(CACHE, "layers that have seen as much", f"{sorted(seen)}: a call was cut short")
 
@@ -279,7 +275,7 @@ def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
 def cache_bytes(cache: DynamicCache) -> int:
     """Bytes held by all layers of a cache, linearized or not."""
     total = 0
-    for layer in _layers(cache):
+    for layer in cast("list[Any]", cache.layers):
         if isinstance(layer, LigerCacheLayer):
             total += layer.nbytes()
         elif layer.is_initialized:
