@@ -34,7 +34,7 @@ def linearize(
     model draws from itself (a few forward passes) or on `calibration`, token ids [rows, length].
 
     Args:
-        model: a transformers model of a supported family.
+        model: a transformers model of a supported family, or of one that `register_family` made known.
         config: a complete LigerConfig; excludes preset, keep and changes.
         preset: a name in PRESETS; "paper-gla", "paper-gsa" and "paper-hgrn2" are the published conversions.
         keep: indices of layers that stay full attention (negative ones count from the end). Layers that slide by
