@@ -4,9 +4,11 @@ python examples/mixture_of_memories.py [--steps 60]
 """
 
 import argparse
+from typing import Any, cast
 
 import torch
 
+from liger_layers import MixtureOfMemories
 from liger_models import LigerForCausalLM, LigerModelConfig
 
 
@@ -15,8 +17,10 @@ def main(arguments: list[str] | None = None) -> tuple[float, float]:
     parser.add_argument("--steps", type=int, default=60)
     steps = parser.parse_args(arguments).steps
     torch.manual_seed(0)
-    sizes = dict(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
-    model = LigerForCausalLM(LigerModelConfig(**sizes, mixers=["mom", "window"], memories=4, memories_per_token=2))
+    sizes: dict[str, Any] = dict(vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=2)
+    model = LigerForCausalLM(
+        LigerModelConfig(**sizes, intermediate_size=128, mixers=["mom", "window"], memories=4, memories_per_token=2)
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for step in range(steps):
@@ -31,7 +35,7 @@ def main(arguments: list[str] | None = None) -> tuple[float, float]:
         losses.append(out.loss.item())
         if step % 20 == 0 or step == steps - 1:
             print(f"step {step}: loss {losses[-1]:.3f}, of which the routers' balance {out.aux_loss.item():.3f}")
-    load = model.model.layers[0].mixer.load(out.router_logits[0])
+    load = cast(MixtureOfMemories, model.model.layers[0].mixer).load(out.router_logits[0])
     print("share of tokens per memory:", [round(x, 2) for x in load.tolist()])
     return losses[0], losses[-1]
 

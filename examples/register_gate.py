@@ -4,6 +4,7 @@ python examples/register_gate.py
 """
 
 import tempfile
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +23,9 @@ def main() -> None:
     y, state = layer(torch.randn(1, 100, 64))
     print("a layer:", tuple(y.shape), "state of", state.nbytes(), "bytes")
 
-    sizes = dict(vocab_size=200, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4)
-    model = linearize(
-        LlamaForCausalLM(LlamaConfig(**sizes)).eval(), pattern=["liger:leaky", "full"], tau=16.0, window=8
-    )
+    sizes: dict[str, Any] = dict(vocab_size=200, hidden_size=64, num_hidden_layers=4, num_attention_heads=4)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=128)).eval()
+    model = linearize(model, pattern=["liger:leaky", "full"], tau=16.0, window=8)
     ids = torch.randint(200, (1, 50))
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         model.save_pretrained(folder)

@@ -10,11 +10,13 @@ from typing import NamedTuple
 import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.generation import BaseStreamer
+from transformers.generation.streamers import BaseStreamer
 
 from liger_models._decoder import Decoder
+from liger_models._inputs import input_device
 from liger_models.families import project, traits
-from liger_models.generation import without_settings
+from liger_models.generation import continued, without_settings
+from liger_ops.errors import fail
 
 # A rotary channel counts as slow when it turns by less than a radian over this many tokens.
 _REACH = 512
@@ -42,19 +44,17 @@ def check_calibration(ids: torch.Tensor, vocabulary: int) -> None:
     wanted = f"token ids [rows, length] with length > {_SKIP} and rows * (length - {_SKIP}) >= 2"
     if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.dtype not in (torch.int32, torch.int64):
         given = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, torch.Tensor) else type(ids).__name__
-        raise ValueError(f"calibration: expected {wanted}, got {given}")
+        fail("calibration", wanted, given)
     if len(ids) * (ids.shape[1] - _SKIP) < 2:
-        raise ValueError(f"calibration: expected {wanted}, got {tuple(ids.shape)}")
+        fail("calibration", wanted, tuple(ids.shape))
     if ids.min() < 0 or ids.max() >= vocabulary:
-        raise ValueError(
-            f"calibration: expected ids from 0 to {vocabulary - 1}, got {int(ids.min())} to {int(ids.max())}"
-        )
+        fail("calibration", f"ids from 0 to {vocabulary - 1}", f"{int(ids.min())} to {int(ids.max())}")
 
 
 @torch.no_grad()
 def draw_text(model: PreTrainedModel, batch: int = 8, length: int = 256) -> torch.Tensor:
     """Token ids [batch, length] that the model samples from itself; the same every time."""
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     start = model.config.bos_token_id
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
@@ -63,9 +63,9 @@ def draw_text(model: PreTrainedModel, batch: int = 8, length: int = 256) -> torc
         else:
             first = torch.randint(model.config.vocab_size, (batch, 1))
         with without_settings(model) as own:
-            return model.generate(
+            return continued(
+                model,
                 first.to(device),
-                attention_mask=torch.ones_like(first).to(device),
                 streamer=_Bar(length),
                 generation_config=GenerationConfig(
                     do_sample=True,
@@ -125,7 +125,7 @@ def measure(model: PreTrainedModel, ids: torch.Tensor, layers: list[int]) -> dic
                 moments.add(part)
 
         hooks.append(attention.register_forward_pre_hook(look, with_kwargs=True))
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     if device.type == "meta":
         # Weights that lie on a disk are read into ordinary memory.
         device = torch.device("cpu")

@@ -9,14 +9,14 @@ import functools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import align_module_device
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from liger_layers import FEATURE_MAPS
+from liger_layers import FEATURE_MAPS, SoftmaxKernel
 from liger_layers.choices import Choices
 from liger_layers.patterns import split
 from liger_models._calibration import Moments, check_calibration, draw_text, measure, slow_channels
@@ -42,7 +42,7 @@ class LayerPlan:
 def plan_layers(hf: PreTrainedConfig, liger: LigerConfig) -> tuple[LayerPlan, ...]:
     """A plan for each layer that is not to stay, as a resolved config says; ValueError if a gate's choices do not go
     together."""
-    windows, names = own_windows(hf), list(liger.pattern)
+    windows, names = own_windows(hf), [str(name) for name in liger.pattern]
     told = {name: _recurrent(liger, name) for name in dict.fromkeys(names) if split(name)[0] in ("liger", "memories")}
     plans = []
     for index, name in enumerate(names):
@@ -68,11 +68,11 @@ def build(plan: LayerPlan, old: nn.Module, hf: PreTrainedConfig) -> LinearizedAt
     return plan.kind(old, hf, **plan.options)
 
 
-def fit(layer: nn.Module, moments: Moments, rotation: Rotation) -> None:
+def fit(layer: LinearizedAttention, moments: Moments, rotation: Rotation) -> None:
     """Fit the features of a layer, which need not sit in a model, to the moments measured where it will."""
     frequencies, factor = rotation if layer.traits.rotary else Rotation(torch.zeros(0), 1.0)
     # The features must see that factor too.
-    layer.feature_map.calibrate(
+    cast(SoftmaxKernel, layer.feature_map).calibrate(
         moments.query_mean,
         moments.key_mean,
         moments.query_covariance,
@@ -96,7 +96,7 @@ def converted(
         old = decoder.attention(plan.index)
         with _at_hand(old):
             new = build(plan, old, model.config)
-            if plan.fitted:
+            if plan.fitted and isinstance(new, LinearizedAttention):
                 fit(new, moments[plan.index], decoder.rotation(plan.index))
             yield plan.index, new
 

@@ -5,13 +5,14 @@ Shapes: B batch, T columns at hand, S columns seen before.
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from transformers import StoppingCriteriaList
+from transformers import GenerationMixin, PreTrainedModel, StoppingCriteriaList
 
 from liger_models._inputs import CACHE, take_cache
 from liger_models.cache import check_prompt, make_cache, seen_columns
+from liger_ops.errors import fail
 
 
 class _Ended(StoppingCriteriaList):
@@ -25,7 +26,16 @@ class _Ended(StoppingCriteriaList):
         return ended
 
 
-class ConstantCacheMixin:
+if TYPE_CHECKING:
+
+    class _CausalLM(PreTrainedModel, GenerationMixin):
+        """What it stands before."""
+
+else:
+    _CausalLM = object
+
+
+class ConstantCacheMixin(_CausalLM):
     """Stands before a causal LM of transformers."""
 
     # Assisted decoding must roll the cache back, which a recurrent state cannot do; transformers refuses on this flag.
@@ -34,10 +44,10 @@ class ConstantCacheMixin:
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
         kind, cache = generation_config.cache_implementation, take_cache(model_kwargs)
         if kind not in (None, "dynamic"):
-            raise ValueError(f"cache_implementation: expected None or 'dynamic', whose size is constant, got {kind!r}")
+            fail("cache_implementation", "None or 'dynamic', whose size is constant", repr(kind))
         if cache is not None:
             # What transformers asks before it rolls a cache back that the caller still holds.
-            cache._is_user_defined = True
+            cache._is_user_defined = True  # type: ignore[attr-defined]  # transformers does so too, undeclared
         elif generation_config.use_cache:
             cache = make_cache(self.config)
         if cache is not None:
@@ -59,13 +69,15 @@ class ConstantCacheMixin:
         whole = kwargs.get("is_first_iteration") and kwargs.get("next_sequence_length") is not None
         if whole and inputs_embeds is None:
             check_prompt(kwargs.get(CACHE), input_ids, kwargs.get("attention_mask"))
-        return super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+        prepare = super().prepare_inputs_for_generation  # type: ignore[misc]  # a protocol that no model fulfils
+        return prepare(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
 
     def _sample(self, input_ids, logits_processor, stopping_criteria, *args, **kwargs):
         # Only these criteria make generate write padding where a row has ended.
         if any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria):
             stopping_criteria = kwargs["liger_ended"] = _Ended(stopping_criteria)
-        return super()._sample(input_ids, logits_processor, stopping_criteria, *args, **kwargs)
+        sample = super()._sample  # type: ignore[misc]  # as above
+        return sample(input_ids, logits_processor, stopping_criteria, *args, **kwargs)
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs) -> dict[str, Any]:
         """Padding behind a row that has ended is hidden from the start: a state could not forget it afterwards."""

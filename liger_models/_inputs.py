@@ -7,17 +7,24 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
-from transformers import Cache, LlamaModel
+from transformers import Cache, LlamaModel, PreTrainedModel
+
+from liger_ops.errors import fail
 
 # The keyword of every forward that takes a cache and of outputs that return one: "cache" from transformers 5.24 on.
 CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 _CACHES = ("cache", "past_key_values")
 # What a decoder must take by name for its padding and positions to be known.
 _NEEDED = {"input_ids", "attention_mask", "position_ids", "inputs_embeds", "use_cache", CACHE}
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where a model takes its token ids."""
+    return cast(nn.Embedding, model.get_input_embeddings()).weight.device
 
 
 def take_cache(kwargs: dict[str, Any]) -> Cache | None:
@@ -27,10 +34,10 @@ def take_cache(kwargs: dict[str, Any]) -> Cache | None:
     """
     given = [kwargs.pop(name, None) for name in _CACHES]
     if given[0] is not None and given[1] is not None and given[0] is not given[1]:
-        raise ValueError(f"{CACHE}: expected one cache, got two, under the names {' and '.join(_CACHES)}")
+        fail(CACHE, "one cache", f"two, under the names {' and '.join(_CACHES)}")
     for name, value in kwargs.items():
         if isinstance(value, Cache):
-            raise ValueError(f"{name}: expected a cache under the name {CACHE}, got one under a name that is not read")
+            fail(name, f"a cache under the name {CACHE}", "one under a name that is not read")
     return given[0] if given[0] is not None else given[1]
 
 
@@ -53,15 +60,17 @@ def refuse_unread(others: Mapping[str, Any]) -> None:
     """ValueError for a mask or positions among arguments that nobody reads."""
     for name, value in others.items():
         if value is not None and ("mask" in name or "position" in name):
-            raise ValueError(f"{name}: expected attention_mask or position_ids, got an argument that is not read")
+            fail(name, "attention_mask or position_ids", "an argument that is not read")
 
 
 def require(holds: torch.Tensor, name: str, expected: str, given: str | Callable[[], str]) -> None:
     """ValueError unless the condition [] holds; in a compiled graph a RuntimeError, which cannot ask what was given."""
     if torch.compiler.is_compiling():
-        torch._assert_async(holds, f"{name}: expected {expected}, got {given if isinstance(given, str) else 'others'}")
+        # Missing in torch's stubs.
+        assert_async = torch._assert_async  # type: ignore
+        assert_async(holds, f"{name}: expected {expected}, got {given if isinstance(given, str) else 'others'}")
     elif not holds:
-        raise ValueError(f"{name}: expected {expected}, got {given if isinstance(given, str) else given()}")
+        fail(name, expected, given if isinstance(given, str) else given())
 
 
 def read_mask(mask: object, batch: int, tokens: int, seen: int, device: torch.device) -> torch.Tensor | None:
@@ -71,11 +80,11 @@ def read_mask(mask: object, batch: int, tokens: int, seen: int, device: torch.de
     # The text only where it is needed: a compiler would make a graph for each number in it.
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
         kind = f"a prepared pattern {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
-        raise ValueError(f"attention_mask: expected [{batch}, {seen + tokens}], 1 where a column is shown, got {kind}")
+        fail("attention_mask", f"[{batch}, {seen + tokens}], 1 where a column is shown", kind)
     if mask.shape[0] != batch or mask.shape[1] != seen + tokens:
         more = f"; {seen} of the columns are in the cache" if seen else ""
         expected = f"[batch, tokens] = [{batch}, {seen + tokens}], 1 where a column is shown{more}"
-        raise ValueError(f"attention_mask: expected {expected}, got {list(mask.shape)}")
+        fail("attention_mask", expected, list(mask.shape))
     if mask.dtype != torch.bool:
         require(((mask == 0) | (mask == 1)).all(), "attention_mask", "numbers 0 and 1", "others")
     return mask.to(device=device, dtype=torch.bool)
@@ -96,7 +105,7 @@ def check_documents(position: torch.Tensor | None, mask: torch.Tensor | None, ot
     one = "one document per row"
     bounds, index = others.get("cu_seq_lens_q"), others.get("seq_idx")
     if bounds is not None and len(bounds) > 2:
-        raise ValueError(f"cu_seq_lens_q: expected {one}, got bounds of several (packed documents)")
+        fail("cu_seq_lens_q", one, "bounds of several (packed documents)")
     if index is not None:
         require((index == index[:, :1]).all(), "seq_idx", one, "bounds of several (packed documents)")
     if position is None or position.ndim != 2 or position.shape[1] < 2:
@@ -109,16 +118,19 @@ def check_documents(position: torch.Tensor | None, mask: torch.Tensor | None, ot
     require(onward.all(), "position_ids", one, "positions that start again (packed documents)")
 
 
-def check_positions(position: object, batch: int, tokens: int) -> None:
-    """position_ids is [B or 1,T], where a family has one position per token."""
-    if position is not None and (
+def read_positions(position: object, batch: int, tokens: int) -> torch.Tensor | None:
+    """position_ids as they are, [B or 1,T] where a family has one position per token, or None."""
+    if position is None:
+        return None
+    if (
         not isinstance(position, torch.Tensor)
         or position.is_floating_point()
         or position.shape[-1] != tokens
         or position.shape[0] not in (1, batch)
     ):
         given = list(position.shape) if isinstance(position, torch.Tensor) else type(position).__name__
-        raise ValueError(f"position_ids: expected integers [{batch} or 1, {tokens}], got {given}")
+        fail("position_ids", f"integers [{batch} or 1, {tokens}]", given)
+    return position
 
 
 def token_positions(mask: torch.Tensor, tokens: int) -> torch.Tensor:

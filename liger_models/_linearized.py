@@ -5,21 +5,27 @@ Shapes: B batch, T time, D head width.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from liger_layers import LigerAttention, SlidingWindowAttention
+from liger_layers import LigerAttention, LigerState, SlidingWindowAttention
 from liger_models._inputs import CACHE, by_name, take_cache, token_positions
 from liger_models.cache import admit, fit_cache, layer_and_state, make_cache
-from liger_models.families import finish, key_and_value, project, traits
+from liger_models.families import Traits, finish, key_and_value, project, traits
 from liger_ops.errors import fail
 
+# What stands behind it is one layer or another.
+_Layer = LigerAttention if TYPE_CHECKING else object
 
-class _Pretrained:
+
+class _Pretrained(_Layer):
     """A layer of liger_layers on the modules of a pretrained attention, under their own names, with its signature."""
+
+    traits: Traits
+    layer_idx: int
 
     def __init__(self, old: nn.Module, hf: PreTrainedConfig, **options: Any):
         # Before the modules are there, which routed memories ask for their keys and values.
@@ -35,12 +41,12 @@ class _Pretrained:
             rope_theta=None,
             **options,
         )
-        self.layer_idx, self.training = old.layer_idx, old.training
+        self.layer_idx, self.training = cast(int, old.layer_idx), old.training
         pretrained = dict(old.named_children())
         for name, module in self.named_children():
             # Those of the pretrained attention are as they are to be.
             if name not in pretrained:
-                module.to(old.o_proj.weight.device).train(old.training)
+                module.to(cast(nn.Linear, old.o_proj).weight.device).train(old.training)
 
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return project(self, x, self.traits)
@@ -63,9 +69,10 @@ class _Pretrained:
             fail("attention_mask", "liger_mask beside it, as the decoder hands it on", "it alone")
         layer, state = layer_and_state(take_cache(kwargs), self.layer_idx, hidden_states.device)
         tables = position_embeddings if self.traits.rotary else None
-        out, state = super().forward(hidden_states, kwargs.get("liger_mask"), state, tables, liger_router_logits)
+        held = cast("LigerState | None", state)
+        out, after = super().forward(hidden_states, kwargs.get("liger_mask"), held, tables, liger_router_logits)
         if layer is not None:
-            layer.store(state, hidden_states.shape[1])
+            layer.store(after, hidden_states.shape[1])
         return out, None
 
 
@@ -77,7 +84,7 @@ class LinearizedWindow(_Pretrained, SlidingWindowAttention):
     """The window alone."""
 
 
-def before_decoder(names: tuple[str, ...], module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def before_decoder(names: tuple[str, ...], module: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Hand the padding mask to the Liger layers, spare them the square one, check mask, positions and cache."""
     kwargs = by_name(names, args, kwargs)
     cache, ids = take_cache(kwargs), kwargs.get("input_ids")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from transformers import PreTrainedConfig
 
 _MODULE = "modeling_liger"
 # An import inside a try is not looked up beforehand, and missing, by transformers: it would advise to install
@@ -18,7 +20,10 @@ except ImportError as error:
 '''
 
 
-class PortableConfig:
+_Config = PreTrainedConfig if TYPE_CHECKING else object
+
+
+class PortableConfig(_Config):
     """A config that says in every folder which classes load it, so that trust_remote_code=True finds them.
 
     Where this package was imported, its classes are registered, and transformers takes them without asking.

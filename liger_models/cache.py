@@ -6,7 +6,7 @@ Shapes: B batch, T columns at hand, S columns seen before.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig
@@ -17,11 +17,14 @@ from liger_models._inputs import (
     CACHE,
     Account,
     check_documents,
-    check_positions,
     read_mask,
+    read_positions,
     require,
     shown_columns,
 )
+from liger_ops.errors import fail
+
+AnyCache = TypeVar("AnyCache", bound=Cache)
 
 
 class LigerCacheLayer(CacheLayerMixin):
@@ -56,10 +59,11 @@ class LigerCacheLayer(CacheLayerMixin):
         if self.pending is not None:
             (self.account, self.whole), self.pending = self.pending, None
 
-    def lazy_initialization(self, key_states, value_states) -> None:
+    def lazy_initialization(self, key_states, value_states) -> NoReturn:
         raise RuntimeError("a Liger layer keeps a state, not keys and values: it is filled by its own attention")
 
-    update = lazy_initialization
+    def update(self, key_states, value_states, *args, **kwargs) -> NoReturn:
+        self.lazy_initialization(key_states, value_states)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.seen + query_length, 0
@@ -107,7 +111,7 @@ def layer_and_state(
     cache: Cache | None, index: int, device: torch.device
 ) -> tuple[LigerCacheLayer | None, LigerState | MemoryState | None]:
     """The cache's layer, if there is a cache, and what it holds, if anything, on the device."""
-    layer = None if cache is None else cache.layers[index]
+    layer = None if cache is None else cast(LigerCacheLayer, cache.layers[index])
     state = None if layer is None or layer.state is None else layer.state.map(lambda x: x.to(device))
     return layer, state
 
@@ -128,28 +132,26 @@ def _told(config: PreTrainedConfig) -> dict[str, Any]:
     return told
 
 
-def fit_cache(cache: DynamicCache, config: PreTrainedConfig, batch: int | None = None) -> DynamicCache:
+def fit_cache(cache: AnyCache, config: PreTrainedConfig, batch: int | None = None) -> AnyCache:
     """Put Liger layers where an empty cache, however it was made, has others.
 
     ValueError if it already holds tokens: of a model that keeps keys and values, of one that was told something else
     than config says, or of another number of rows than batch.
     """
     if not isinstance(cache, Cache):
-        raise ValueError(f"{CACHE}: expected a Cache, got a {type(cache).__name__}")
+        fail(CACHE, "a Cache", f"a {type(cache).__name__}")
     # Only linearized models keep layers of full attention.
     depth, keep = config.num_hidden_layers, set(config.liger["keep"]) if hasattr(config, "liger") else set()
-    ours = [isinstance(layer, LigerCacheLayer) for layer in cache.layers]
-    if any(ours):
-        _check_filled(cache, config, batch)
+    ours, filled = [isinstance(layer, LigerCacheLayer) for layer in cache.layers], _first(cache)
+    if filled is not None:
+        _check_filled(cache, filled, config, batch)
     if len(ours) == depth and all(mine or i in keep for i, mine in enumerate(ours)):
         return cache
-    if any(layer.is_initialized for layer in cache.layers):
-        raise ValueError(
-            f"{CACHE}: expected an empty cache or one this linearized model filled (liger_models.make_cache), "
-            "got one that holds another model's keys and values"
-        )
+    if any(layer.is_initialized for layer in cast("list[Any]", cache.layers)):
+        expected = "an empty cache or one this linearized model filled (liger_models.make_cache)"
+        fail(CACHE, expected, "one that holds another model's keys and values")
     if not isinstance(cache, DynamicCache):
-        raise ValueError(f"{CACHE}: expected a DynamicCache, got a {type(cache).__name__}")
+        fail(CACHE, "a DynamicCache", f"a {type(cache).__name__}")
     plain = cache.layers if len(ours) == depth else DynamicCache(config=config).layers
     cache.layers = [plain[i] if i in keep else LigerCacheLayer() for i in range(depth)]
     cache.layer_class_to_replicate = None
@@ -163,17 +165,18 @@ def _first(cache: Cache | None) -> LigerCacheLayer | None:
     return next((x for x in cache.layers if isinstance(x, LigerCacheLayer)), None) if cache is not None else None
 
 
-def _check_filled(cache: Cache, config: PreTrainedConfig, batch: int | None) -> None:
-    first, mine = _first(cache), _told(config)
+def _check_filled(cache: Cache, first: LigerCacheLayer, config: PreTrainedConfig, batch: int | None) -> None:
+    mine = _told(config)
     if first.told is not None and first.told != mine:
         names = [name for name in (*mine, *first.told) if mine.get(name) != first.told.get(name)]
         wanted, given = mine.get(names[0]), first.told.get(names[0])
-        raise ValueError(f"{CACHE}: expected one of a model with {names[0]} {wanted!r}, got one with {given!r}")
+        fail(CACHE, f"one of a model with {names[0]} {wanted!r}", f"one with {given!r}")
     if batch is not None and first.account is not None and len(first.account.columns) != batch:
-        raise ValueError(f"{CACHE}: expected {batch} rows as in the batch, got {len(first.account.columns)}")
-    seen = {layer.get_seq_length() for layer in cache.layers}
+        fail(CACHE, f"{batch} rows as in the batch", len(first.account.columns))
+    # Their classes in transformers share no attribute.
+    seen = {layer.get_seq_length() for layer in cast("list[Any]", cache.layers)}
     if len(seen) > 1:
-        raise ValueError(f"{CACHE}: expected layers that have seen as much, got {sorted(seen)}: a call was cut short")
+        fail(CACHE, "layers that have seen as much", f"{sorted(seen)}: a call was cut short")
 
 
 def seen_columns(cache: Cache | None) -> int:
@@ -196,13 +199,13 @@ def admit(
     Either mask is None where it is known to show everything. The cache enters the columns into its account.
     """
     (B, T), seen = tokens.shape[:2], seen_columns(cache)
-    mask = read_mask(mask, B, T, seen, tokens.device)
-    check_positions(position, B, T)
-    shown = shown_columns(mask, seen)
-    check_documents(position, shown, others)
-    _check_onward(cache, position, shown)
-    _take_in(cache, mask, ids, (B, T))
-    return mask, shown
+    known = read_mask(mask, B, T, seen, tokens.device)
+    positions = read_positions(position, B, T)
+    shown = shown_columns(known, seen)
+    check_documents(positions, shown, others)
+    _check_onward(cache, positions, shown)
+    _take_in(cache, known, ids, (B, T))
+    return known, shown
 
 
 def _check_onward(cache: Cache | None, position: torch.Tensor | None, shown: torch.Tensor | None) -> None:
@@ -255,20 +258,24 @@ def check_prompt(cache: Cache | None, ids: torch.Tensor | None, mask: torch.Tens
     if not first.seen or len(ids) != len(first.account.tokens):
         return
     if ids.shape[1] <= first.seen:
-        raise ValueError(f"input_ids: expected more than the {first.seen} columns in the cache, got {ids.shape[1]}")
+        fail("input_ids", f"more than the {first.seen} columns in the cache", ids.shape[1])
     ids = ids[:, : first.seen]
     shown = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask[:, : first.seen].bool()
     held = Account.empty(len(ids), ids.device).add(0, shown, ids)
-    columns, tokens = (x.to(ids.device) for x in first.account)
+    told = first.account.map(lambda x: x.to(ids.device))
     # Where the mask differs, that is what is wrong, and the forward says so.
-    if torch.equal(held.columns, columns) and not torch.equal(held.tokens, tokens):
-        raise ValueError(f"{CACHE}: expected one that holds the beginning of input_ids, got one of another prompt")
+    if torch.equal(held.columns, told.columns) and not _same(held.tokens, told.tokens):
+        fail(CACHE, "one that holds the beginning of input_ids", "one of another prompt")
+
+
+def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    return one is not None and other is not None and torch.equal(one, other)
 
 
 def cache_bytes(cache: DynamicCache) -> int:
     """Bytes held by all layers of a cache, linearized or not."""
     total = 0
-    for layer in cache.layers:
+    for layer in cast("list[Any]", cache.layers):
         if isinstance(layer, LigerCacheLayer):
             total += layer.nbytes()
         elif layer.is_initialized:

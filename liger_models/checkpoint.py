@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 from transformers.trainer_utils import get_last_checkpoint
 
 from liger_models.modeling import forget_name
+from liger_ops.errors import fail
 
 # The settings of the run, beside its checkpoints.
 _RUN = "run.json"
@@ -35,7 +36,8 @@ def load(name: str | Path, dtype: torch.dtype | str = "auto") -> tuple[PreTraine
         ValueError: nothing there, a folder without a config, a file that cannot be read, or a weight that is missing
             or has another shape; names what was looked for.
     """
-    path, source, options = Path(name), str(name), {}
+    path, source = Path(name), str(name)
+    options: dict[str, Any] = {}
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ValueError(f"model: expected a GGUF file, found nothing at {path}")
@@ -44,9 +46,9 @@ def load(name: str | Path, dtype: torch.dtype | str = "auto") -> tuple[PreTraine
         return _with_adapters(path, dtype)
     elif path.is_dir():
         if not (path / "config.json").is_file():
-            raise ValueError(f"model: expected a folder with a config.json, got {path}")
+            fail("model", "a folder with a config.json", path)
     elif path.exists() or str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
-        raise ValueError(f"model: expected a folder, a .gguf file or a hub name, got {name!r}")
+        fail("model", "a folder, a .gguf file or a hub name", repr(name))
     with told(str(name)):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     if options:
@@ -58,9 +60,9 @@ def load(name: str | Path, dtype: torch.dtype | str = "auto") -> tuple[PreTraine
 def _with_adapters(folder: Path, dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model that adapters in a folder were trained on, with them merged in, and its tokenizer."""
     with told(str(folder)):
-        name = PeftConfig.from_pretrained(folder).base_model_name_or_path
+        name = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     if not name:
-        raise ValueError(f"model: expected adapters that name their model, got {folder}")
+        fail("model", "adapters that name their model", folder)
     model, tokenizer = load(name, dtype)
     with told(str(folder)), quiet_peft():
         merged = PeftModel.from_pretrained(model, folder).merge_and_unload().eval()
@@ -104,9 +106,9 @@ def check_output(folder: str | Path, overwrite: bool) -> Path:
     if folder.exists() and not overwrite:
         raise ValueError(f"out: {folder} exists; pass --overwrite to replace it")
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"out: expected a folder, got the file {folder}")
+        fail("out", "a folder", f"the file {folder}")
     if folder.exists() and any(folder.iterdir()) and not any((folder / name).is_file() for name in _CONFIGS):
-        raise ValueError(f"out: expected a model's folder to replace, got {folder}, which holds something else")
+        fail("out", "a model's folder to replace", f"{folder}, which holds something else")
     return folder
 
 
@@ -153,7 +155,7 @@ def claim(folder: Path, run: dict, resume: bool) -> str | None:
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if folder.is_dir():
         if others := [x.name for x in folder.iterdir() if not _ours(x) and x.name != _REPORTS]:
-            raise ValueError(f"checkpoints: expected a folder of checkpoints, got {folder}, which holds {others[0]}")
+            fail("checkpoints", "a folder of checkpoints", f"{folder}, which holds {others[0]}")
         if last and not resume:
             raise ValueError(f"checkpoints: {folder} holds an interrupted run; resume it, or remove the folder")
     if resume:
@@ -162,7 +164,7 @@ def claim(folder: Path, run: dict, resume: bool) -> str | None:
         before = json.loads((folder / _RUN).read_text(encoding="utf-8"))
         for name, value in run.items():
             if before.get(name) != value:
-                raise ValueError(f"{name}: expected {before.get(name)!r}, as in the run to resume, got {value!r}")
+                fail(name, f"{before.get(name)!r}, as in the run to resume", repr(value))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _RUN).write_text(json.dumps(run), encoding="utf-8")
     return last

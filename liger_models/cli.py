@@ -19,6 +19,7 @@ from liger_models.linearize import linearize
 from liger_models.on_disk import linearize_on_disk
 from liger_models.selection import select_layers
 from liger_models.text import standard_text
+from liger_ops.errors import fail
 
 
 def _checked(path: Path | None, name: str = "text") -> Path | None:
@@ -43,7 +44,7 @@ def _linearize(args) -> None:
     model, tokenizer = checkpoint.load(args.model, args.dtype)
     if args.select is not None:
         if keep is not None:
-            raise ValueError("select: expected --keep or --select, got both")
+            fail("select", "--keep or --select", "both")
         text = standard_text()[0]
         keep = select_layers(model, text, args.select, tokenizer=tokenizer, preset=args.preset, **changes)
         print(f"Full attention stays in layers {', '.join(map(str, sorted(keep))) or 'none'}")
@@ -77,7 +78,7 @@ def _generate(args) -> None:
 
 def _evaluate(args) -> None:
     if args.json and not args.json.parent.is_dir():
-        raise ValueError(f"json: expected a file in a folder that exists, got {args.json}")
+        fail("json", "a file in a folder that exists", args.json)
     text = _checked(args.text) or standard_text()[1]
     model, tokenizer = checkpoint.load(args.model, args.dtype)
     names = ("length", "max_blocks", "contexts", "depths", "keys")

@@ -12,7 +12,7 @@ from typing import Any
 from liger_layers.choices import Choices, check_memories, settle
 from liger_layers.patterns import read_pattern, split, spread
 from liger_layers.recurrences import with_gate
-from liger_ops.errors import check_factor, check_flag, check_weight, check_window
+from liger_ops.errors import check_factor, check_flag, check_weight, check_window, fail
 
 # What a pretrained layer may become.
 LAYERS = ("liger", "memories", "window", "full", "own")
@@ -69,7 +69,7 @@ class LigerConfig:
     def from_preset(cls, preset: str = "default", **changes: Any) -> LigerConfig:
         """A preset with some fields changed; changes of None are ignored. ValueError lists presets and fields."""
         if not isinstance(preset, str) or preset not in PRESETS:
-            raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
+            fail("preset", f"one of {', '.join(PRESETS)}", repr(preset))
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(changes) - known):
             raise ValueError(f"{unknown[0]}: unknown; expected one of {', '.join(sorted(known))}")
@@ -96,12 +96,12 @@ class LigerConfig:
         """
         depth = len(own)
         if bad := [i for i in self.keep if not -depth <= i < depth]:
-            raise ValueError(f"keep: expected layer indices from {-depth} to {depth - 1}, got {bad}")
+            fail("keep", f"layer indices from {-depth} to {depth - 1}", bad)
         names = spread(self.pattern or ("liger",), depth)
         if self.memories and not _remember(names):
             names = ["memories" if name == "liger" else name for name in names]
             if not _remember(names):
-                raise ValueError(f"memories: expected 0 with a pattern that has no place for them, got {self.memories}")
+                fail("memories", "0 with a pattern that has no place for them", self.memories)
         for index in self.keep:
             names[index] = "full"
         mixed = None in own and not self.pattern
@@ -154,7 +154,7 @@ def _indices(keep: Iterable[int]) -> tuple[int, ...]:
     except TypeError:
         found = None
     if found is None or any(isinstance(i, bool) for i in given):
-        raise ValueError(f"keep: expected indices of layers, got {keep!r}")
+        fail("keep", "indices of layers", repr(keep))
     return tuple(sorted(found))
 
 

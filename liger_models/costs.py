@@ -13,11 +13,12 @@ from contextlib import contextmanager
 import torch
 from tqdm.auto import tqdm
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.modeling_outputs import ModelOutput
+from transformers.utils.generic import ModelOutput
 
-from liger_models._inputs import CACHE
+from liger_models._inputs import CACHE, input_device
 from liger_models.cache import cache_bytes, make_cache
 from liger_models.modeling import LigerMixin
+from liger_ops.errors import fail
 
 # What is timed, in wall time, beside the processor time that all threads together took.
 PROCESS = {"prefill_s": "prefill_process_s", "decode_ms": "decode_process_ms"}
@@ -52,20 +53,20 @@ def measure_costs(
         and decode_ms (wall time) and of prefill_process_s and decode_process_ms (processor time of all threads).
     """
     if not models:
-        raise ValueError("models: expected at least one, got none")
+        fail("models", "at least one", "none")
     for name, value, least in (("rounds", rounds, 2), ("decode_tokens", decode_tokens, 1)):
         if value < least:
-            raise ValueError(f"{name}: expected at least {least}, got {value}")
+            fail(name, f"at least {least}", value)
     if not contexts or min(contexts) < 1:
-        raise ValueError(f"contexts: expected lengths of at least 1, got {list(contexts)}")
+        fail("contexts", "lengths of at least 1", list(contexts))
     if threads is not None and threads < 1:
-        raise ValueError(f"threads: expected at least 1 or None, got {threads}")
+        fail("threads", "at least 1 or None", threads)
     for model in models.values():
         model.eval()
     generator = torch.Generator().manual_seed(0)
     vocabulary = min(model.config.vocab_size for model in models.values())
     ids = torch.randint(vocabulary, (1, max(contexts) + decode_tokens), generator=generator)
-    inputs = {name: ids.to(model.get_input_embeddings().weight.device) for name, model in models.items()}
+    inputs = {name: ids.to(input_device(model)) for name, model in models.items()}
     rows = {name: [] for name in models}
     with with_threads(threads):
         _round(models, inputs, min(contexts), 1, list(models))

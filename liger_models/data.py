@@ -12,12 +12,13 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from liger_models.text import chat_ids, cut, framing, to_blocks, token_ids
+from liger_models.text import chat_ids, cut, framing, templated, to_blocks, token_ids
+from liger_ops.errors import fail
 
 # The label of a position that nothing is asked of, as torch's cross_entropy has it.
 IGNORED = -100
@@ -42,6 +43,9 @@ class Rows(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return {"input_ids": self.ids[index], "labels": self.labels[index]}
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        return (self[index] for index in range(len(self)))
 
     def first(self, count: int | None) -> Rows:
         """The first rows alone."""
@@ -92,7 +96,7 @@ def read(source: Any, name: str = "text") -> str | list[tuple[str, str | Mapping
     if isinstance(source, Mapping):
         source = [source]
     if isinstance(source, (bytes, torch.Tensor)) or not isinstance(source, Iterable):
-        raise ValueError(f"{name}: expected text, a path, or a list of documents or rows, got {_kind(source)}")
+        fail(name, "text, a path, or a list of documents or rows", _kind(source))
     return [(f"{name}[{i}]", row) for i, row in enumerate(source)]
 
 
@@ -107,7 +111,7 @@ def _is_path(text: str) -> bool:
 def _read_file(path: Path, name: str) -> str | list[tuple[str, Any]]:
     kind = path.suffix.lower()
     if kind not in (*_PLAIN, _LINES, _LIST):
-        raise ValueError(f"{name}: expected a file that ends in .txt, .md, .jsonl or .json, got {path}")
+        fail(name, "a file that ends in .txt, .md, .jsonl or .json", path)
     try:
         content = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -163,7 +167,7 @@ def to_rows(tokenizer: PreTrainedTokenizerBase, source: Any, length: int, name: 
                 ids.append(row_ids)
                 labels.append(row_labels)
     if not ids:
-        raise ValueError(f"{name}: expected rows with a token to learn within {length} tokens, got none in {dropped}")
+        fail(name, f"rows with a token to learn within {length} tokens", f"none in {dropped}")
     if dropped:
         warnings.warn(
             f"{name}: {dropped} of {dropped + len(ids)} rows left out, with no token to learn within {length} tokens",
@@ -179,7 +183,7 @@ def documents(source: Any, name: str = "text") -> str:
         return found
     texts = [row if isinstance(row, str) else _form(row, where)["text"] for where, row in found if _plain(row, where)]
     if len(texts) < len(found):
-        raise ValueError(f"{name}: expected plain text to hide keys in, got messages or completions")
+        fail(name, "plain text to hide keys in", "messages or completions")
     return "\n\n".join(texts)
 
 
@@ -190,15 +194,15 @@ def _plain(row: Any, where: str) -> bool:
 def _form(row: Any, where: str) -> dict[str, Any]:
     """The columns of a row that make up its form; others, such as its source, are not looked at."""
     if not isinstance(row, Mapping):
-        raise ValueError(f"{where}: expected a document or a row with {_CHOICES}, got {_kind(row)}")
+        fail(where, f"a document or a row with {_CHOICES}", _kind(row))
     forms = [keys for keys in _FORMS.values() if all(row.get(key) is not None for key in keys)]
     if len(forms) != 1:
-        raise ValueError(f"{where}: expected {_CHOICES}, got {', '.join(map(str, row)) or 'an empty row'}")
+        fail(where, _CHOICES, ", ".join(map(str, row)) or "an empty row")
     form = {key: row[key] for key in forms[0]}
     for key, value in form.items():
         if not isinstance(value, list if key == "messages" else str):
             wanted = "a list" if key == "messages" else "a string"
-            raise ValueError(f"{where}: expected {key} to be {wanted}, got {_kind(value)}")
+            fail(where, f"{key} to be {wanted}", _kind(value))
     return form | ({"tools": row["tools"]} if key == "messages" and row.get("tools") else {})
 
 
@@ -206,7 +210,7 @@ def _tokenized(
     tokenizer: PreTrainedTokenizerBase, row: Any, length: int, where: str
 ) -> Iterator[tuple[list[int], list[bool]]]:
     """Token ids, and which of them are to be learned, for each row that a document or a row gives."""
-    form = {"text": row} if isinstance(row, str) else _form(row, where)
+    form: dict[str, Any] = {"text": row} if isinstance(row, str) else _form(row, where)
     if "text" in form:
         for ids in cut(tokenizer, form["text"], length) or [[]]:
             yield ids, [True] * len(ids)
@@ -225,7 +229,7 @@ def _completion(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str
     # As the model will see the prompt, alone; a token across the border is of neither.
     rest = whole[len(start) :] if whole[: len(start)] == start else token_ids(tokenizer, completion)
     start = framing(tokenizer)[0] + start
-    rest = rest + ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
+    rest = rest + ([] if tokenizer.eos_token_id is None else [cast(int, tokenizer.eos_token_id)])
     return start + rest, [False] * len(start) + [True] * len(rest)
 
 
@@ -236,11 +240,12 @@ def _conversation(
     roles = [message.get("role") if isinstance(message, Mapping) else None for message in messages]
     if not roles or not all(isinstance(role, str) for role in roles):
         raise ValueError("messages: expected a list of messages with a role and a content")
-    messages, options = [dict(message) for message in messages], {"tools": tools} if tools else {}
+    options: dict[str, Any] = {"tools": tools} if tools else {}
+    messages = [dict(message) for message in messages]
     ids = chat_ids(tokenizer, messages, **options)
     asked = [False] * len(ids)
     if _MARKED.search(tokenizer.get_chat_template(tools=tools)):
-        out = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True, **options)
+        out = templated(tokenizer, messages, return_assistant_tokens_mask=True, **options)
         mask = [bool(x) for x in out["assistant_masks"]]
         # What stands before a text may have been added or taken away there.
         shared = min(len(mask), len(ids))

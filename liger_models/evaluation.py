@@ -13,9 +13,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from liger_layers import Mix
+from liger_models._inputs import input_device
 from liger_models.data import IGNORED, Rows, documents, to_rows
+from liger_models.generation import base_of
 from liger_models.modeling import LigerMixin
 from liger_models.retrieval import retrieval
+from liger_ops.errors import fail
 
 
 def perplexity(model: PreTrainedModel, blocks: torch.Tensor | Rows, description: str = "Perplexity") -> float:
@@ -30,7 +33,7 @@ def perplexity(model: PreTrainedModel, blocks: torch.Tensor | Rows, description:
 def mean_loss(model: PreTrainedModel, rows: torch.Tensor | Rows, description: str = "Evaluating") -> float:
     """Mean next-token loss over the tokens with a label, the first of a row aside; as `perplexity` takes them."""
     model.eval()
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     rows = rows if isinstance(rows, Rows) else Rows(tuple(rows), tuple(rows))
     total, count = 0.0, 0
     for row in tqdm(rows, desc=description, leave=False):
@@ -40,7 +43,7 @@ def mean_loss(model: PreTrainedModel, rows: torch.Tensor | Rows, description: st
             total += _losses(model, row["input_ids"][None].to(device), labels.to(device)).sum().item()
             count += asked
     if not count:
-        raise ValueError("blocks: expected rows with a token to predict, got none")
+        fail("blocks", "rows with a token to predict", "none")
     return total / count
 
 
@@ -87,7 +90,7 @@ def evaluate(
     context.
     """
     if max_blocks is not None and max_blocks < 1:
-        raise ValueError(f"max_blocks: expected at least 1, got {max_blocks}")
+        fail("max_blocks", "at least 1", max_blocks)
     rows = to_rows(tokenizer, text, length).first(max_blocks)
     filler = documents(text) if contexts else ""
     training, found = model.training, {}
@@ -96,8 +99,7 @@ def evaluate(
         found[f"multikey_{context}"] = retrieval(model, tokenizer, filler, context, depths=depths, keys=keys)
         found[f"passkey_{context}"] = retrieval(model, tokenizer, filler, context, depths=depths)
     result = {"perplexity": perplexity(model, rows), "tokens": rows.tokens}
-    # Adapters that are not merged wrap the model.
-    if isinstance(model.get_base_model() if hasattr(model, "get_base_model") else model, LigerMixin):
+    if isinstance(base_of(model), LigerMixin):
         with without_recurrence(model):
             result["perplexity_window_only"] = perplexity(model, rows, "Perplexity, window only")
     model.train(training)
@@ -112,7 +114,7 @@ def perplexity_by_position(model: PreTrainedModel, blocks: torch.Tensor, first: 
     tokens, the number of predictions. The tokens' mean of log(perplexity) is the log of `perplexity`.
     """
     model.eval()
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     rows = tqdm(blocks, desc="Perplexity by position", leave=False)
     losses = torch.stack([_losses(model, row[None].to(device), row[1:].to(device)).cpu() for row in rows])
     found, start, stop = [], 0, first

@@ -6,7 +6,7 @@ Shapes: B batch, T time, HQ query heads, H key/value heads, D head width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -110,7 +110,7 @@ class Traits(NamedTuple):
     @property
     def projections(self) -> tuple[int, int, int]:
         """Channels of q, k and v."""
-        return tuple(n * self.width for n in (self.heads, self.kv_heads, self.kv_heads))
+        return self.heads * self.width, self.kv_heads * self.width, self.kv_heads * self.width
 
 
 def traits(attention: nn.Module, config: PreTrainedConfig) -> Traits:
@@ -120,8 +120,8 @@ def traits(attention: nn.Module, config: PreTrainedConfig) -> Traits:
     return Traits(
         config.num_attention_heads,
         config.num_key_value_heads,
-        attention.head_dim,
-        attention.scaling,
+        cast(int, attention.head_dim),
+        cast(float, attention.scaling),
         softcap,
         clip,
         family.rotary is not None and bool(getattr(attention, "use_rope", True)),
@@ -138,8 +138,9 @@ def own_windows(config: PreTrainedConfig) -> list[int | None]:
 
 def project(attention: nn.Module, x: torch.Tensor, t: Traits) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Unrotated q [B,T,HQ,D], k and v [B,T,H,D] of x [B,T,hidden], normed and clipped as the family does."""
-    if hasattr(attention, "qkv_proj"):
-        q, k, v = attention.qkv_proj(x).split(t.projections, -1)
+    fused = getattr(attention, "qkv_proj", None)
+    if fused is not None:
+        q, k, v = fused(x).split(t.projections, -1)
     else:
         q, k, v = (getattr(attention, f"{name}_proj")(x) for name in "qkv")
     q, k, v = (y.unflatten(-1, (-1, t.width)) for y in (q, k, v))
@@ -159,7 +160,7 @@ def key_and_value(attention: nn.Module, t: Traits) -> tuple[nn.Linear, nn.Linear
     """The linear maps of keys and of values, cut out of a fused one as copies."""
     fused = getattr(attention, "qkv_proj", None)
     if fused is None:
-        return attention.k_proj, attention.v_proj
+        return cast(nn.Linear, attention.k_proj), cast(nn.Linear, attention.v_proj)
     weights = fused.weight.detach().split(t.projections)[1:]
     biases = (None, None) if fused.bias is None else fused.bias.detach().split(t.projections)[1:]
     parts = []
@@ -167,7 +168,7 @@ def key_and_value(attention: nn.Module, t: Traits) -> tuple[nn.Linear, nn.Linear
         part = nn.Linear(fused.in_features, len(weight), bias is not None, device=weight.device, dtype=weight.dtype)
         part.load_state_dict({"weight": weight} if bias is None else {"weight": weight, "bias": bias})
         parts.append(part)
-    return tuple(parts)
+    return parts[0], parts[1]
 
 
 def weight_shapes(attention: nn.Module, config: PreTrainedConfig) -> dict[str, tuple[int, int]]:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast, overload
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -30,7 +30,8 @@ from liger_layers import routing_modules
 from liger_models import checkpoint
 from liger_models.data import Rows, collate, to_rows
 from liger_models.evaluation import mean_loss
-from liger_models.modeling import LigerMixin, forget_name
+from liger_models.modeling import AnyModel, LigerMixin, forget_name
+from liger_ops.errors import fail
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,10 @@ class Recipe:
             if not (value is None and name == "steps") and (
                 isinstance(value, bool) or not isinstance(value, int) or value < low
             ):
-                raise ValueError(f"{name}: expected an integer >= {low}, got {value!r}")
+                fail(name, f"an integer >= {low}", repr(value))
         for name in ("learning_rate", "epochs"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)!r}")
+                fail(name, "a number > 0", repr(getattr(self, name)))
 
 
 RECIPES = {
@@ -114,11 +115,35 @@ class _Trainer(Trainer):
     """Evaluates as `perplexity` does: every token with a label counts alike, and routers do not count."""
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        loss = mean_loss(self.model, eval_dataset or self.eval_dataset)
+        loss = mean_loss(cast(PreTrainedModel, self.model), cast(Rows, eval_dataset or self.eval_dataset))
         figures = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_perplexity": math.exp(loss)}
         self.log(figures)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
         return figures
+
+
+@overload
+def finetune(
+    model: AnyModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: Any,
+    recipe: str | Recipe = "default",
+    *,
+    merge: Literal[True] = True,
+    **changes: Any,
+) -> AnyModel: ...
+
+
+@overload
+def finetune(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: Any,
+    recipe: str | Recipe = "default",
+    *,
+    merge: Literal[False],
+    **changes: Any,
+) -> PeftModel: ...
 
 
 def finetune(
@@ -136,7 +161,7 @@ def finetune(
     report_to: str | Sequence[str] = (),
     callbacks: Sequence[TrainerCallback] = (),
     **changes: Any,
-) -> PreTrainedModel:
+) -> PreTrainedModel | PeftModel:
     """Fine-tune on text with LoRA, merge the adapters into the weights and return the model.
 
     Args:
@@ -163,27 +188,43 @@ def finetune(
         KeyboardInterrupt: after Ctrl-C, once the checkpoint is written; the model then has no adapters.
     """
     if not isinstance(model, PreTrainedModel):
-        kind = type(model).__name__
-        raise ValueError(f"model: expected a causal LM of transformers, adapters merged first, got {kind}")
+        fail("model", "a causal LM of transformers, adapters merged first", type(model).__name__)
     recipe = _recipe(recipe, changes)
-    if eval_steps is not None and (isinstance(eval_steps, bool) or not isinstance(eval_steps, int) or eval_steps < 1):
-        raise ValueError(f"eval_steps: expected an integer >= 1, got {eval_steps!r}")
-    if eval_steps is not None and eval_text is None:
-        raise ValueError("eval_steps: expected an eval_text to measure, got none")
-    reports = {report_to} if isinstance(report_to, str) else set(report_to)
-    if reports & {"tensorboard", "all"} and not (checkpoints or os.getenv("TENSORBOARD_LOGGING_DIR")):
-        raise ValueError("report_to: expected a folder of checkpoints for tensorboard to write to, got none")
+    _check_eval(eval_text, eval_steps)
+    reports = _reports(report_to, checkpoints)
     rows = to_rows(tokenizer, text, recipe.length)
     held_out = None if eval_text is None else to_rows(tokenizer, eval_text, recipe.length, "eval_text")
-    pad = next((x for x in (tokenizer.pad_token_id, tokenizer.eos_token_id) if x is not None), 0)
-    job = _Job(rows, held_out, pad, recipe, seed, merge, eval_steps, sorted(reports), tuple(callbacks))
+    pad = next((cast(int, x) for x in (tokenizer.pad_token_id, tokenizer.eos_token_id) if x is not None), 0)
+    job = _Job(rows, held_out, pad, recipe, seed, merge, eval_steps, reports, tuple(callbacks))
+    return _run(model, job, checkpoints, resume)
+
+
+def _check_eval(text: Any, steps: int | None) -> None:
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+        fail("eval_steps", "an integer >= 1", repr(steps))
+    if steps is not None and text is None:
+        fail("eval_steps", "an eval_text to measure", "none")
+
+
+def _reports(report_to: str | Sequence[str], checkpoints: str | Path | None) -> list[str]:
+    """Where the Trainer reports to."""
+    reports = {report_to} if isinstance(report_to, str) else set(report_to)
+    if reports & {"tensorboard", "all"} and not (checkpoints or os.getenv("TENSORBOARD_LOGGING_DIR")):
+        fail("report_to", "a folder of checkpoints for tensorboard to write to", "none")
+    return sorted(reports)
+
+
+def _run(
+    model: PreTrainedModel, job: _Job, checkpoints: str | Path | None, resume: bool
+) -> PreTrainedModel | PeftModel:
+    """Train, with a folder for the checkpoint that Ctrl-C leaves, if there is one."""
     if checkpoints is None:
         if resume:
-            raise ValueError("resume: expected a folder of checkpoints to resume from, got none")
+            fail("resume", "a folder of checkpoints to resume from", "none")
         with tempfile.TemporaryDirectory() as folder:
             return _train(model, job, Path(folder), None)
     folder = Path(checkpoints)
-    run = {**asdict(recipe), "targets": list(recipe.targets), "seed": seed, "text": rows.digest()}
+    run = {**asdict(job.recipe), "targets": list(job.recipe.targets), "seed": job.seed, "text": job.rows.digest()}
     run["model"] = f"{type(model).__name__} with {model.num_parameters():,} parameters"
     run["liger"] = getattr(model.config, "liger", None)
     last = checkpoint.claim(folder, run, resume)
@@ -201,7 +242,7 @@ def _recipe(recipe: str | Recipe, changes: dict[str, Any]) -> Recipe:
     """The recipe of a name with some of its fields changed; None changes nothing."""
     if isinstance(recipe, str):
         if recipe not in RECIPES:
-            raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, got {recipe!r}")
+            fail("recipe", f"one of {', '.join(RECIPES)}", repr(recipe))
         recipe = RECIPES[recipe]
     known = {f.name for f in fields(Recipe)}
     if unknown := sorted(set(changes) - known):
@@ -284,7 +325,7 @@ def _adapted(model: PreTrainedModel, recipe: Recipe) -> tuple[PeftModel, bool]:
         return get_peft_model(model, config), bool(routed)
 
 
-def _train(model: PreTrainedModel, job: _Job, folder: Path, last: str | None) -> PreTrainedModel:
+def _train(model: PreTrainedModel, job: _Job, folder: Path, last: str | None) -> PreTrainedModel | PeftModel:
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     arguments, interrupt = job.arguments(folder), _Interrupt()
     torch.manual_seed(job.seed)
@@ -309,7 +350,7 @@ def _train(model: PreTrainedModel, job: _Job, folder: Path, last: str | None) ->
             trainer.evaluate()
     finally:
         if routed and told is None:
-            del model.config.output_router_logits
+            del vars(model.config)["output_router_logits"]
         elif routed:
             model.config.output_router_logits = told
         if not done or job.merge:

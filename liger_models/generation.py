@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from liger_models._inputs import input_device
 from liger_models.text import chat_ids, framing, token_ids
+from liger_ops.errors import fail
+
+
+def base_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself, where adapters that are not merged wrap it."""
+    unwrap = getattr(model, "get_base_model", None)
+    return model if unwrap is None else unwrap()
 
 
 @contextmanager
@@ -17,7 +25,8 @@ def without_settings(model: PreTrainedModel):
 
     Yields those settings.
     """
-    holders = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
+    base = base_of(model)
+    holders = [model] if base is model else [model, base]
     settings = [holder.generation_config for holder in holders]
     try:
         for holder in holders:
@@ -26,6 +35,12 @@ def without_settings(model: PreTrainedModel):
     finally:
         for holder, own in zip(holders, settings, strict=True):
             holder.generation_config = own
+
+
+def continued(model: PreTrainedModel, ids: torch.Tensor, **options: Any) -> torch.Tensor:
+    """Token ids [B,T+N] that begin with ids [B,T], all of them shown; options go to model.generate."""
+    # Not every pretrained model has it, but every causal LM.
+    return cast(Any, model).generate(ids, attention_mask=torch.ones_like(ids), **options)
 
 
 @torch.no_grad()
@@ -43,14 +58,14 @@ def generate(
     chat wraps the prompt in the tokenizer's chat template; options go to model.generate. ValueError for no token at
     all, or chat without a template.
     """
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     if chat:
         ids = chat_ids(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
     else:
         ids = framing(tokenizer)[0] + token_ids(tokenizer, prompt)
     if not ids:
-        raise ValueError("prompt: expected at least one token, got none")
+        fail("prompt", "at least one token", "none")
     ids = torch.tensor([ids], device=device)
     options = {"do_sample": False, "pad_token_id": tokenizer.eos_token_id, **options}
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, **options)
-    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    out = continued(model, ids, max_new_tokens=max_new_tokens, **options)
+    return cast(str, tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))

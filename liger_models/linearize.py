@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -14,19 +14,19 @@ from liger_models._conversion import converted, plan_layers, swap_attention
 from liger_models._snapshot import whole_or_not
 from liger_models.configuration import LigerConfig
 from liger_models.families import own_windows
-from liger_models.modeling import FAMILIES, forget_name
+from liger_models.modeling import FAMILIES, AnyModel, forget_name
 from liger_ops.errors import fail
 
 
 def linearize(
-    model: PreTrainedModel,
+    model: AnyModel,
     config: LigerConfig | None = None,
     *,
     preset: str = "default",
     keep: Iterable[int] | None = None,
     calibration: torch.Tensor | None = None,
     **changes: Any,
-) -> PreTrainedModel:
+) -> AnyModel:
     """Turn a causal LM of a family in FAMILIES into a gated linear-recurrent one, in place, and return it.
 
     The pretrained modules stay where they are under their own names. The default preset needs no training to work:
@@ -34,7 +34,7 @@ def linearize(
     model draws from itself (a few forward passes) or on `calibration`, token ids [rows, length].
 
     Args:
-        model: a transformers model of a supported family.
+        model: a transformers model of a supported family, or of one that `register_family` made known.
         config: a complete LigerConfig; excludes preset, keep and changes.
         preset: a name in PRESETS; "paper-gla", "paper-gsa" and "paper-hgrn2" are the published conversions.
         keep: indices of layers that stay full attention (negative ones count from the end). Layers that slide by
@@ -58,7 +58,7 @@ def linearize(
         swap_attention(model, attention)
         for module in model.modules():
             if getattr(module, "config", None) is before:
-                module.config = after
+                cast(Any, module).config = after
         model.__class__ = FAMILIES[before.model_type][1]
         forget_name(model)
     return model
@@ -86,6 +86,7 @@ def linearized_config(model: PreTrainedModel, config: LigerConfig) -> PreTrained
     config_class, model_class = FAMILIES[model.config.model_type]
     after = copy.deepcopy(model.config)
     after.__class__ = config_class
-    after.model_type, after.architectures = config_class.model_type, [model_class.__name__]
-    after.liger = config.to_dict()
+    told = dict(model_type=config_class.model_type, architectures=[model_class.__name__], liger=config.to_dict())
+    for name, value in told.items():
+        setattr(after, name, value)
     return after

@@ -9,6 +9,7 @@ import functools
 import inspect
 from collections import deque
 from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -27,6 +28,9 @@ from liger_models._remote import PortableConfig
 from liger_models.configuration import LigerConfig
 from liger_models.families import KNOWN, PREFIX, Family, own_windows
 from liger_ops.errors import fail
+
+# A linearized model is still one of its family's class.
+AnyModel = TypeVar("AnyModel", bound=PreTrainedModel)
 
 
 class LigerMixin(ConstantCacheMixin):

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-from transformers.utils import CHAT_TEMPLATE_DIR
+from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from liger_models import checkpoint
 from liger_models._calibration import check_calibration
@@ -28,6 +28,7 @@ from liger_models._decoder import Decoder
 from liger_models.configuration import LigerConfig
 from liger_models.linearize import linearized_config, resolved
 from liger_models.text import standard_text, to_blocks
+from liger_ops.errors import fail
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # Weights in any format: what is converted comes from safetensors, and nothing else goes along.
@@ -69,12 +70,11 @@ def linearize_on_disk(
             to read text with, where a calibration is needed and not given; a source that lies in `out`.
     """
     if not isinstance(source, str | Path):
-        raise ValueError(f"model: expected a local folder, got {type(source).__name__}")
+        fail("model", "a local folder", type(source).__name__)
     source, out = Path(source), checkpoint.check_output(out, overwrite)
     if out.resolve() in source.resolve().parents:
-        raise ValueError(f"out: expected a folder that does not hold the model to read, got {out}")
-    files = _files(source)
-    skeleton = _skeleton(source)
+        fail("out", "a folder that does not hold the model to read", out)
+    files, skeleton = _files(source), _skeleton(source)
     config = resolved(skeleton, config, preset, keep, changes)
     plans = plan_layers(skeleton.config, config)
     if calibration is None and any(plan.fitted for plan in plans):
@@ -104,9 +104,9 @@ def _files(folder: Path) -> dict[str, list[str]]:
     """The files of weights in a folder, in order, and the names of the tensors in each."""
     single, index = folder / _SINGLE, folder / _INDEX
     if not (folder / "config.json").is_file():
-        raise ValueError(f"model: expected a local folder with a config.json, got {str(folder)!r}")
+        fail("model", "a local folder with a config.json", repr(str(folder)))
     if (folder / "adapter_config.json").exists():
-        raise ValueError(f"model: expected no adapters, which are to be merged first, got some in {str(folder)!r}")
+        fail("model", "no adapters, which are to be merged first", f"some in {str(folder)!r}")
     try:
         if single.is_file():
             with safe_open(single, "pt") as file:
@@ -133,7 +133,7 @@ def _skeleton(folder: Path) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(folder)
         skeleton = AutoModelForCausalLM.from_config(config)
     if getattr(config, "quantization_config", None):
-        raise ValueError(f"model: expected weights that are not quantized, got {str(folder)!r}")
+        fail("model", "weights that are not quantized", repr(str(folder)))
     return skeleton
 
 
@@ -157,7 +157,7 @@ def _open(folder: Path, files: dict[str, list[str]], skeleton: PreTrainedModel, 
     If they lie in files otherwise than in memory, as experts do, they are rewritten into the folder scratch.
     """
     config = AutoConfig.from_pretrained(folder)
-    options = dict(device_map=_places(skeleton), offload_folder=scratch)
+    options: dict[str, Any] = dict(device_map=_places(skeleton), offload_folder=scratch)
     with _quiet("accelerate.big_modeling"):
         if get_checkpoint_conversion_mapping(config.model_type) is None:
             return checkpoint.open_weights(str(folder), str(folder), dtype="auto", **options)
@@ -204,16 +204,16 @@ def _check(path: Path, names: list[str], shapes: dict[str, list[int]]) -> int:
         with safe_open(path, "pt") as file:
             shape = file.get_slice(name).get_shape()
         if shape != shapes.get(name, shape):
-            raise ValueError(f"{name}: expected shape {shapes[name]}, got {shape}")
+            fail(name, f"shape {shapes[name]}", shape)
         step = max(1, _PIECE // max(1, math.prod(shape[1:])))
-        for start in range(0, shape[0], step) if shape else [...]:
+        for start in range(0, shape[0] if shape else 1, step):
             # Opened again for each piece: what has been read stays in memory until a file is closed.
             with safe_open(path, "pt") as file:
                 piece = file.get_slice(name)[start : start + step] if shape else file.get_tensor(name)
             if piece.is_floating_point() and piece.dtype not in FLOATS:
-                raise ValueError(f"{name}: expected one of {', '.join(str(x) for x in FLOATS)}, got {piece.dtype}")
+                fail(name, f"one of {', '.join(str(x) for x in FLOATS)}", piece.dtype)
             if piece.is_floating_point() and not piece.isfinite().all():
-                raise ValueError(f"{name}: expected finite values, got NaN or infinity")
+                fail(name, "finite values", "NaN or infinity")
             size += piece.nbytes
     return size
 

@@ -12,8 +12,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from liger_models.generation import without_settings
+from liger_models._inputs import input_device
+from liger_models.generation import continued, without_settings
 from liger_models.text import framing, token_ids
+from liger_ops.errors import fail
 
 # Filler starts at a multiple of so many tokens, one of the first hundred.
 _STEP, _STARTS = 512, 100
@@ -44,16 +46,16 @@ def make_prompt(
     is asked for. The tokenizer begins the prompt as it begins a text.
     """
     if length < 1:
-        raise ValueError(f"length: expected at least one token of filler, got {length}")
+        fail("length", "at least one token of filler", length)
     if not 1 <= keys <= len(_NAMES):
-        raise ValueError(f"keys: expected 1 to {len(_NAMES)}, got {keys}")
+        fail("keys", f"1 to {len(_NAMES)}", keys)
     draw = random.Random(seed)
     values = [str(draw.randint(10_000, 99_999)) for _ in range(keys)]
     rows = len(filler) // _STEP
     start = _STEP * draw.randint(0, max(min(_STARTS, rows - 1 - length // _STEP), 0))
     text = filler[start : start + length].tolist()
     if len(text) < length:
-        raise ValueError(f"text: expected at least {length} tokens of filler, got {len(text)}")
+        fail("text", f"at least {length} tokens of filler", len(text))
     names = [""] if keys == 1 else [f" of the {name}" for name in draw.sample(_NAMES, keys)]
     depths = [depth] if keys == 1 else [(i + 0.5) / keys for i in range(keys)]
     asked = min(range(keys), key=lambda i: abs(depths[i] - depth))
@@ -85,10 +87,10 @@ def retrieval(
     for no depth or too many keys.
     """
     if depths < 1:
-        raise ValueError(f"depths: expected at least 1, got {depths}")
+        fail("depths", "at least 1", depths)
     filler, found = torch.tensor(token_ids(tokenizer, text)), 0
     prompts = [make_prompt(tokenizer, filler, length, i, (i + 0.5) / depths, keys) for i in range(depths)]
-    training, device = model.training, model.get_input_embeddings().weight.device
+    training, device = model.training, input_device(model)
     model.eval()
     # The model's own settings may sample or penalise repetition.
     with without_settings(model):
@@ -96,7 +98,7 @@ def retrieval(
             ids = torch.tensor([prompt.ids], device=device)
             new = len(tokenizer(f" {prompt.key}", add_special_tokens=False)["input_ids"])
             plain = GenerationConfig(do_sample=False, max_new_tokens=new + 1, pad_token_id=0)
-            out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=plain)
+            out = continued(model, ids, generation_config=plain)
             found += prompt.key in tokenizer.decode(out[0, ids.shape[1] :])
     model.train(training)
     return found / depths

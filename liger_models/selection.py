@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,11 +15,13 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from liger_models._checks import check_weights
 from liger_models._conversion import converted, plan_layers
 from liger_models._decoder import Decoder
+from liger_models._inputs import input_device
 from liger_models._snapshot import looked_at
 from liger_models.configuration import LigerConfig
 from liger_models.linearize import resolved
 from liger_models.retrieval import make_prompt
 from liger_models.text import token_ids
+from liger_ops.errors import fail
 
 # Prompts, and the seed of the first: `retrieval` hides other keys.
 PROMPTS, SEED = 6, 5000
@@ -57,8 +59,8 @@ def select_layers(
     check_weights(model, config)
     open_to = [i for i, name in enumerate(config.pattern) if name not in ("full", "own")]
     if isinstance(keep, bool) or not isinstance(keep, int) or not 0 <= keep <= len(open_to):
-        raise ValueError(f"keep: expected a number of layers from 0 to {len(open_to)}, got {keep!r}")
-    device = model.get_input_embeddings().weight.device
+        fail("keep", f"a number of layers from 0 to {len(open_to)}", repr(keep))
+    device = input_device(model)
     rows = hidden_keys(tokenizer or _tokenizer(model), text, length, device)
     with torch.no_grad(), looked_at(model), _Bench.of(model, config, open_to, rows, calibration) as bench:
         return _choose(bench, keep)
@@ -80,7 +82,7 @@ def _choose(bench: _Bench, keep: int) -> list[int]:
         for i in (j for j in ranked if j not in kept):
             cost[i] = bench.loss([*kept, i], i, inputs)
             bar.update()
-        kept.append(min(cost, key=cost.get))
+        kept.append(min(cost, key=lambda i: cost[i]))
     bar.close()
     return kept
 
@@ -130,7 +132,7 @@ def _unpadded(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict
 class _Bench:
     """A model whose layers are as pretrained or linearized, as asked for, and what it then loses on the keys."""
 
-    def __init__(self, model: PreTrainedModel, others: dict[int, nn.Module], rows: list):
+    def __init__(self, model: PreTrainedModel, others: Mapping[int, nn.Module], rows: list):
         self.model, self.rows, self.others = model, rows, others
         self.decoder = Decoder(model)
         self.layers = list(self.decoder.layers)

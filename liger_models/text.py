@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pydoc_data import topics
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 from transformers.utils import logging
+
+from liger_ops.errors import fail
 
 
 def standard_text() -> tuple[str, str]:
@@ -56,12 +58,17 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]],
     Options go to apply_chat_template. ValueError if there is no template or it refuses the conversation.
     """
     if not tokenizer.chat_template:
-        raise ValueError("messages: expected a tokenizer with a chat template, got one without")
+        fail("messages", "a tokenizer with a chat template", "one without")
     try:
-        ids = tokenizer.apply_chat_template(messages, return_dict=True, **options)["input_ids"]
+        ids = cast(list[int], templated(tokenizer, messages, **options)["input_ids"])
     except (TemplateError, TypeError, KeyError) as error:
         raise ValueError(f"messages: the chat template refuses them: {error}") from error
     return once_before(ids, framing(tokenizer)[0])
+
+
+def templated(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **options: Any) -> BatchEncoding:
+    """A conversation through the tokenizer's template: input_ids, and what the options ask for."""
+    return cast(BatchEncoding, tokenizer.apply_chat_template(messages, return_dict=True, **options))
 
 
 def once_before(ids: list[int], before: list[int]) -> list[int]:
@@ -78,7 +85,7 @@ def cut(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> list[list
     """
     before, after = framing(tokenizer)
     if length < max(2, len(before) + 1):
-        raise ValueError(f"length: expected blocks of at least {max(2, len(before) + 1)} tokens, got {length}")
+        fail("length", f"blocks of at least {max(2, len(before) + 1)} tokens", length)
     ids, step = [*token_ids(tokenizer, text), *after], length - len(before)
     return [before + ids[start : start + step] for start in range(0, len(ids), step)]
 
@@ -91,5 +98,5 @@ def to_blocks(tokenizer: PreTrainedTokenizerBase, text: str, length: int, name: 
     rows = cut(tokenizer, text, length)
     full = [row for row in rows if len(row) == length]
     if not full:
-        raise ValueError(f"{name}: expected at least one block of {length} tokens, got {sum(map(len, rows))} tokens")
+        fail(name, f"at least one block of {length} tokens", f"{sum(map(len, rows))} tokens")
     return torch.tensor(full)
