@@ -55,7 +55,7 @@ def _segment(
 def _plan(q, k, v, sink_k, sink_v, sink_column, q_log, k_log, g, mix, rest, state, window, block, scale, softcap):
     first = k.shape[1] - q.shape[1]
     body = partial(_segment, lazy_near(q, window, block), first, scale, softcap)
-    step, own, keys = rows_at_once(q.shape[0], q.shape[2], window + block, block), (0, 0), (first - window, first)
+    step, own, keys = rows_at_once(q, window + block, block), (0, 0), (first - window, first)
     inputs = [q, k, v, sink_k, sink_v, sink_column, q_log, k_log, g, mix, rest]
     return Plan(body, step, v.shape[-1], state, inputs, [own, keys, keys, *[None] * 3, own, own, own, None, keys])
 

@@ -19,6 +19,8 @@ from liger_ops._torch.segments import Plan, define
 BLOCK = 32
 # Floats of scores in a segment, 4 MB of float32: beyond, products wait for memory; below, for the interpreter.
 _SCORES = 1 << 20
+# How many times as many on a GPU, which waits for the launches of small segments.
+_ON_GPU = 8
 MASKED = -1e30
 LOG2 = math.log2(math.e)
 
@@ -57,11 +59,9 @@ def lazy_near(q: torch.Tensor, reach: int, block: int) -> Callable[[], torch.Ten
     return near
 
 
-def take_sinks(
-    k: torch.Tensor, v: torch.Tensor, count: int, visible: torch.Tensor | None
-) -> tuple[Sinks, torch.Tensor]:
-    """The sinks of k [B,S,H,D], v [B,S,H,V], and the mask [B,S] of the keys left to the window."""
-    B, S, H = k.shape[:3]
+def find_sinks(k: torch.Tensor, count: int, visible: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The columns [B,P] of the sinks of k [B,S,H,D], S where a row has fewer, and the mask [B,S] of the other keys."""
+    B, S = k.shape[:2]
     columns = torch.arange(S, device=k.device).expand(B, S)
     rest = torch.ones(B, S, dtype=torch.bool, device=k.device) if visible is None else visible
     # Tensors of sizes, and never sizes as the numbers of an op: a trace would hold each for its own case.
@@ -69,7 +69,15 @@ def take_sinks(
     if visible is not None and count:
         seen = torch.cat([torch.where(visible, columns, S), columns.new_full((B, count), S)], 1)
         column = seen.topk(count, dim=1, largest=False, sorted=True).values
-    rest = rest & (rest.cumsum(1) > count)
+    return column, rest & (rest.cumsum(1) > count)
+
+
+def take_sinks(
+    k: torch.Tensor, v: torch.Tensor, count: int, visible: torch.Tensor | None
+) -> tuple[Sinks, torch.Tensor]:
+    """The sinks of k [B,S,H,D], v [B,S,H,V], and the mask [B,S] of the keys left to the window."""
+    S, H = k.shape[1:3]
+    column, rest = find_sinks(k, count, visible)
     index = column.clamp(max=S - 1)[:, :, None, None].expand(-1, -1, H, -1)
     picked = (x.gather(1, index.expand(-1, -1, -1, x.shape[-1])).transpose(1, 2) for x in (k, v))
     return Sinks(*picked, column), rest
@@ -148,9 +156,10 @@ def attend(weights: Weights, v: torch.Tensor, sink_v: torch.Tensor) -> torch.Ten
     return o.view(B, H, N, C, G, -1)
 
 
-def rows_at_once(batch: int, num_heads: int, reach: int, size: int) -> int:
-    """How many queries a segment takes: a multiple of `size`, with scores that fit a core's cache."""
-    return torch.sym_max(_SCORES // (batch * num_heads * reach * size), 1) * size
+def rows_at_once(q: torch.Tensor, reach: int, size: int) -> int:
+    """How many of the queries q [B,T,HQ,D] a segment takes: a multiple of `size`, whose scores fit a core's cache."""
+    floats = _SCORES * (_ON_GPU if q.is_cuda else 1)
+    return torch.sym_max(floats // (q.shape[0] * q.shape[2] * reach * size), 1) * size
 
 
 def _segment(near, first, scale, softcap, with_lse, rows, state, out, q, k, v, sink_k, sink_v, sink_column, rest):
@@ -174,7 +183,7 @@ def _plan(q, k, v, sink_k, sink_v, sink_column, rest, state, window, scale, soft
     first, window = k.shape[1] - q.shape[1], torch.sym_min(window, k.shape[1])
     body = partial(_segment, lazy_near(q, window, BLOCK), first, scale, softcap, with_lse)
     # Keys from `window` before a query on; where it is not among them, it and what it sees begin further back.
-    keys, step = (first - window, first), rows_at_once(q.shape[0], q.shape[2], window + BLOCK, BLOCK)
+    keys, step = (first - window, first), rows_at_once(q, window + BLOCK, BLOCK)
     inputs, reach = [q, k, v, sink_k, sink_v, sink_column, rest], [(0, 0), keys, keys, None, None, None, keys]
     return Plan(body, step, v.shape[-1] + with_lse, state, inputs, reach)
 
