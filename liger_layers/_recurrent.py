@@ -13,7 +13,7 @@ from liger_layers._state import Origin
 from liger_layers.choices import Choices
 from liger_layers.feature_maps import FeatureMap
 from liger_layers.gates import Gate, log_decay, strength
-from liger_layers.recurrences import RECURRENCES, UpdateRule, rule_behind
+from liger_layers.recurrences import UpdateRule, gate_named, rule_behind, rule_named
 from liger_ops.errors import check_factor
 
 # Sums of features with a larger logarithm could leave float32.
@@ -34,15 +34,15 @@ class PooledRecurrence(NamedTuple):
     @classmethod
     def of(cls, chosen: Choices, tau: float) -> PooledRecurrence:
         check_factor("tau", tau)
-        return cls(chosen, tau, rule_behind(RECURRENCES[chosen.gate].gate, chosen.pool))
+        return cls(chosen, tau, rule_behind(gate_named(chosen.gate), chosen.pool))
 
     @property
     def gate(self) -> Gate:
-        return RECURRENCES[self.chosen.gate].gate
+        return gate_named(self.chosen.gate)
 
     @property
     def rule(self) -> UpdateRule:
-        return RECURRENCES[self.behind].rule
+        return rule_named(self.behind)
 
     @property
     def origin(self) -> Origin:

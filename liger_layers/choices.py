@@ -5,7 +5,7 @@ from typing import NamedTuple
 from liger_layers.feature_maps import FEATURE_MAPS
 from liger_layers.gates import POOLINGS, Gate
 from liger_layers.patterns import KINDS
-from liger_layers.recurrences import RECURRENCES, Recurrence, rule_behind, with_gate
+from liger_layers.recurrences import RECURRENCES, Recurrence, gate_named, rule_behind, rule_named, with_gate
 from liger_ops.errors import check_flag, check_known, check_positive, check_weight, fail
 
 MIXINGS = ("joint", "sum")
@@ -37,8 +37,8 @@ def settle(
     check_known("gate", gate, with_gate())
     if pool is not None:
         check_known("pool", pool, POOLINGS)
-    form = RECURRENCES[gate].gate
-    rule = RECURRENCES[rule_behind(form, pool)].rule
+    form = gate_named(gate)
+    rule = rule_named(rule_behind(form, pool))
     erasing, complement = form.strength is not None, rule.key is None
     own = complement or rule.slots
     apart, bare = erasing or own, erasing or rule.slots

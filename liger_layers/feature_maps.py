@@ -14,6 +14,9 @@ from torch import nn
 class FeatureMap(nn.Module):
     """forward(x, side) is `query(x)` or `key(x)`: called as a module, its weights are there, wherever they are kept."""
 
+    log: bool
+    paired: bool
+
     def forward(self, x: torch.Tensor, side: str) -> torch.Tensor:
         return getattr(self, side)(x)
 

@@ -20,7 +20,7 @@ from liger_layers._routing import (
     one_token,
 )
 from liger_layers._state import MemoryState, Origin
-from liger_layers.recurrences import RECURRENCES, Sizes, Tensors, UpdateRule, with_rule
+from liger_layers.recurrences import Sizes, Tensors, UpdateRule, rule_named, with_rule
 from liger_ops import errors
 
 
@@ -147,7 +147,7 @@ class MixtureOfMemories(Routing):
     @property
     def update(self) -> UpdateRule:
         """The rule in RECURRENCES, looked up by name: layers are pickled, functions are not."""
-        return RECURRENCES[self.rule].rule
+        return rule_named(self.rule)
 
     @property
     def origin(self) -> Origin:

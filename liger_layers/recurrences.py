@@ -109,20 +109,19 @@ class UpdateRule:
         max_seqlen: int | None = None,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """q [B,T,HQ,K], k [B,T,H,K], v [B,T,H,V] as projected -> o [B,T,HQ,V] and the state, tensors [N,H,...]."""
-        if state is not None and len(state) == 1:
-            (state,) = state
-        o, state = self.op(
+        before = state[0] if state is not None and len(state) == 1 else state
+        o, after = self.op(
             self.query(q),
-            k if self.key is None else self.key(k),
+            k if self.key is None or k is None else self.key(k),
             v,
             **gates,
             **self.extra(own, sizes),
-            initial_state=state,
+            initial_state=before,
             output_final_state=True,
             cu_seqlens=cu_seqlens,
             max_seqlen=max_seqlen,
         )
-        return o, state if isinstance(state, tuple) else (state,)
+        return o, after if isinstance(after, tuple) else (after,)
 
 
 def _hgrn2(q, k, v, g, **options):
@@ -252,6 +251,20 @@ def with_gate() -> dict[str, Gate]:
 def with_rule() -> dict[str, UpdateRule]:
     """The rules of linear memories, by name."""
     return {name: entry.rule for name, entry in RECURRENCES.items() if entry.rule is not None}
+
+
+def gate_named(name: str) -> Gate:
+    """The gate of an entry that has one."""
+    gate = RECURRENCES[name].gate
+    assert gate is not None
+    return gate
+
+
+def rule_named(name: str) -> UpdateRule:
+    """The rule of an entry that has one."""
+    rule = RECURRENCES[name].rule
+    assert rule is not None
+    return rule
 
 
 def rule_behind(gate: Gate, pool: str | None) -> str:
