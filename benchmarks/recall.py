@@ -64,14 +64,14 @@ class Row(NamedTuple):
 _MEMORIES = {
     "MoM, 4 memories, top 2, shared": Row("mom", touched=3, options=dict(rule="deltanet", router_shift=True)),
     "the same, its router blind to the token before": Row("mom", touched=3, options=dict(rule="deltanet")),
-    "one memory, values three times as wide": Row("deltanet", wide=3),
-    "three memories: three times the heads": Row("deltanet", heads=3),
+    "one memory, values three times as wide": Row("mixer:deltanet", wide=3),
+    "three memories: three times the heads": Row("mixer:deltanet", heads=3),
 }
 ROWS = {
     **_MEMORIES,
-    "gla": Row("gla"),
-    "deltanet": Row("deltanet"),
-    "gated_deltanet": Row("gated_deltanet"),
+    "gla": Row("mixer:gla"),
+    "deltanet": Row("mixer:deltanet"),
+    "gated_deltanet": Row("mixer:gated_deltanet"),
     **{f"{name}; width 16": row._replace(width=16) for name, row in _MEMORIES.items()},
 }
 

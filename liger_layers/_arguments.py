@@ -8,14 +8,6 @@ import torch
 from liger_ops.errors import check_positive, fail
 
 
-def check_memories(memories: int, top_k: int) -> None:
-    """How many routed memories there are, and how many of them a token uses."""
-    check_positive("memories", memories, 0)
-    check_positive("top_k", top_k)
-    if memories and top_k > memories:
-        fail("top_k", f"an integer from 1 to {memories} memories", top_k)
-
-
 def check_sizes(hidden_size: int, num_heads: int, num_kv_heads: int | None, **widths: int | None) -> None:
     """Sizes of a layer; widths are head_dim and others by name. Heads without a head_dim share out the whole width."""
     check_positive("hidden_size", hidden_size)

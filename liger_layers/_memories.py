@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from liger_layers._routing import choose, dispatch, one_token
+from liger_layers._routing import Routing, choose, dispatch, one_token
 from liger_layers._state import each
 
 
@@ -35,11 +35,13 @@ def _repeated(projection: nn.Linear, times: int) -> nn.Linear:
     return copies
 
 
-class RoutedMemories(nn.Module):
+class RoutedMemories(Routing):
     """M memories of which each token writes and reads R = top_k, mixed by its router (arXiv 2502.13685, eq. 6-9).
 
     The sum enters through `mix`, a weight per query head that starts at zero.
     """
+
+    routers, whole = ("router",), ("router", "mix")
 
     def __init__(self, k_proj: nn.Linear, v_proj: nn.Linear, num_heads: int, head_dim: int, count: int, top_k: int):
         super().__init__()

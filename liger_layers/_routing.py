@@ -4,10 +4,35 @@ Shapes: B batch, T time, D documents, M memories, R memories per token, E = B * 
 a pair of a token and one of its memories.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+from torch import nn
+
+
+class Routing(nn.Module):
+    """A layer that sends tokens to memories: the names of its `routers`, whose logits it gives, and of all parts that
+    learn as a whole when they learn; a part may be None."""
+
+    routers: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
+
+
+def router_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of every router of memories in a model."""
+    for layer in model.modules():
+        if isinstance(layer, Routing):
+            for part in layer.routers:
+                router = getattr(layer, part)
+                yield from () if router is None else router.parameters()
+
+
+def routing_modules(model: nn.Module) -> set[str]:
+    """What decides about memories in a model, as the last two parts of modules' names."""
+    layers = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, Routing))
+    found = ((name, part) for name, layer in layers for part in layer.whole if getattr(layer, part) is not None)
+    return {f"{name.rpartition('.')[2]}.{part}" for name, part in found}
 
 
 def route(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:

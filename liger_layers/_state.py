@@ -12,19 +12,34 @@ from typing import Any, TypeVar
 
 import torch
 
+from liger_ops.errors import fail
+
+# What decides about a state in the layer that it comes from, by name.
+Origin = tuple[tuple[str, Any], ...]
 Self = TypeVar("Self", bound="_State")
 
 
 class _State:
-    """Batch-first tensors, tuples of them, or None where a layer keeps nothing."""
+    """Batch-first tensors, tuples of them, or None where a layer keeps nothing; and the layer's `origin`."""
+
+    origin: Origin
 
     def map(self: Self, function: Callable[[torch.Tensor], torch.Tensor]) -> Self:
         """Apply a function of a batch-first tensor to every tensor held: reorder beams, move, repeat."""
         held = {f.name: getattr(self, f.name) for f in fields(self)}
-        return type(self)(**{name: each(function, x) for name, x in held.items()})
+        return type(self)(**{name: x if name == "origin" else each(function, x) for name, x in held.items()})
+
+    def check_origin(self, origin: Origin) -> None:
+        """ValueError for a state of a layer that was told something else."""
+        if self.origin == origin:
+            return
+        given = dict(self.origin)
+        for name, wanted in origin:
+            if name not in given or given[name] != wanted:
+                fail("state", f"one of a layer with {name} {wanted}", f"one with {given.get(name, 'none')}")
 
     def nbytes(self) -> int:
-        held = (getattr(self, f.name) for f in fields(self))
+        held = (getattr(self, f.name) for f in fields(self) if f.name != "origin")
         return sum(x.nbytes for part in held if part is not None for x in (part if isinstance(part, tuple) else [part]))
 
 
@@ -52,10 +67,11 @@ class LigerState(_State):
     recurrent: torch.Tensor | tuple[torch.Tensor, ...] | None
     position: torch.Tensor
     memories: torch.Tensor | tuple[torch.Tensor, ...] | None = None
+    origin: Origin = ()
 
     @classmethod
-    def zeros(cls, shapes: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> LigerState:
-        """A state of parts of these shapes, as LigerAttention.state_shapes gives them; dtype is that of keys."""
+    def zeros(cls, shapes: Mapping[str, Any], origin: Origin, device: torch.device, dtype: torch.dtype) -> LigerState:
+        """A state of parts of these shapes, as a layer's state_shapes gives them; dtype is that of keys."""
         kinds = dict(visible=torch.bool, position=torch.long, recurrent=torch.float32, memories=torch.float32)
 
         def make(name: str, shape: Any) -> Any:
@@ -63,16 +79,17 @@ class LigerState(_State):
                 return tuple(make(name, part) for part in shape)
             return None if shape is None else torch.zeros(shape, device=device, dtype=kinds.get(name, dtype))
 
-        return cls(**{name: make(name, shape) for name, shape in shapes.items()})
+        return cls(**{name: make(name, shape) for name, shape in shapes.items()}, origin=origin)
 
-    def check(self, shapes: Mapping[str, Any]) -> None:
-        """ValueError unless every part has its shape."""
+    def check(self, shapes: Mapping[str, Any], origin: Origin) -> None:
+        """ValueError unless the state comes from such a layer and every part has its shape."""
+        self.check_origin(origin)
         for name, shape in shapes.items():
             part = getattr(self, name)
             given = [tuple(x.shape) for x in part] if isinstance(part, tuple) else part if part is None else part.shape
             if given != shape:
                 given = given if given is None or isinstance(given, list) else tuple(given)
-                raise ValueError(f"state: expected {name} of shape {shape}, got {given}")
+                fail("state", f"{name} of shape {shape}", given)
 
 
 @dataclass
@@ -84,3 +101,4 @@ class MemoryState(_State):
 
     memories: tuple[torch.Tensor, ...]
     inputs: torch.Tensor | None
+    origin: Origin = ()

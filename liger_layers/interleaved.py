@@ -1,6 +1,6 @@
 """Stacks of different mixers with an MLP behind each: hybrids in plain PyTorch.
 
-Shapes: B batch, T time, S keys so far, HQ query heads, H key/value heads, D head width.
+Shapes: B batch, T time.
 """
 
 from __future__ import annotations
@@ -13,47 +13,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from liger_layers._arguments import check_sizes
-from liger_layers._attention import LigerAttention, SlidingWindowAttention
 from liger_layers._state import LigerState, MemoryState
-from liger_layers.mixture_of_memories import MixtureOfMemories
+from liger_layers.building import MADE_ANEW, make_layer
 from liger_layers.patterns import Pattern, read_pattern, spread
-from liger_layers.rotary import rotate
-from liger_ops.errors import check_positive, fail
+from liger_ops.errors import check_positive, fail, lists_keywords
 
 State = LigerState | MemoryState
-
-
-class FullAttention(LigerAttention):
-    """Causal softmax attention over every token, whose state grows. Arguments as LigerAttention; of what belongs to
-    window, gate and features, none is used, and softcap is refused."""
-
-    recurs = False
-
-    def __init__(self, *args: Any, **options: Any):
-        super().__init__(*args, **options)
-        if self.softcap is not None:
-            fail("softcap", "None, which full attention needs", self.softcap)
-
-    def state_shapes(self, batch: int, seen: int = 0) -> dict[str, tuple[int, ...] | None]:
-        kept = (batch, seen, self.num_kv_heads, self.head_dim)
-        return dict(k=kept, v=kept, visible=(batch, seen), raw=None, recurrent=None, position=(batch,), memories=None)
-
-    def check_state(self, state: LigerState, batch: int) -> None:
-        state.check(self.state_shapes(batch, state.visible.shape[1]))
-
-    def mixer(self, q, k, v, mask, state, position_embeddings):
-        if position_embeddings is not None:
-            q, k = (rotate(x, *position_embeddings) for x in (q, k))
-        k, v = torch.cat([state.k, k], 1), torch.cat([state.v, v], 1)
-        mask = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device) if mask is None else mask
-        visible = torch.cat([state.visible, mask], 1)
-        T, S = q.shape[1], k.shape[1]
-        query, key = torch.arange(S - T, S, device=q.device)[:, None], torch.arange(S, device=q.device)
-        # Padding sees itself: a row that sees nothing would be NaN.
-        seen = (key <= query) & visible[:, None] | (key == query)
-        heads = (x.transpose(1, 2) for x in (q, k, v))
-        o = F.scaled_dot_product_attention(*heads, attn_mask=seen[:, None], scale=self.scale, enable_gqa=True)
-        return o.transpose(1, 2), LigerState(k, v, visible, None, None, state.position + mask.sum(1))
 
 
 class SwiGLU(nn.Module):
@@ -95,8 +60,10 @@ class InterleavedStack(nn.Module):
         hidden_size: width of x.
         num_layers: depth; the pattern repeats over it.
         num_heads: query heads of every mixer.
-        pattern: letters ("LLLLLLLF"), names or names by index, see liger_layers.patterns: "liger" and gates are
-            LigerAttention, "window" SlidingWindowAttention, "full" FullAttention, "memories" MixtureOfMemories.
+        pattern: letters ("LLLLLLLF"), names or names by index, see liger_layers.patterns: "liger" is LigerAttention,
+            "memories" the same with routed memories, "recurrence" GatedRecurrence, "window" SlidingWindowAttention,
+            "full" FullAttention, "mixer" LinearMixer, "mom" MixtureOfMemories; "liger:gla" and "mixer:kda" say which
+            gate or rule.
         num_kv_heads, head_dim: of every mixer; num_heads and hidden_size / num_heads if None.
         intermediate_size: of the MLPs; 8/3 of hidden_size, rounded up to a multiple of 8, if None.
         options: further arguments of the mixers, by the pattern's names.
@@ -105,6 +72,7 @@ class InterleavedStack(nn.Module):
         ValueError: names the argument, what was expected and what was given.
     """
 
+    @lists_keywords
     def __init__(
         self,
         hidden_size: int,
@@ -122,15 +90,13 @@ class InterleavedStack(nn.Module):
         check_sizes(hidden_size, num_heads, num_kv_heads, head_dim=head_dim)
         if intermediate_size is not None:
             check_positive("intermediate_size", intermediate_size)
-        self.pattern = spread(read_pattern(pattern), num_layers)
+        self.pattern = spread(read_pattern(pattern, MADE_ANEW), num_layers)
         options = options or {}
-        if "own" in self.pattern:
-            fail("pattern", "layers made anew", "'own', the window of a pretrained layer")
         if unused := sorted(set(options) - set(self.pattern)):
             fail("options", f"names in the pattern, {', '.join(sorted(set(self.pattern)))}", repr(unused[0]))
         intermediate_size = intermediate_size or -(-hidden_size // 3) * 8
         sizes = dict(num_kv_heads=num_kv_heads, head_dim=head_dim)
-        mixers = (_mixer(name, hidden_size, num_heads, {**sizes, **options.get(name, {})}) for name in self.pattern)
+        mixers = (make_layer(n, hidden_size, num_heads, {**sizes, **options.get(n, {})}) for n in self.pattern)
         self.layers = nn.ModuleList(Block(mixer, hidden_size, intermediate_size) for mixer in mixers)
         self.norm = nn.RMSNorm(hidden_size, eps=1e-6)
 
@@ -148,12 +114,3 @@ class InterleavedStack(nn.Module):
             x, state = layer(x, mask, state, router_logits)
             after.append(state)
         return self.norm(x), after
-
-
-_MIXERS = {"full": FullAttention, "window": SlidingWindowAttention, "memories": MixtureOfMemories}
-
-
-def _mixer(name: str, hidden_size: int, num_heads: int, options: dict[str, Any]) -> nn.Module:
-    if name in _MIXERS or name == "liger":
-        return _MIXERS.get(name, LigerAttention)(hidden_size, num_heads, **options)
-    return LigerAttention(hidden_size, num_heads, **{"gate": name, **options})

@@ -9,9 +9,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from liger_layers._arguments import check_input, check_sizes
-from liger_layers._routing import Dispatch, OneToken, check_router_mask, choose, dispatch, memory_load, one_token
-from liger_layers._state import MemoryState
-from liger_layers.rules import UPDATE_RULES, Sizes, Tensors, UpdateRule
+from liger_layers._routing import (
+    Dispatch,
+    OneToken,
+    Routing,
+    check_router_mask,
+    choose,
+    dispatch,
+    memory_load,
+    one_token,
+)
+from liger_layers._state import MemoryState, Origin
+from liger_layers.recurrences import RECURRENCES, Sizes, Tensors, UpdateRule, with_rule
 from liger_ops import errors
 
 
@@ -57,7 +66,7 @@ class RuleParameters(nn.ParameterDict):
         return {name: self[name] for name in self}
 
 
-class MixtureOfMemories(nn.Module):
+class MixtureOfMemories(Routing):
     """Several linear memories behind a router (MoM, arXiv 2502.13685, eq. 5-13), one op call for all of them.
 
     A token reads and writes its top_k memories and the shared one, o = sum_m w_m o_m + o_shared, where w are the
@@ -80,7 +89,7 @@ class MixtureOfMemories(nn.Module):
     Args:
         hidden_size, num_heads, num_kv_heads, head_dim: as in LigerAttention; states are kept per key/value head.
         memories, top_k: routed memories, and how many of them a token goes to.
-        rule: name of an entry of UPDATE_RULES.
+        rule: name of an entry of RECURRENCES that has one.
         shared: whether one more memory takes every token.
         value_dim: width of a head's values, and so of its output; head_dim if None.
         conv_size: taps of the convolution; 0 or None for none.
@@ -92,6 +101,9 @@ class MixtureOfMemories(nn.Module):
         ValueError: names the argument, what was expected and what was given.
     """
 
+    routers, whole = ("router", "router_gate"), ("router", "router_gate")
+
+    @errors.lists_keywords
     def __init__(
         self,
         hidden_size: int,
@@ -134,8 +146,13 @@ class MixtureOfMemories(nn.Module):
 
     @property
     def update(self) -> UpdateRule:
-        """The entry of UPDATE_RULES, looked up by name: layers are pickled, functions are not."""
-        return UPDATE_RULES[self.rule]
+        """The rule in RECURRENCES, looked up by name: layers are pickled, functions are not."""
+        return RECURRENCES[self.rule].rule
+
+    @property
+    def origin(self) -> Origin:
+        """What a state of another layer must not differ in."""
+        return (("rule", self.rule), ("shared", self.shared), ("router_shift", self.router_gate is not None))
 
     @torch.no_grad()
     def reset_gates(self) -> None:
@@ -154,9 +171,10 @@ class MixtureOfMemories(nn.Module):
         shapes = self.update.state(self.sizes)
         memories = tuple(torch.zeros(batch, M, H, *shape, device=device, dtype=held) for shape in shapes)
         if self.convolution is None:
-            return MemoryState(memories, None)
+            return MemoryState(memories, None, self.origin)
         taps, hidden = self.convolution.weight.shape
-        return MemoryState(memories, torch.zeros(batch, taps - 1, hidden, device=device, dtype=dtype))
+        inputs = torch.zeros(batch, taps - 1, hidden, device=device, dtype=dtype)
+        return MemoryState(memories, inputs, self.origin)
 
     def forward(
         self,
@@ -175,7 +193,8 @@ class MixtureOfMemories(nn.Module):
         weights, chosen = self._route(x, previous, router_logits)
         o, memories = self._recur(x, h, weights, chosen, mask, state.memories, cu_seqlens)
         gate = F.silu(self.g_proj(x)).view_as(o)
-        return self.o_proj((self.norm(o.to(x.dtype)) * gate).flatten(2)), MemoryState(memories, inputs)
+        y = self.o_proj((self.norm(o.to(x.dtype)) * gate).flatten(2))
+        return y, MemoryState(memories, inputs, state.origin)
 
     def load(self, router_logits: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Router logits [tokens,memories] -> fraction of real tokens sent to each memory; a starved one shows 0.
@@ -246,6 +265,7 @@ class MixtureOfMemories(nn.Module):
         if state is not None and not isinstance(state, MemoryState):
             errors.fail("state", "a MemoryState", type(state).__name__)
         if state is not None:
+            state.check_origin(self.origin)
             wanted = self.initial_state(sequences, torch.device("meta"), x.dtype)
             shapes = [[None if x is None else x.shape for x in (*s.memories, s.inputs)] for s in (state, wanted)]
             if shapes[0] != shapes[1]:
@@ -254,10 +274,36 @@ class MixtureOfMemories(nn.Module):
 
 
 class LinearMixer(MixtureOfMemories):
-    """One linear memory and no router. Arguments as MixtureOfMemories, without those of routing."""
+    """One linear memory and no router. Arguments as in MixtureOfMemories."""
 
-    def __init__(self, hidden_size: int, num_heads: int, **options):
-        super().__init__(hidden_size, num_heads, memories=0, **options)
+    @errors.lists_keywords
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        rule: str = "gated_deltanet",
+        head_dim: int | None = None,
+        value_dim: int | None = None,
+        num_kv_heads: int | None = None,
+        conv_size: int | None = 4,
+        slots: int = 32,
+        layer_idx: int = 0,
+        num_layers: int = 1,
+    ):
+        super().__init__(
+            hidden_size,
+            num_heads,
+            memories=0,
+            rule=rule,
+            head_dim=head_dim,
+            value_dim=value_dim,
+            num_kv_heads=num_kv_heads,
+            conv_size=conv_size,
+            slots=slots,
+            layer_idx=layer_idx,
+            num_layers=num_layers,
+        )
 
 
 def _check_shift(router_shift, memories, conv_size):
@@ -270,8 +316,7 @@ def _check_shift(router_shift, memories, conv_size):
 
 
 def _check_options(hidden_size, num_heads, num_kv_heads, widths, memories, top_k, rule, shared, conv_size, slots):
-    if not isinstance(rule, str) or rule not in UPDATE_RULES:
-        errors.fail("rule", f"one of {', '.join(UPDATE_RULES)}", repr(rule))
+    errors.check_known("rule", rule, with_rule())
     check_sizes(hidden_size, num_heads, num_kv_heads, **widths)
     errors.check_positive("memories", memories, 0)
     errors.check_positive("slots", slots)

@@ -14,10 +14,10 @@ PRESETS = ("default", "paper-gla", "paper-gsa", "paper-hgrn2")
 RECIPES = ("default", "paper")
 POOLINGS = ("identity", "width", "heads")
 FEATURE_MAPS = ("softmax", "kernel", "unit")
-LETTERS = dict(L="liger", F="full", W="window", M="memories", G="gla", S="gsa", H="hgrn2", B="mamba2", X="mlstm")
-LETTERS |= dict(R="gated_retention", V="rwkv6", T="retention", N="linear", D="deltanet", E="gated_deltanet", K="kda")
-# After the four kinds of layers that are no gates.
-GATES = tuple(LETTERS.values())[4:]
+GATES = ("gla", "gsa", "hgrn2", "mamba2", "mlstm", "gated_retention", "rwkv6", "retention", "linear")
+GATES += ("deltanet", "gated_deltanet", "kda")
+LETTERS = dict(L="liger", F="full", W="window", M="memories")
+LETTERS |= {letter: f"liger:{gate}" for letter, gate in zip("GSHBXRVTNDEK", GATES, strict=True)}
 
 _LETTERS = ", ".join(f"{letter} {name}" for letter, name in LETTERS.items())
 _MODEL = "a local folder, a GGUF file, or the name of a model on the Hugging Face hub"
@@ -53,7 +53,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--mix", type=float, help="initial weight of the recurrence; 0 leaves the window alone")
     p.add_argument("--memories", type=int, help="routed memories beside the one that sees every token (default: 0)")
     p.add_argument("--top-k", type=int, help="routed memories that a token uses (default: 2)")
-    p.add_argument("--pattern", type=_layers, help=f"a letter a layer, repeated: {_LETTERS}; or names, as in gla,full")
+    p.add_argument(
+        "--pattern", type=_layers, help=f"a letter a layer, repeated: {_LETTERS}; or names, as in liger:gla,full"
+    )
     p.add_argument("--keep", type=_indices, metavar="I,J,...", help="layers that stay full attention")
     p.add_argument("--select", type=int, metavar="N", help="measure which N layers should stay full attention")
 

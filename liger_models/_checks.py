@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from liger_layers.patterns import split
 from liger_models._decoder import Decoder
 from liger_models.configuration import LigerConfig
 from liger_models.families import KNOWN, weight_shapes
@@ -79,10 +80,10 @@ def check_weights(model: PreTrainedModel, config: LigerConfig) -> None:
     Quantized weights of a tensor type of their own stay as they are; memories, which start as copies, want others.
     """
     decoder = Decoder(model)
-    for index, kind in enumerate(config.pattern):
+    for index, kind in enumerate(map(str, config.pattern)):
         attention = decoder.attention(index)
         for name, shape in weight_shapes(attention, model.config).items():
-            copied = kind == "memories" and name in ("k_proj", "v_proj", "qkv_proj")
+            copied = split(kind)[0] == "memories" and name in ("k_proj", "v_proj", "qkv_proj")
             where = f"{decoder.where(index)}.{name}.weight"
             _check_projection(where, getattr(attention, name, None), shape, copied)
     spread = _imported("torch.distributed.tensor", "DTensor")

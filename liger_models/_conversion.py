@@ -17,7 +17,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from liger_layers import FEATURE_MAPS, SoftmaxKernel
-from liger_layers._choices import Choices
+from liger_layers.choices import Choices
+from liger_layers.patterns import split
 from liger_models._calibration import Moments, check_calibration, draw_text, measure, slow_channels
 from liger_models._decoder import Decoder, Rotation
 from liger_models._inputs import argument_names
@@ -42,7 +43,7 @@ def plan_layers(hf: PreTrainedConfig, liger: LigerConfig) -> tuple[LayerPlan, ..
     """A plan for each layer that is not to stay, as a resolved config says; ValueError if a gate's choices do not go
     together."""
     windows, names = own_windows(hf), [str(name) for name in liger.pattern]
-    told = {name: _recurrent(liger, name) for name in dict.fromkeys(names) if name not in ("full", "window", "own")}
+    told = {name: _recurrent(liger, name) for name in dict.fromkeys(names) if split(name)[0] in ("liger", "memories")}
     plans = []
     for index, name in enumerate(names):
         if name == "own":

@@ -5,22 +5,25 @@ from __future__ import annotations
 import copy
 import functools
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from liger_layers import GATES
-from liger_layers._arguments import check_memories
-from liger_layers._choices import Choices, settle
-from liger_layers.patterns import read_pattern, spread
+from liger_layers.choices import Choices, check_memories, settle
+from liger_layers.patterns import read_pattern, split, spread
+from liger_layers.recurrences import with_gate
 from liger_ops.errors import check_factor, check_flag, check_weight, check_window, fail
+
+# What a pretrained layer may become.
+LAYERS = ("liger", "memories", "window", "full", "own")
 
 
 @dataclass(frozen=True)
 class LigerConfig:
     """Travels inside config.json under "liger".
 
-    gate: name in liger_layers.GATES; tau: its temperature, decay = sigmoid(pooled key) ** (1 / tau).
+    gate: name in liger_layers.RECURRENCES of an entry with a gate; tau: its temperature, as in a decay of
+    sigmoid(pooled key) ** (1 / tau).
     pool: what the gate averages the key over, a name in liger_layers.POOLINGS.
     feature_map: name in liger_layers.FEATURE_MAPS. None, here and below, is what suits the gate.
     mixing: "joint", one softmax of window and recurrence, or "sum", mix * recurrence + (1 - mix) * window.
@@ -28,8 +31,8 @@ class LigerConfig:
     normalize: divide the recurrence by its accumulated keys ("joint" always does).
     window, sinks: tokens that keep exact softmax attention. keep: indices of layers that stay as they are.
     pattern: what the layers are, in letters of liger_layers.patterns ("LLLLLLLF"), names or names by index: "liger" as
-    these options say, "full", "window", "memories", or a gate; it repeats. A gate takes every option that was given,
-    and what suits it for those which are as `gate` has them by itself.
+    these options say, "full", "window", "memories", or "liger:gla"; it repeats. A gate named there takes every option
+    that was given, and what suits it for those which are as `gate` has them by itself.
     memories: routed memories of a layer, beside the one that sees every token; top_k: how many a token uses.
     router_aux_loss_coef: weight of the loss that fine-tuning adds to balance them.
     """
@@ -60,7 +63,7 @@ class LigerConfig:
         check_memories(self.memories, self.top_k)
         check_weight("router_aux_loss_coef", self.router_aux_loss_coef)
         object.__setattr__(self, "keep", _indices(self.keep))
-        object.__setattr__(self, "pattern", read_pattern(self.pattern))
+        object.__setattr__(self, "pattern", read_pattern(self.pattern, LAYERS))
 
     @classmethod
     def from_preset(cls, preset: str = "default", **changes: Any) -> LigerConfig:
@@ -71,6 +74,14 @@ class LigerConfig:
         if unknown := sorted(set(changes) - known):
             raise ValueError(f"{unknown[0]}: unknown; expected one of {', '.join(sorted(known))}")
         return cls(**PRESETS[preset] | {name: value for name, value in changes.items() if value is not None})
+
+    @classmethod
+    def from_saved(cls, saved: Mapping[str, Any]) -> LigerConfig:
+        """What `to_dict` gave, and what it gave when a gate stood in a pattern by itself."""
+        pattern = saved.get("pattern", ())
+        if not isinstance(pattern, Mapping):
+            pattern = [f"liger:{name}" if name in with_gate() else name for name in pattern]
+        return cls(**{**saved, "pattern": pattern})
 
     def to_dict(self) -> dict[str, Any]:
         pattern = self.pattern if isinstance(self.pattern, dict) else list(self.pattern)
@@ -87,9 +98,9 @@ class LigerConfig:
         if bad := [i for i in self.keep if not -depth <= i < depth]:
             fail("keep", f"layer indices from {-depth} to {depth - 1}", bad)
         names = spread(self.pattern or ("liger",), depth)
-        if self.memories and "memories" not in names:
+        if self.memories and not _remember(names):
             names = ["memories" if name == "liger" else name for name in names]
-            if "memories" not in names:
+            if not _remember(names):
                 fail("memories", "0 with a pattern that has no place for them", self.memories)
         for index in self.keep:
             names[index] = "full"
@@ -101,26 +112,27 @@ class LigerConfig:
                 names[index] = "own"
         keep = tuple(i for i, name in enumerate(names) if name == "full")
         # None where layers that stay have taken every place: a saved model resolves what is written here once more.
-        memories = (self.memories or 4) if "memories" in names else 0
+        memories = (self.memories or 4) if _remember(names) else 0
         return self._placed(keep=keep, pattern=tuple(names), memories=memories)
 
     def options(self, name: str) -> dict[str, Any]:
-        """What a layer is told, settled, that the pattern calls "liger", "memories" or by a gate's name."""
+        """What a layer is told, settled, that the pattern calls "liger" or "memories", with a gate or not."""
         told = self.to_dict()
         for other in ("keep", "pattern", "router_aux_loss_coef"):
             told.pop(other)
-        if name != "memories":
+        kind, gate = split(name)
+        if kind != "memories":
             told["memories"] = 0
-        if name in GATES and name != self.gate:
+        if gate is not None and gate != self.gate:
             told |= {field: None for field, value in self._usual.items() if told[field] == value}
-            told["gate"] = name
-            told |= settle(**{field: told[field] for field in (*Choices._fields, "pool")})._asdict()
+            told["gate"] = gate
+            told |= settle(**{field: told[field] for field in Choices._fields})._asdict()
         return told
 
     @functools.cached_property
     def _usual(self) -> dict[str, Any]:
         """What suits the gate by itself."""
-        return settle(self.gate)._asdict() | dict(pool=None)
+        return settle(self.gate)._asdict()
 
     def _placed(self, **places: Any) -> LigerConfig:
         """A copy with other `keep`, `pattern` and `memories`, whose choices are settled already."""
@@ -129,6 +141,10 @@ class LigerConfig:
             object.__setattr__(after, name, value)
         check_memories(after.memories, after.top_k)
         return after
+
+
+def _remember(names: Sequence[str]) -> bool:
+    return any(split(name)[0] == "memories" for name in names)
 
 
 def _indices(keep: Iterable[int]) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from liger_layers._memories import Mix
+from liger_layers import Mix
 from liger_models._inputs import input_device
 from liger_models.data import IGNORED, Rows, documents, to_rows
 from liger_models.generation import base_of

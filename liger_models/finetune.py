@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from liger_layers import routing_modules
 from liger_models import checkpoint
 from liger_models.data import Rows, collate, to_rows
 from liger_models.evaluation import mean_loss
@@ -80,10 +81,6 @@ RECIPES = {
         features=False,
     ),
 }
-
-
-# What decides about memories: in a linearized layer, and in a mixer from random weights.
-_ROUTING = ("memories.router", "memories.mix", "mixer.router", "mixer.router_gate")
 
 
 class _Interrupt(TrainerCallback):
@@ -314,7 +311,8 @@ def _adapted(model: PreTrainedModel, recipe: Recipe) -> tuple[PeftModel, bool]:
     names = ["." + name for name, _ in model.named_modules()]
     parts = {name.rsplit(".", 1)[-1] for name in names}
     # A pattern may leave no layer that recurs.
-    whole, routed = ([x for x in xs if any(name.endswith("." + x) for name in names)] for xs in (whole, _ROUTING))
+    whole = [x for x in whole if any(name.endswith("." + x) for name in names)]
+    routed = sorted(routing_modules(model))
     targets = [*recipe.targets, *(["qkv_proj"] if "qkv_proj" in parts else [])]
     config = LoraConfig(
         r=recipe.rank,

@@ -25,15 +25,10 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from liger_layers import (
-    UPDATE_RULES,
-    GatedRecurrence,
-    LigerAttention,
-    LinearMixer,
-    MixtureOfMemories,
-    SlidingWindowAttention,
-    load_balancing_loss,
-)
+from liger_layers import load_balancing_loss, router_parameters
+from liger_layers.building import MADE_ANEW, make_layer
+from liger_layers.patterns import check_layer, split
+from liger_layers.recurrences import with_rule
 from liger_models._decoding import ConstantCacheMixin
 from liger_models._inputs import CACHE, refuse_unread, take_cache
 from liger_models._remote import PortableConfig
@@ -41,8 +36,8 @@ from liger_models.cache import admit, fit_cache, layer_and_state, make_cache
 from liger_models.modeling import refuse_cut_off
 from liger_ops.errors import check_positive, fail
 
-_ATTENTIONS = {"liger": LigerAttention, "window": SlidingWindowAttention, "recurrence": GatedRecurrence}
-MIXERS = (*UPDATE_RULES, "mom", *_ATTENTIONS)
+# The kinds of layers whose state does not grow, and with routers of one kind at most.
+MIXERS = ("liger", "recurrence", "mixer", "mom", "window")
 _MLPS = {"dense": LlamaMLP, "moe": MixtralSparseMoeBlock}
 # Linears of a mixer, or parts of them, that its class starts.
 _GATES = ("gate_proj.bias", "router_gate.")
@@ -57,9 +52,9 @@ _SETTLED |= {"layer_idx", "num_layers", "projections"}
 class LigerModelConfig(PortableConfig, PreTrainedConfig):
     """Sizes and mixers of a LigerForCausalLM.
 
-    mixers: a name, or a list of names that repeats over the layers. A name is an entry of liger_layers.UPDATE_RULES
-    (one linear memory), "mom" (MixtureOfMemories), "liger" (LigerAttention), "window" (SlidingWindowAttention) or
-    "recurrence" (GatedRecurrence).
+    mixers: a name, or a list of names that repeats over the layers, as in patterns: "mixer" (LinearMixer), "mom"
+    (MixtureOfMemories), "liger" (LigerAttention), "recurrence" (GatedRecurrence) or "window" (SlidingWindowAttention),
+    where "mixer:gla" and "liger:gla" say which recurrence.
     mixer_options: further arguments of a mixer's class, by name: {"mom": {"rule": "gla"}, "window": {"sinks": 0}}.
     memories, memories_per_token: of "mom", there called memories and top_k, which is a name of generation here.
     conv_size: taps of the short convolution of linear memories; 0 for none.
@@ -109,6 +104,16 @@ class LigerModelConfig(PortableConfig, PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """Of a saved model too whose mixers were named by their rules alone."""
+        config_dict = dict(config_dict)
+        if mixers := config_dict.get("mixers"):
+            config_dict["mixers"] = [_whole_name(name) for name in _listed(mixers)]
+        if options := config_dict.get("mixer_options"):
+            config_dict["mixer_options"] = {_whole_name(name): further for name, further in options.items()}
+        return super().from_dict(config_dict, **kwargs)
+
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
@@ -120,7 +125,7 @@ class LigerModelConfig(PortableConfig, PreTrainedConfig):
     @property
     def layer_mixers(self) -> list[str]:
         """The mixer of every layer."""
-        pattern = [self.mixers] if isinstance(self.mixers, str) else list(self.mixers)
+        pattern = _listed(self.mixers)
         return pattern * (self.num_hidden_layers // len(pattern))
 
     def check(self) -> None:
@@ -152,16 +157,25 @@ class LigerModelConfig(PortableConfig, PreTrainedConfig):
         if not isinstance(pattern, list | tuple) or not pattern or self.num_hidden_layers % len(pattern):
             wanted = f"a name, or names that repeat to num_hidden_layers {self.num_hidden_layers}"
             fail("mixers", wanted, repr(self.mixers))
-        _check_known("mixers", pattern, MIXERS)
-        if "mom" in pattern and self.memories_per_token > max(self.memories, 1):
+        for name in pattern:
+            check_layer("mixers", name, MIXERS)
+        if any(split(name)[0] == "mom" for name in pattern) and self.memories_per_token > max(self.memories, 1):
             wanted = f"at most memories {self.memories}" if self.memories else "1 without memories"
             fail("memories_per_token", wanted, self.memories_per_token)
         options = {} if self.mixer_options is None else self.mixer_options
         if not isinstance(options, dict) or not all(isinstance(x, dict) for x in options.values()):
             fail("mixer_options", "a dict of dicts, arguments by name of a mixer", repr(options))
-        _check_known("mixer_options", options, MIXERS)
         for mixer, further in options.items():
+            check_layer("mixer_options", mixer, MIXERS)
             _check_known(f"mixer_options[{mixer!r}]", further, _known_options(mixer))
+
+
+def _listed(mixers: str | list[str]) -> list[str]:
+    return [mixers] if isinstance(mixers, str) else list(mixers)
+
+
+def _whole_name(mixer: str) -> str:
+    return f"mixer:{mixer}" if mixer in with_rule() else mixer
 
 
 def _check_known(name: str, given: Iterable[Any], known: Collection[str]) -> None:
@@ -171,23 +185,22 @@ def _check_known(name: str, given: Iterable[Any], known: Collection[str]) -> Non
 
 def _known_options(mixer: str) -> list[str]:
     """The arguments of a mixer's class that the config does not settle."""
-    settled = _SETTLED | {"rule", "shared", "router_shift"} if mixer in UPDATE_RULES else _SETTLED
-    parameters = inspect.signature(_ATTENTIONS.get(mixer, MixtureOfMemories)).parameters
-    return [name for name in parameters if name not in settled]
+    kind, recurrence = split(mixer)
+    settled = _SETTLED if recurrence is None else _SETTLED | {"rule", "gate"}
+    return [name for name in inspect.signature(MADE_ANEW[kind]).parameters if name not in settled]
 
 
 def make_mixer(config: LigerModelConfig, index: int) -> nn.Module:
     """The mixer of layer `index`: forward(x [B,T,hidden], mask, state) returns (y [B,T,hidden], state)."""
     name = config.layer_mixers[index]
     options = dict(head_dim=config.head_dim, num_kv_heads=config.num_key_value_heads)
-    mixer = _ATTENTIONS.get(name)
-    if mixer is None:
-        mixer = MixtureOfMemories if name == "mom" else LinearMixer
+    kind = split(name)[0]
+    if kind in ("mixer", "mom"):
         options |= dict(conv_size=config.conv_size, layer_idx=index, num_layers=config.num_hidden_layers)
-        routed = dict(memories=config.memories, top_k=config.memories_per_token)
-        options |= routed if name == "mom" else dict(rule=name)
+    if kind == "mom":
+        options |= dict(memories=config.memories, top_k=config.memories_per_token)
     options |= (config.mixer_options or {}).get(name, {})
-    return mixer(config.hidden_size, config.num_attention_heads, **options)
+    return make_layer(name, config.hidden_size, config.num_attention_heads, options)
 
 
 class LigerDecoderLayer(GradientCheckpointingLayer):
@@ -209,8 +222,7 @@ class LigerDecoderLayer(GradientCheckpointingLayer):
         router_logits: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         layer, state = layer_and_state(cache, self.index, x.device)
-        routed = {"router_logits": router_logits} if isinstance(self.mixer, MixtureOfMemories) else {}
-        y, state = self.mixer(self.mixer_norm(x), mask, state, **routed)
+        y, state = self.mixer(self.mixer_norm(x), mask, state, router_logits=router_logits)
         if layer is not None:
             layer.store(state, x.shape[1])
         x = x + y
@@ -385,7 +397,9 @@ class LigerForCausalLM(ConstantCacheMixin, LigerPreTrainedModel, GenerationMixin
         mask = None if attention_mask is None else attention_mask[:, attention_mask.shape[1] - x.shape[1] :].reshape(-1)
         memories = (router_logits, self.config.memories_per_token)
         experts = (outputs["expert_logits"], self.config.experts_per_token)
-        refuse_cut_off(self, ("router", "mlp.gate."), x, (y for logits, _ in (memories, experts) for y in logits or ()))
+        gates = (p for part in self.modules() if isinstance(part, MixtralTopKRouter) for p in part.parameters())
+        routers = (*router_parameters(self), *gates)
+        refuse_cut_off(routers, x, (y for logits, _ in (memories, experts) for y in logits or ()))
         losses = [load_balancing_loss(logits, top_k, mask) for logits, top_k in (memories, experts) if logits]
         return sum(losses) if losses else None
 

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
-from liger_layers import load_balancing_loss
+from liger_layers import load_balancing_loss, router_parameters
 from liger_models._conversion import build, plan_layers, swap_attention
 from liger_models._decoder import Decoder
 from liger_models._decoding import ConstantCacheMixin
@@ -40,7 +40,7 @@ class LigerMixin(ConstantCacheMixin):
         super().__init__(config, *args, **kwargs)
         if not isinstance(config.liger, Mapping):
             fail("config", "that of a linearized model, with a section liger", repr(config.liger))
-        liger = LigerConfig(**config.liger).resolve(own_windows(config))
+        liger = LigerConfig.from_saved(config.liger).resolve(own_windows(config))
         config.liger = liger.to_dict()
         decoder, plans = Decoder(self), plan_layers(config, liger)
         swap_attention(self, {plan.index: build(plan, decoder.attention(plan.index), config) for plan in plans})
@@ -53,15 +53,12 @@ class LigerMixin(ConstantCacheMixin):
 
 
 def refuse_cut_off(
-    model: nn.Module, routers: tuple[str, ...], outputs: torch.Tensor, router_logits: Iterable[torch.Tensor]
+    routers: Iterable[nn.Parameter], outputs: torch.Tensor, router_logits: Iterable[torch.Tensor]
 ) -> None:
-    """RuntimeError if what the routers said carries no gradient, though the outputs do and routers are to learn.
-
-    routers are parts of the names of their parameters.
-    """
+    """RuntimeError if what the routers said carries no gradient, though the outputs do and routers are to learn."""
     if not outputs.requires_grad or any(x.requires_grad for x in router_logits):
         return
-    if any(p.requires_grad for name, p in model.named_parameters() if any(part in name for part in routers)):
+    if any(p.requires_grad for p in routers):
         raise RuntimeError("aux_loss: expected non-reentrant gradient checkpointing, which reentrant one cuts off")
 
 
@@ -82,12 +79,12 @@ def _with_routers(forward):
         if (cache := take_cache(kwargs)) is not None:
             kwargs[CACHE] = cache
         liger = self.config.liger
-        if not output_router_logits or "memories" not in liger["pattern"]:
+        if not output_router_logits or not liger["memories"]:
             return forward(self, *args, **kwargs)
         # Hooks that move inputs between devices would copy a list, and leave ours empty.
         given, logits = inspect.signature(forward).bind(self, *args, **kwargs).arguments, deque()
         out = forward(self, *args, **{**kwargs, "return_dict": True}, liger_router_logits=logits)
-        refuse_cut_off(self, ("memories.router",), out.logits, logits)
+        refuse_cut_off(router_parameters(self), out.logits, logits)
         mask = given.get("attention_mask")
         tokens = len(logits[0]) // max(out.logits.shape[0], 1)
         aux = load_balancing_loss(logits, liger["top_k"], None if mask is None else mask[:, -tokens:])

@@ -1,11 +1,16 @@
 """What every door of the three packages checks and says: the argument, what was expected, what was given."""
 
+import functools
+import inspect
 import itertools
 import math
-from collections.abc import Collection, Iterable
-from typing import Any, NoReturn
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def fail(name: str, expected: str, given: object) -> NoReturn:
@@ -30,6 +35,19 @@ def check_keywords(caller: str, given: Iterable[str], choices: Collection[str]) 
     for name in given:
         if name not in choices:
             raise TypeError(f"{caller}: unexpected argument {name!r}; expected one of {', '.join(choices)}")
+
+
+def lists_keywords(call: Callable[P, R]) -> Callable[P, R]:
+    """For a public function or constructor: an unknown keyword is answered with its name and the choices."""
+    known = [name for name in inspect.signature(call).parameters if name != "self"]
+    title = call.__qualname__.removesuffix(".__init__")
+
+    @functools.wraps(call)
+    def door(*args: P.args, **options: P.kwargs) -> R:
+        check_keywords(title, options, known)
+        return call(*args, **options)
+
+    return door
 
 
 def check_positive(name: str, value: Any, minimum: int = 1) -> None:

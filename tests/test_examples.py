@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from liger_layers import GATES
+from liger_layers import RECURRENCES
 from tests.models.tiny import tiny, tiny_tokenizer
 
 FOLDER = Path(__file__).parent.parent / "examples"
@@ -15,11 +15,11 @@ TESTED = {"hybrid", "register_gate", "linearize_folder", "mixture_of_memories"}
 
 @pytest.fixture
 def example():
-    before, state = dict(GATES), torch.get_rng_state()
+    before, state = dict(RECURRENCES), torch.get_rng_state()
     yield lambda name: runpy.run_path(str(FOLDER / f"{name}.py"))["main"]
     torch.set_rng_state(state)
-    for name in set(GATES) - set(before):
-        del GATES[name]
+    for name in set(RECURRENCES) - set(before):
+        del RECURRENCES[name]
 
 
 def test_no_example_is_forgotten():

@@ -1,5 +1,6 @@
 """What layers are told and given: one line that names the argument, for every layer that takes it."""
 
+import inspect
 import math
 
 import pytest
@@ -40,10 +41,62 @@ REFUSED = [
 
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.__name__)
 def test_what_cannot_be_is_named(layer):
+    own = list(inspect.signature(layer).parameters)
     for name, value, wanted in REFUSED:
-        with pytest.raises(ValueError) as refused:
+        error = ValueError if name in own else TypeError
+        with pytest.raises(error) as refused:
             layer(**dict(hidden_size=64, num_heads=4) | {name: value})
-        assert str(refused.value) == f"{name}: expected {wanted}, got {value!r}"
+        unknown = f"{layer.__name__}: unexpected argument {name!r}; expected one of {', '.join(own)}"
+        assert str(refused.value) == (f"{name}: expected {wanted}, got {value!r}" if name in own else unknown)
+
+
+EVERY = (*LAYERS, LinearMixer, MixtureOfMemories, InterleavedStack)
+
+
+@pytest.mark.parametrize("layer", EVERY, ids=lambda layer: layer.__name__)
+def test_an_unknown_keyword_is_answered_with_the_choices(layer):
+    with pytest.raises(TypeError, match=f"{layer.__name__}: unexpected argument 'foo'; expected one of hidden_size, "):
+        layer(64, 4, foo=1)
+
+
+def test_no_layer_takes_what_it_would_not_use():
+    with pytest.raises(TypeError, match="SlidingWindowAttention: unexpected argument 'tau'"):
+        SlidingWindowAttention(16, 4, tau=-1, mix=99.0)
+    for layer, name in ((GatedRecurrence, "window"), (FullAttention, "softcap"), (LinearMixer, "top_k")):
+        assert name not in inspect.signature(layer).parameters
+
+
+STATES = {
+    "window and sinks": (dict(window=8, sinks=2), dict(window=4, sinks=6), "window 8, got one with 4"),
+    "gate": (dict(gate="gla", mixing="sum"), dict(gate="mamba2", mixing="sum"), "gate gla, got one with mamba2"),
+    "tau": (dict(tau=2.0), dict(tau=4.0), "tau 2.0, got one with 4.0"),
+    "pool": (dict(pool="heads"), dict(pool="identity"), "pool heads, got one with identity"),
+    "features": (dict(feature_map="softmax"), {}, "feature_map softmax, got one with kernel"),
+    "positions": (dict(rope_theta=100.0), {}, "rope_theta 100.0, got one with 10000.0"),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_state_of_another_layer_is_refused(name):
+    one, other, message = STATES[name]
+    x = torch.randn(1, 12, 32)
+    _, state = LigerAttention(32, 4, **dict(window=6, sinks=2) | other)(x)
+    with pytest.raises(ValueError, match=f"state: expected one of a layer with {message}"):
+        LigerAttention(32, 4, **dict(window=6, sinks=2) | one)(x, state=state)
+
+
+def test_a_state_of_another_kind_of_layer_is_refused():
+    x = torch.randn(1, 12, 32)
+    makers = [lambda layer=layer: layer(32, 4) for layer in EVERY[:-1]] + [lambda: LinearMixer(32, 4, rule="kda")]
+    states = [make()(x)[1] for make in makers]
+    for i, make in enumerate(makers):
+        for j, state in enumerate(states):
+            if i != j:
+                with pytest.raises(ValueError, match="state: expected "):
+                    make()(x, state=state)
+        make()(x, state=states[i])
+    with pytest.raises(ValueError, match=r"state: expected k of shape \(2, 68, 4, 8\), got \(1, 68, 4, 8\)"):
+        LigerAttention(32, 4)(torch.randn(2, 3, 32), state=states[0])
 
 
 @pytest.mark.parametrize("layer", [*LAYERS, MixtureOfMemories, LinearMixer], ids=lambda layer: layer.__name__)
@@ -88,8 +141,9 @@ def test_options_that_travel_are_checked_too(option, wanted):
     with pytest.raises(ValueError, match=wanted):
         InterleavedStack(32, 2, 4, "LW", options={"liger": option})
     sizes = dict(vocab_size=9, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
-    for name in ("liger", "recurrence", "window"):
-        with pytest.raises(ValueError, match=wanted):
+    for name, layer in (("liger", LigerAttention), ("recurrence", GatedRecurrence), ("window", SlidingWindowAttention)):
+        known = set(option) <= set(inspect.signature(layer).parameters)
+        with pytest.raises(ValueError, match=wanted if known else "mixer_options"):
             LigerForCausalLM(LigerModelConfig(**sizes, mixers=name, mixer_options={name: option}))
     if "rope_theta" not in option:
         with pytest.raises(ValueError, match=wanted):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from liger_layers import (
-    GATES,
+    RECURRENCES,
     Gate,
     GatedRecurrence,
     LigerAttention,
@@ -16,6 +16,7 @@ from liger_layers import (
     register_gate,
 )
 from liger_layers.gates import log_decay
+from liger_layers.recurrences import with_gate
 from liger_ops import naive_gsa, naive_recurrence
 
 
@@ -97,7 +98,7 @@ def test_the_state_has_one_size_and_keeps_no_prompt_alive(layer):
     for tokens in (1, 5, 50):
         _, state = layer(torch.randn(1, tokens, width(layer)))
         sizes.add(state.nbytes())
-        parts = [x if isinstance(x, tuple) else (x,) for x in vars(state).values() if x is not None]
+        parts = [x if isinstance(x, tuple) else (x,) for n, x in vars(state).items() if x is not None and n != "origin"]
         held = [x for part in parts for x in part]
         assert sum(x.untyped_storage().nbytes() for x in held) == state.nbytes()
     assert len(sizes) == 1
@@ -163,23 +164,24 @@ def test_gates_follow_their_formula():
         "gated_deltanet": head,
         "kda": channel,
     }
-    assert set(wanted) == set(GATES)
+    assert set(wanted) == set(with_gate())
     for name, value in wanted.items():
-        got = log_decay(name, k, 16.0)
+        got = log_decay(with_gate()[name], k, 16.0)
         if value is None:
             assert got is None
             continue
         assert got.shape == value.shape
         assert ((got - value).abs() <= 1e-9 * value.abs().clamp(min=1)).where(value > -1e3, True).all(), name
         assert (got <= 0).all()
-    assert torch.allclose(log_decay("hgrn2", k, 1.0), k.sigmoid().log())
+    assert torch.allclose(log_decay(with_gate()["hgrn2"], k, 1.0), k.sigmoid().log())
 
 
 def test_the_key_is_pooled_over_width_or_heads_or_not_at_all():
     k = torch.randn(2, 5, 3, 4)
-    assert torch.equal(log_decay("gla", k, 16.0, "width"), log_decay("gated_retention", k, 16.0))
-    assert torch.equal(log_decay("gated_retention", k, 16.0, "identity"), log_decay("gla", k, 16.0))
-    over = log_decay("gla", k, 16.0, "heads")
+    wide, narrow = with_gate()["gla"], with_gate()["gated_retention"]
+    assert torch.equal(log_decay(wide, k, 16.0, "width"), log_decay(narrow, k, 16.0))
+    assert torch.equal(log_decay(narrow, k, 16.0, "identity"), log_decay(wide, k, 16.0))
+    over = log_decay(wide, k, 16.0, "heads")
     assert torch.allclose(over, k.mean(2, keepdim=True).sigmoid().log().expand_as(k) / 16)
 
 
@@ -205,19 +207,24 @@ def test_a_registered_gate_works_in_a_layer():
     try:
         y, _ = LigerAttention(16, 2, gate="test_gate", window=4)(torch.randn(1, 20, 16))
         assert torch.isfinite(y).all()
-        with pytest.raises(ValueError, match="gate: expected a new name"):
-            register_gate("test_gate", GATES["gla"])
-        for name in ("window", "full", "liger", "memories", "own", "", 5):
-            with pytest.raises(ValueError, match="name: expected a name other than liger, full"):
-                register_gate(name, GATES["gla"])
+        gla, kda = with_gate()["gla"], with_gate()["kda"]
+        for name in ("test_gate", "gla", "lightning"):
+            with pytest.raises(ValueError, match=f"name: expected a new name, got {name!r}, which exists"):
+                register_gate(name, gla)
+        for name in ("window", "liger", "kernel", "heads"):
+            with pytest.raises(ValueError, match=f"name: expected a new name, got {name!r}, which is a"):
+                register_gate(name, gla)
+        for name in ("", "liger:mine", 5):
+            with pytest.raises(ValueError, match="name: expected an identifier"):
+                register_gate(name, gla)
         with pytest.raises(ValueError, match="gate: expected a Gate, got function"):
             register_gate("another", lambda k: k)
-        with pytest.raises(ValueError, match="writes: expected one of key, complement, slots, got 'nothing'"):
-            register_gate("another", GATES["gla"]._replace(writes="nothing"))
-        with pytest.raises(ValueError, match="writes: expected 'key' unless a gate decays per channel"):
-            register_gate("another", GATES["kda"]._replace(writes="slots"))
+        with pytest.raises(ValueError, match="expected None or one of gla, gsa, hgrn2 for such a gate, got 'rwkv6'"):
+            register_gate("another", gla._replace(recurrence="rwkv6"))
+        with pytest.raises(ValueError, match="recurrence: expected None or one of kda for such a gate, got 'gsa'"):
+            register_gate("another", kda._replace(recurrence="gsa"))
     finally:
-        del GATES["test_gate"]
+        del RECURRENCES["test_gate"]
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from liger_layers import UPDATE_RULES, LinearMixer, MemoryState, MixtureOfMemories, load_balancing_loss
+from liger_layers import LinearMixer, MemoryState, MixtureOfMemories, load_balancing_loss
+from liger_layers.recurrences import with_rule
 from liger_ops import naive_delta_rule, naive_gsa, naive_mlstm, naive_recurrence, naive_rwkv6
 
 HIDDEN, HQ, H, K, V = 24, 4, 2, 6, 8
-RULES = list(UPDATE_RULES)
+RULES = list(with_rule())
 
 
 def make(rule="gated_deltanet", **options) -> MixtureOfMemories:
@@ -45,6 +46,8 @@ def naive(rule, q, k, v, raw, own, m):
         return naive_recurrence(F.silu(q), F.silu(k), v, -8 / H * (1 - 1 / 4) * head)
     if rule in ("simple_gla", "mamba2"):
         return naive_recurrence(q, k, v, -decay * F.softplus(raw[..., 0]))
+    if rule == "gated_retention":
+        return naive_recurrence(q, k, v, raw[..., 0].sigmoid().log() / 16)
     if rule == "gla":
         return naive_recurrence(q, k, v, raw.sigmoid().log() / 16)
     if rule == "hgrn2":
@@ -283,7 +286,7 @@ def test_float64_stays_float64(memories):
     assert state.memories[0].dtype == torch.float64
 
 
-@pytest.mark.parametrize("rule", [rule for rule in RULES if UPDATE_RULES[rule].gates])
+@pytest.mark.parametrize("rule", [rule for rule in RULES if with_rule()[rule].gates])
 def test_gates_of_every_size(rule):
     layer, x = make(rule), torch.randn(2, 20, HIDDEN)
     with torch.no_grad():

@@ -10,7 +10,7 @@ from tests.layers.test_memories import HIDDEN, make
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(rule="mamba9"), "rule: expected one of linear, .*kda, got 'mamba9'"),
+        (dict(rule="mamba9"), "rule: expected one of gla, .*simple_gla, got 'mamba9'"),
         (dict(top_k=0), "top_k: expected a number from 1 to memories = 4, got 0"),
         (dict(top_k=5), "top_k: expected a number from 1 to memories = 4, got 5"),
         (dict(memories=-1), "memories: expected an integer >= 0, got -1"),
@@ -44,7 +44,10 @@ def test_bad_options_are_named(options, message):
         (dict(cu_seqlens=torch.tensor([0, 9])), "cu_seqlens: expected batch 1"),
         (dict(x=torch.randn(1, 9, HIDDEN), cu_seqlens=torch.tensor([0, 8])), "cu_seqlens: expected bounds"),
         (dict(state=make().initial_state(3, torch.device("cpu"), torch.float32)), "state: expected tensors of shapes"),
-        (dict(state=make("mlstm").initial_state(2, torch.device("cpu"), torch.float32)), "state: expected tensors"),
+        (
+            dict(state=make("mlstm").initial_state(2, torch.device("cpu"), torch.float32)),
+            "with rule gated_deltanet, got one with mlstm",
+        ),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):

@@ -125,7 +125,7 @@ def test_nothing_waits_for_the_host(packed):
 
 
 def test_the_layer_outside_its_op_does_not_wait_either(monkeypatch):
-    from liger_layers.rules import UpdateRule
+    from liger_layers.recurrences import UpdateRule
 
     def free(self, q, k, v, gates, own, sizes, state, cu_seqlens, max_seqlen):
         return q * v.repeat_interleave(2, 2), state

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from liger_layers import GATES
+from liger_layers import RECURRENCES
 from liger_models import checkpoint
 from liger_models.cli import main
 from tests.models.tiny import TEXT, tiny, tiny_tokenizer
@@ -83,19 +83,19 @@ def test_help_reads_like_a_manual(command, capsys):
 
 
 def test_a_pattern_of_names_and_a_gate_from_a_module(folder, capsys, monkeypatch):
-    source = "from liger_layers import GATES, register_gate\nregister_gate('mine', GATES['gla'])\n"
+    source = "from liger_layers import RECURRENCES, register_gate\nregister_gate('mine', RECURRENCES['gla'].gate)\n"
     (folder / "my_gates.py").write_text(source)
     monkeypatch.chdir(folder)
     try:
-        given = ["linearize", "original", "--out", "new", "--window", "8", "--pattern", "mine,gla,full"]
+        given = ["linearize", "original", "--out", "new", "--window", "8", "--pattern", "liger:mine,liger:gla,full"]
         assert main(given) == 2
-        assert "pattern: expected names of liger, full, " in capsys.readouterr().err
+        assert "pattern: expected liger, alone or with one of gla, " in capsys.readouterr().err
         assert main(["--import", "my_gates", *given]) == 0
         assert main(["--import", "my_gates", "generate", "new", "the quick", "--max-new-tokens", "2"]) == 0
         assert json.loads((folder / "new" / "config.json").read_text())["liger"]["pattern"] == ["mine", "gla", "full"]
-        assert main(["linearize", "original", "--out", "other", "--window", "8", "--pattern", "mine"]) == 0
+        assert main(["linearize", "original", "--out", "other", "--window", "8", "--pattern", "liger:mine"]) == 0
     finally:
-        GATES.pop("mine", None)
+        RECURRENCES.pop("mine", None)
         sys.modules.pop("my_gates", None)
     assert main(["--import", "no_gates", *given]) == 2
     assert "import: could not import 'no_gates'" in capsys.readouterr().err

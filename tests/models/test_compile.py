@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.export import Dim
 
-from liger_layers.rules import UPDATE_RULES
+from liger_layers.recurrences import with_rule
 from liger_models import LigerForCausalLM, LigerModelConfig
 from liger_models.from_scratch import MIXERS
 from tests.models.tiny import linearize_tiny, tiny
@@ -37,12 +37,12 @@ def layers(names, conv_size):
 
 
 def others():
-    return layers([name for name in MIXERS if name not in UPDATE_RULES], 4)
+    return layers([name for name in MIXERS if name != "mixer"], 4)
 
 
 def rules():
     """Without convolutions, which are slow to trace; the memories of `others` have the same."""
-    return layers(list(UPDATE_RULES), 0)
+    return layers([f"mixer:{rule}" for rule in with_rule()], 0)
 
 
 def default():

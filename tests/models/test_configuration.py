@@ -9,7 +9,7 @@ from liger_models import LigerConfig
 from tests.models.tiny import linearize_tiny, tiny
 
 DEPTH = 3
-NAMES = st.sampled_from(["liger", "full", "window", "own", "memories", "gla", "kda"])
+NAMES = st.sampled_from(["liger", "full", "window", "own", "memories", "liger:gla", "liger:kda"])
 PATTERNS = st.lists(NAMES, max_size=DEPTH).map(tuple) | st.dictionaries(st.integers(-DEPTH, DEPTH - 1), NAMES)
 
 
@@ -55,23 +55,25 @@ def test_memories_in_one_layer_come_back(tmp_path):
     assert [layer.self_attn.memories is not None for layer in again.model.layers[1:]] == [True, False]
 
 
-@pytest.mark.parametrize("pattern", ["GSX", ["gla", "gsa", "mlstm"], {0: "gla", 1: "gsa", 2: "mlstm"}])
+@pytest.mark.parametrize(
+    "pattern", ["GSX", ["liger:gla", "liger:gsa", "liger:mlstm"], {0: "liger:gla", 1: "liger:gsa", 2: "liger:mlstm"}]
+)
 def test_gates_in_a_pattern_take_what_was_given(pattern):
     model = linearize_tiny(tiny(), window=8, pattern=pattern, mix=0.25, pool="heads")
     layers = [layer.self_attn for layer in model.model.layers]
-    assert [layer.gate for layer in layers] == ["gla", "gsa", "mlstm"]
-    assert all((layer.mix.weight == 0.25).all() and layer.pool == "heads" for layer in layers)
+    assert [layer.recurrence.chosen.gate for layer in layers] == ["gla", "gsa", "mlstm"]
+    assert all((layer.mix.weight == 0.25).all() and layer.recurrence.chosen.pool == "heads" for layer in layers)
 
 
 def test_gates_in_a_pattern_take_what_a_preset_says():
-    config = LigerConfig.from_preset("paper-gla", pattern=["gsa", "gla"]).resolve([None, None])
+    config = LigerConfig.from_preset("paper-gla", pattern=["liger:gsa", "liger:gla"]).resolve([None, None])
     gsa, gla = (config.options(name) for name in config.pattern)
     assert gsa == gla | dict(gate="gsa")
 
 
 def test_gates_in_a_pattern_have_their_own_of_the_rest():
     config = LigerConfig(pattern="LGS").resolve([None] * 3)
-    gates = {name: LigerConfig(**{**config.options(name), "pattern": ()}) for name in ("gla", "gsa")}
+    gates = {name: LigerConfig(**{**config.options(f"liger:{name}"), "pattern": ()}) for name in ("gla", "gsa")}
     assert gates["gla"].mixing == "joint" and gates["gla"].mix == 1.0 and gates["gla"].normalize
     assert gates["gsa"].mixing == "sum" and gates["gsa"].mix == 0.05 and not gates["gsa"].normalize
     assert gates["gsa"].feature_map == "softmax"

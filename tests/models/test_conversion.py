@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from liger_layers._choices import settle
+from liger_layers.choices import settle
 from liger_models import LigerConfig, _conversion, linearize_on_disk, select_layers
 from liger_models._conversion import build, converted, plan_layers
 from liger_models._decoder import Decoder
@@ -41,12 +41,12 @@ def test_choices_are_settled_once_for_all_layers(settled, options):
     assert settled == {options.get("gate", "gated_retention"): 1}
 
 
-@pytest.mark.parametrize("pattern", ["GSX", ["gla", "hgrn2", "kda"]], ids=str)
+@pytest.mark.parametrize("pattern", ["GSX", ["liger:gla", "liger:hgrn2", "liger:kda"]], ids=str)
 def test_those_of_a_gate_in_the_pattern_are_settled_once_for_its_layers(settled, pattern):
     model = linearize_tiny(tiny(), window=8, pattern=pattern)
     # That of the options, and what would suit it by itself.
     assert settled.pop("gated_retention") == 2
-    assert settled == dict.fromkeys(model.config.liger["pattern"], 1)
+    assert settled == {name.partition(":")[2]: 1 for name in model.config.liger["pattern"]}
 
 
 def test_so_they_are_on_the_disk_in_choosing_and_in_loading(settled, tmp_path):

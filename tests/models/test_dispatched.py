@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from liger_layers import UPDATE_RULES
+from liger_layers.recurrences import with_rule
 from liger_models import LigerForCausalLM, LigerModelConfig, evaluate
 from tests.models.test_exactness import ids
 from tests.models.tiny import linearize_tiny, tiny, tiny_tokenizer
@@ -36,7 +36,7 @@ def test_linearized(tmp_path, options):
     assert torch.equal(model.generate(x, **tokens), away.generate(x, **tokens))
 
 
-@pytest.mark.parametrize("mixer", [*UPDATE_RULES, "mom", "liger", "window", "recurrence"])
+@pytest.mark.parametrize("mixer", [*(f"mixer:{rule}" for rule in with_rule()), "mom", "liger", "window", "recurrence"])
 def test_from_scratch(tmp_path, mixer):
     torch.manual_seed(0)
     sizes = dict(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)

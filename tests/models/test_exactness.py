@@ -145,7 +145,7 @@ def check_published(model, x, window, preset="paper-gla", tolerance=1e-4):
         far = published_recurrence(preset, q, k, v)
         if m.traits.rotary:
             q, k = (rotated(t, *kwargs["position_embeddings"]) for t in (q, k))
-        near = naive_sliding_window_attention(q, k, v, window, scale=m.scale, softcap=m.softcap)
+        near = naive_sliding_window_attention(q, k, v, window, scale=m.window.scale, softcap=m.window.softcap)
         wanted = m.o_proj((0.5 * far + 0.5 * near).flatten(2))
         worst = max(worst, ((got - wanted).norm() / wanted.norm()).item())
     assert worst <= tolerance

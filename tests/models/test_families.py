@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from liger_layers import GATES, SlidingWindowAttention
+from liger_layers import SlidingWindowAttention
+from liger_layers.recurrences import with_gate
 from liger_models import FAMILIES, cache_bytes, evaluate, finetune, make_cache
 from liger_models._inputs import CACHE
 from liger_models.modeling import LinearizedAttention, LinearizedWindow
@@ -18,7 +19,7 @@ from tests.models.tiny import NAMES, TEXT, checkpoint_activations, linearize_tin
 EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
 
 
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("gate", with_gate())
 @pytest.mark.parametrize("name", NAMES)
 def test_every_gate_in_every_family(name, gate, tmp_path):
     """Forward, backward, generation with a cache, and a folder that gives the same logits."""
@@ -96,7 +97,7 @@ def test_layers_that_slide_among_others_just_slide_and_all_of_them_recur_if_all_
     gemma = linearize_tiny(tiny("gemma2"), window=8)
     assert gemma.config.liger["pattern"] == ["own", "memories" if gemma.config.liger["memories"] else "liger", "liger"]
     assert isinstance(gemma.model.layers[0].self_attn, LinearizedWindow)
-    assert gemma.model.layers[0].self_attn.window == 12
+    assert gemma.model.layers[0].self_attn.window.size == 12
     mistral = linearize_tiny(tiny("mistral", sliding_window=12), window=8)
     assert mistral.config.liger["pattern"] == ["liger"] * 3
     asked = linearize_tiny(tiny("gemma2"), window=8, pattern="L")
@@ -131,9 +132,9 @@ def test_adapters_learn_and_merge(name):
 PATTERNS = {
     "LLF": ["liger", "liger", "full"],
     "WF": ["window", "full", "window"],
-    "MED": ["memories", "gated_deltanet", "deltanet"],
-    "SHW": ["gsa", "hgrn2", "window"],
-    ("kda", "full"): ["kda", "full", "kda"],
+    "MED": ["memories", "liger:gated_deltanet", "liger:deltanet"],
+    "SHW": ["liger:gsa", "liger:hgrn2", "window"],
+    ("liger:kda", "full"): ["liger:kda", "full", "liger:kda"],
 }
 
 
@@ -148,7 +149,7 @@ def test_layers_of_different_kinds(pattern, tmp_path):
         assert isinstance(attention, SlidingWindowAttention) == (name == "window")
         assert isinstance(attention, LinearizedAttention) == (name not in ("window", "full"))
         if isinstance(attention, LinearizedAttention):
-            assert attention.gate == (name if name in GATES else "gated_retention")
+            assert attention.recurrence.chosen.gate == (name.partition(":")[2] or "gated_retention")
             assert (attention.memories is not None) == (name == "memories")
     x = ids(2, 40)
     model(x, labels=x).loss.backward()

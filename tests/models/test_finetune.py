@@ -42,7 +42,7 @@ def test_features_always_train_and_the_mix_if_it_may(learn):
 def test_memories_from_random_weights_learn_to_route():
     sizes = dict(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2)
     options = {"mom": {"router_shift": True}}
-    model = LigerForCausalLM(LigerModelConfig(mixers=["mom", "gla"], mixer_options=options, **sizes))
+    model = LigerForCausalLM(LigerModelConfig(mixers=["mom", "mixer:gla"], mixer_options=options, **sizes))
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     tuned = finetune(model, tiny_tokenizer(), TEXT, steps=3, **QUICK)
     changed = {n for n, p in tuned.named_parameters() if not torch.equal(p, before[n])}

@@ -18,6 +18,7 @@ import liger_linear
 import liger_models
 import liger_ops
 from liger_layers.patterns import LETTERS
+from liger_layers.recurrences import with_gate
 from liger_linear import __main__ as command
 from liger_models import LigerForCausalLM, LigerModelConfig, _versions, checkpoint, linearize_on_disk
 from liger_models.data import Rows
@@ -184,7 +185,7 @@ def test_the_manual_needs_no_torch(tmp_path):
 
 def test_the_manual_names_what_there_is():
     # What is registered beside it is the user's own.
-    assert set(command.GATES) <= set(liger_layers.GATES)
+    assert tuple(with_gate()) == command.GATES
     assert (LETTERS, tuple(liger_models.PRESETS)) == (command.LETTERS, command.PRESETS)
     assert (tuple(liger_layers.POOLINGS), tuple(RECIPES)) == (command.POOLINGS, command.RECIPES)
     assert tuple(liger_layers.FEATURE_MAPS) == command.FEATURE_MAPS

@@ -5,7 +5,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
-from liger_layers import UPDATE_RULES, load_balancing_loss
+from liger_layers import load_balancing_loss
+from liger_layers.recurrences import with_rule
 from liger_models import LigerForCausalLM, LigerModelConfig, cache_bytes, make_cache
 from liger_models._inputs import CACHE
 from tests.models.tiny import checkpoint_activations
@@ -20,7 +21,7 @@ SIZES = dict(
     initializer_range=0.2,
     mixer_options={name: {"window": 8, "sinks": 2} for name in ("liger", "window")},
 )
-MIXERS = [*UPDATE_RULES, "mom", "liger", "window", "recurrence", ["mom", "window"]]
+MIXERS = [*(f"mixer:{rule}" for rule in with_rule()), "mom", "liger", "window", "recurrence", ["mom", "window"]]
 FEW = ["gla", "gated_deltanet", "mom", ["liger", "window"]]
 WITH_MLP = [*((mixers, "dense") for mixers in FEW), ("mom", "moe")]
 
@@ -164,7 +165,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(mixers, mlp):
     assert plain.keys() == again.keys() and all(torch.equal(plain[name], again[name]) for name in plain)
 
 
-@pytest.mark.parametrize("options", [dict(), dict(mixers="gla", mlp="moe")], ids=str)
+@pytest.mark.parametrize("options", [dict(), dict(mixers="mixer:gla", mlp="moe")], ids=str)
 def test_a_router_that_nobody_could_train_says_so(options):
     model, x = build(**options).train(), ids(2, 9)
     checkpoint_activations(model, use_reentrant=True)
@@ -254,9 +255,9 @@ def test_a_few_steps_reduce_the_loss(mixers, mlp):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(mixers="mamba3"), "mixers: expected one of linear, .*mom, liger, window, recurrence, got 'mamba3'"),
+        (dict(mixers="mamba3"), "mixers: expected names of liger, recurrence, mixer, mom, window, got 'mamba3'"),
         (
-            dict(mixers=["gla", "mom", "gla"]),
+            dict(mixers=["mixer:gla", "mom", "mixer:gla"]),
             r"mixers: expected a name, or names that repeat to num_hidden_layers 2, got",
         ),
         (dict(mixers=[]), "mixers: expected a name, or names that repeat"),
@@ -271,9 +272,9 @@ def test_a_few_steps_reduce_the_loss(mixers, mlp):
         (dict(memories_per_token=5), "memories_per_token: expected at most memories 4, got 5"),
         (dict(memories=0), "memories_per_token: expected 1 without memories, got 2"),
         (dict(memories_per_token=0), "memories_per_token: expected an integer >= 1, got 0"),
-        (dict(memories=-5, mixers="gla"), "memories: expected an integer >= 0, got -5"),
+        (dict(memories=-5, mixers="mixer:gla"), "memories: expected an integer >= 0, got -5"),
         (dict(mixers=None), "mixers: expected a name, or names that repeat to num_hidden_layers 2, got None"),
-        (dict(mixers=[3]), "mixers: expected one of linear, .*got 3"),
+        (dict(mixers=[3]), "mixers: expected names of liger, .*got 3"),
         (dict(mlp=["moe"]), "mlp: expected one of dense, moe, got"),
         (dict(hidden_act="nope"), "hidden_act: expected one of .*silu.*got 'nope'"),
         (dict(hidden_size=None), "hidden_size: expected an integer >= 1, got None"),
@@ -286,15 +287,18 @@ def test_a_few_steps_reduce_the_loss(mixers, mlp):
         (dict(mixer_options=["mom"]), "mixer_options: expected a dict of dicts"),
         (dict(mixer_options={"mom": None}), "mixer_options: expected a dict of dicts"),
         (dict(mixer_options={"mom": {"rule": "gsa", "slots": 0}}), "slots: expected an integer >= 1, got 0"),
-        (dict(mixer_options={"mom": {"rule": ["gla"]}}), r"rule: expected one of linear, .*got \['gla'\]"),
+        (dict(mixer_options={"mom": {"rule": ["gla"]}}), r"rule: expected one of gla, .*got \['gla'\]"),
         (dict(mixer_options={"mom": {"shared": "no"}}), "shared: expected True or False, got 'no'"),
         (dict(mixers="window", mixer_options={"window": {"window": "a"}}), "window: expected an integer >= 1, got 'a'"),
         (dict(mixer_options={"mom": {"router_shift": 1}}), "router_shift: expected True or False, got 1"),
-        (dict(mixer_options={"gla": {"router_shift": True}}), "expected one of value_dim, slots, got 'router_shift'"),
-        (dict(mixer_options={"mamba3": {}}), "mixer_options: expected one of linear, .*got 'mamba3'"),
         (
-            dict(mixer_options={"gla": {"rule": "linear"}}),
-            r"mixer_options\['gla'\]: expected one of value_dim, slots, got 'rule'",
+            dict(mixer_options={"mixer:gla": {"top_k": 2}}),
+            "expected one of value_dim, slots, got 'top_k'",
+        ),
+        (dict(mixer_options={"mamba3": {}}), "mixer_options: expected names of liger, .*got 'mamba3'"),
+        (
+            dict(mixer_options={"mixer:gla": {"rule": "linear"}}),
+            r"mixer_options\['mixer:gla'\]: expected one of value_dim, slots, got 'rule'",
         ),
     ],
     ids=lambda x: str(x)[:40],

@@ -6,7 +6,7 @@ Shapes: B batch, T columns of one call, S columns seen before.
 import pytest
 import torch
 
-from liger_layers import GATES
+from liger_layers.recurrences import with_gate, with_rule
 from liger_models import LigerForCausalLM, LigerModelConfig, make_cache
 from liger_models._inputs import CACHE
 from liger_models.from_scratch import MIXERS
@@ -68,7 +68,7 @@ def test_every_family_in_every_pattern(name):
     assert distance(hybrid, read(PATTERNS["holes"]), positions=True) <= 1e-4
 
 
-OPTIONS = {gate: dict(gate=gate, tau=2.0) for gate in GATES} | {f"{n}, variant": VARIANTS[n] for n in VARIANTS}
+OPTIONS = {gate: dict(gate=gate, tau=2.0) for gate in with_gate()} | {f"{n}, variant": VARIANTS[n] for n in VARIANTS}
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -78,7 +78,7 @@ def test_every_gate_in_double_precision(options):
         assert distance(model, shown, positions=False) <= 1e-10
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mixer", [*MIXERS, *(f"mixer:{rule}" for rule in with_rule())])
 def test_every_mixer_from_random_weights(mixer):
     config = LigerModelConfig(
         vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, mixers=mixer, initializer_range=0.2
@@ -123,7 +123,7 @@ def chat(model, prompts, end, turns=3, new=12):
 def test_rows_that_end_early_go_on_in_the_next_turn(kind, equal):
     if kind == "scratch":
         sizes = dict(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
-        model = LigerForCausalLM(LigerModelConfig(mixers=["mom", "gla"], initializer_range=0.5, **sizes)).eval()
+        model = LigerForCausalLM(LigerModelConfig(mixers=["mom", "mixer:gla"], initializer_range=0.5, **sizes)).eval()
     else:
         model = stir(linearize_tiny(tiny(), **VARIANTS[kind]))
     x = ids(4, 60).tolist()

@@ -275,8 +275,8 @@ def test_a_folder_is_a_name(tmp_path):
         (dict(keep=[True, False, True]), "keep: expected indices of layers"),
         (dict(pattern=3), "pattern: expected letters, a list of names, or names by index, got 3"),
         (dict(keep=[7]), r"keep: expected layer indices from -3 to 2, got \[7\]"),
-        (dict(pattern="LLZ"), "pattern: expected letters of L liger, F full, .*K kda; got 'Z'"),
-        (dict(pattern=["full", "half"]), "pattern: expected names of liger, full, .*, kda; got 'half'"),
+        (dict(pattern="LLZ"), "pattern: expected letters of L liger, F full, .*K liger:kda, got 'Z'"),
+        (dict(pattern=["full", "half"]), "pattern: expected names of liger, memories, window, full, own, got 'half'"),
         (dict(pattern="LLLF"), "pattern: expected at most 3 layers, as deep as the model, got 4"),
         (dict(pattern={5: "full"}), r"pattern: expected layer indices from -3 to 2, got \[5\]"),
         (dict(pattern="GF", memories=2), "memories: expected 0 with a pattern that has no place for them, got 2"),
@@ -293,7 +293,10 @@ def test_a_folder_is_a_name(tmp_path):
         (dict(config={}), "config: expected a LigerConfig, got {}"),
         (dict(preset=["default"]), "preset: expected one of default, paper-gla"),
         (dict(mix=True), "mix: expected a weight >= 0, got True"),
-        (dict(pattern={-1: "full", 2: "gla"}), r"pattern: expected a layer once, got indices \[-1, 2\] of 3 layers"),
+        (
+            dict(pattern={-1: "full", 2: "liger"}),
+            r"pattern: expected a layer once, got indices \[-1, 2\] of 3 layers",
+        ),
         (dict(config=LigerConfig(keep=(5,))), "keep: expected layer indices from -3 to 2"),
     ],
 )

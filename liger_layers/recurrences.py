@@ -1,4 +1,4 @@
-"""Update rules: one short entry for each recurrence of liger_ops, with its gates, feature maps and state.
+"""The one table of recurrences: how a memory takes up a token, and how its gates come about, by name.
 
 Shapes: B batch, T time, HQ query heads, H key/value heads, K key width, V value width, M memories, N sequences.
 """
@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from liger_layers import gates
+from liger_layers.gates import Gate
 from liger_ops import (
     chunk_delta_rule,
     chunk_gated_delta_rule,
@@ -60,10 +62,11 @@ def _same(x: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class UpdateRule:
-    """How a memory takes up a token. key None: the rule makes keys from its gates.
+    """How a memory takes up a token. key None: the rule makes keys from its gates, as 1 - decay.
 
-    parameters start as the given functions of the sizes say; extra(own, sizes) are arguments of the op that do not
-    depend on the token; state(sizes) the shapes of the state behind [N,H].
+    slots: between two states lie as many slots as channels, into which keys are written as they are. parameters start
+    as the given functions of the sizes say; extra(own, sizes) are arguments of the op that do not depend on the token;
+    state(sizes) the shapes of the state behind [N,H].
     """
 
     op: Callable
@@ -73,6 +76,7 @@ class UpdateRule:
     parameters: dict[str, Callable[[Sizes], torch.Tensor]] = field(default_factory=dict)
     extra: Callable[[Tensors, Sizes], dict] = lambda own, sizes: {}
     state: Callable[[Sizes], tuple[tuple[int, ...], ...]] = lambda sizes: ((sizes.key, sizes.value),)
+    slots: bool = False
 
     def widths(self, sizes: Sizes) -> list[int]:
         """Numbers per head that each gate wants."""
@@ -87,10 +91,10 @@ class UpdateRule:
     def activate(self, raw: torch.Tensor, own: Tensors, sizes: Sizes) -> dict[str, torch.Tensor]:
         """raw [...,M,H,sum of widths] -> the op's gates, [...,M,H] or [...,M,H,width], in float32 or float64."""
         raw = raw if raw.dtype == torch.float64 else raw.float()
-        gates = {}
+        formed = {}
         for (name, gate), x in zip(self.gates.items(), raw.split(self.widths(sizes), -1), strict=True):
-            gates[name] = gate.form(x, own).squeeze(-1) if gate.width == "head" else gate.form(x, own)
-        return gates
+            formed[name] = gate.form(x, own).squeeze(-1) if gate.width == "head" else gate.form(x, own)
+        return formed
 
     def run(
         self,
@@ -157,50 +161,102 @@ _SIMPLE = UpdateRule(chunk_simple_gla, dict(g=_PER_HEAD), parameters=dict(A_log=
 _DELTA = UpdateRule(
     lambda *qkv, **o: chunk_delta_rule(*qkv, use_qk_l2norm_in_kernel=True, **o), dict(beta=_BETA), F.silu, F.silu
 )
+_GATED_DELTA = replace(
+    _DELTA,
+    op=lambda *qkv, **o: chunk_gated_delta_rule(*qkv, use_qk_l2norm_in_kernel=True, **o),
+    gates=dict(g=_PER_HEAD, beta=_BETA),
+    parameters=dict(A_log=_rates),
+)
+_KDA = replace(
+    _GATED_DELTA,
+    op=lambda *qkv, **o: chunk_kda(*qkv, use_qk_l2norm_in_kernel=True, **o),
+    gates=dict(g=_PER_CHANNEL, beta=_BETA),
+)
+_LIGHTNING = UpdateRule(
+    chunk_lightning_attn,
+    query=F.silu,
+    key=F.silu,
+    extra=lambda own, sizes: dict(layer_idx=sizes.layer, num_layers=sizes.layers),
+)
+_RWKV6 = UpdateRule(
+    chunk_rwkv6,
+    # Beyond exp(8) nothing outlives a step, and the gradient would overflow.
+    dict(w=RuleGate("channel", lambda raw, own: -raw.clamp(max=8.0).exp(), -3.0)),
+    parameters=dict(u=lambda sizes: torch.full((sizes.query_heads, sizes.key), 0.5)),
+    extra=lambda own, sizes: dict(u=own["u"]),
+)
+_GSA = UpdateRule(
+    _gsa,
+    dict(g=RuleGate("slot", _log_sigmoid(16.0))),
+    F.silu,
+    F.silu,
+    state=lambda sizes: ((sizes.key, sizes.slots), (sizes.slots, sizes.value)),
+    slots=True,
+)
+_MLSTM = UpdateRule(
+    mlstm,
+    dict(i=RuleGate("head", lambda raw, own: raw), f=RuleGate("head", _log_sigmoid(), 3.0)),
+    state=lambda sizes: ((sizes.key, sizes.value), (sizes.key,), ()),
+)
 
-UPDATE_RULES: dict[str, UpdateRule] = {
-    "linear": _LINEAR,
-    "retention": UpdateRule(chunk_retention),
-    "lightning": UpdateRule(
-        chunk_lightning_attn,
-        query=F.silu,
-        key=F.silu,
-        extra=lambda own, sizes: dict(layer_idx=sizes.layer, num_layers=sizes.layers),
+
+class Recurrence(NamedTuple):
+    """What a name stands for: `rule` in layers that learn to project their gates (LinearMixer, MixtureOfMemories),
+    `gate` in layers that pool them from pretrained keys (LigerAttention, GatedRecurrence); None where it has no such
+    form."""
+
+    rule: UpdateRule | None
+    gate: Gate | None = None
+
+
+RECURRENCES: dict[str, Recurrence] = {
+    "gla": Recurrence(
+        UpdateRule(chunk_gla, dict(g=RuleGate("channel", _log_sigmoid(16.0)))), Gate(True, gates.sigmoid)
     ),
-    "simple_gla": _SIMPLE,
-    "mamba2": _SIMPLE,
-    "gla": UpdateRule(chunk_gla, dict(g=RuleGate("channel", _log_sigmoid(16.0)))),
-    "hgrn2": UpdateRule(_hgrn2, dict(g=RuleGate("channel", _log_sigmoid(), 3.0)), F.silu, None),
-    "rwkv6": UpdateRule(
-        chunk_rwkv6,
-        # Beyond exp(8) nothing outlives a step, and the gradient would overflow.
-        dict(w=RuleGate("channel", lambda raw, own: -raw.clamp(max=8.0).exp(), -3.0)),
-        parameters=dict(u=lambda sizes: torch.full((sizes.query_heads, sizes.key), 0.5)),
-        extra=lambda own, sizes: dict(u=own["u"]),
+    "gsa": Recurrence(_GSA, Gate(True, gates.sigmoid, recurrence="gsa")),
+    "hgrn2": Recurrence(
+        UpdateRule(_hgrn2, dict(g=RuleGate("channel", _log_sigmoid(), 3.0)), F.silu, None),
+        Gate(True, gates.floored, recurrence="hgrn2"),
     ),
-    "gsa": UpdateRule(
-        _gsa,
-        dict(g=RuleGate("slot", _log_sigmoid(16.0))),
-        F.silu,
-        F.silu,
-        state=lambda sizes: ((sizes.key, sizes.slots), (sizes.slots, sizes.value)),
+    "mamba2": Recurrence(_SIMPLE, Gate(False, gates.softplus)),
+    "mlstm": Recurrence(_MLSTM, Gate(False, gates.sigmoid_alone)),
+    "gated_retention": Recurrence(
+        UpdateRule(chunk_simple_gla, dict(g=RuleGate("head", _log_sigmoid(16.0)))), Gate(False, gates.sigmoid)
     ),
-    "mlstm": UpdateRule(
-        mlstm,
-        dict(i=RuleGate("head", lambda raw, own: raw), f=RuleGate("head", _log_sigmoid(), 3.0)),
-        state=lambda sizes: ((sizes.key, sizes.value), (sizes.key,), ()),
-    ),
-    "deltanet": _DELTA,
-    "gated_deltanet": replace(
-        _DELTA,
-        op=lambda *qkv, **o: chunk_gated_delta_rule(*qkv, use_qk_l2norm_in_kernel=True, **o),
-        gates=dict(g=_PER_HEAD, beta=_BETA),
-        parameters=dict(A_log=_rates),
-    ),
-    "kda": replace(
-        _DELTA,
-        op=lambda *qkv, **o: chunk_kda(*qkv, use_qk_l2norm_in_kernel=True, **o),
-        gates=dict(g=_PER_CHANNEL, beta=_BETA),
-        parameters=dict(A_log=_rates),
-    ),
+    "rwkv6": Recurrence(_RWKV6, Gate(True, gates.exponential)),
+    "retention": Recurrence(UpdateRule(chunk_retention), Gate(False, gates.fixed)),
+    "linear": Recurrence(_LINEAR, Gate(False, None)),
+    "deltanet": Recurrence(_DELTA, Gate(False, None, torch.sigmoid)),
+    "gated_deltanet": Recurrence(_GATED_DELTA, Gate(False, gates.sigmoid, torch.sigmoid)),
+    "kda": Recurrence(_KDA, Gate(True, gates.sigmoid, torch.sigmoid)),
+    "lightning": Recurrence(_LIGHTNING),
+    "simple_gla": Recurrence(_SIMPLE),
 }
+
+# The plainest recurrence for a decay per head or per channel, or none, that erases or does not.
+_PLAINEST = {
+    (None, False): "simple_gla",
+    ("head", False): "simple_gla",
+    ("channel", False): "gla",
+    (None, True): "deltanet",
+    ("head", True): "gated_deltanet",
+    ("channel", True): "kda",
+}
+
+
+def with_gate() -> dict[str, Gate]:
+    """The gates that are pooled from keys, by name."""
+    return {name: entry.gate for name, entry in RECURRENCES.items() if entry.gate is not None}
+
+
+def with_rule() -> dict[str, UpdateRule]:
+    """The rules of linear memories, by name."""
+    return {name: entry.rule for name, entry in RECURRENCES.items() if entry.rule is not None}
+
+
+def rule_behind(gate: Gate, pool: str | None) -> str:
+    """The name of the recurrence whose rule takes what the gate makes of a key pooled so."""
+    if gate.recurrence is not None:
+        return gate.recurrence
+    wide = gate.per_channel if pool is None else pool != "width"
+    return _PLAINEST[None if gate.log_decay is None else "channel" if wide else "head", gate.strength is not None]
