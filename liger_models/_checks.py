@@ -80,7 +80,7 @@ def check_weights(model: PreTrainedModel, config: LigerConfig) -> None:
     Quantized weights of a tensor type of their own stay as they are; memories, which start as copies, want others.
     """
     decoder = Decoder(model)
-    for index, kind in enumerate(config.pattern):
+    for index, kind in enumerate(map(str, config.pattern)):
         attention = decoder.attention(index)
         for name, shape in weight_shapes(attention, model.config).items():
             copied = split(kind)[0] == "memories" and name in ("k_proj", "v_proj", "qkv_proj")

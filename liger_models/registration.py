@@ -13,10 +13,12 @@ from liger_ops.errors import fail
 def register_family(family: Family) -> None:
     """Make one more kind of causal LM known to `linearize` and all that follows, under its config's model_type.
 
-    Its attention has projections q_proj, k_proj, v_proj (or one, qkv_proj) and o_proj, and says head_dim, scaling and
-    layer_idx; q_norm, k_norm and use_rope are heeded where it has them. It is called with hidden_states, or that first,
-    and by name with position_embeddings, attention_mask, the cache and every further argument that the causal LM was
-    given, and returns its output first of two. Who loads a linearized model of the family registers it too.
+    Its config has a Llama's names for sizes. Its decoder takes input_ids, attention_mask, position_ids, inputs_embeds,
+    use_cache and the cache by name, and hands all further arguments on to every attention. That has projections
+    q_proj, k_proj, v_proj (or one, qkv_proj) and o_proj, and says head_dim, scaling and layer_idx; q_norm, k_norm and
+    use_rope are heeded where it has them. It is called with hidden_states, alone by position or by name, and by name
+    with position_embeddings, attention_mask and the cache, and returns its output first of two. Who loads a linearized
+    model of the family registers it too.
 
     Args:
         family: a Family: the config's class, the causal LM's class, and where that holds decoder, layers, attention
