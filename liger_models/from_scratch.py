@@ -5,10 +5,8 @@ Shapes: B batch, T time, S tokens seen before and now, M memories.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections import deque
-from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -26,27 +24,21 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from liger_layers import load_balancing_loss, router_parameters
-from liger_layers.building import MADE_ANEW, make_layer
 from liger_layers.patterns import check_layer, split
-from liger_layers.recurrences import with_rule
 from liger_models._decoding import ConstantCacheMixin
 from liger_models._inputs import CACHE, refuse_unread, take_cache
+from liger_models._mixers import MIXERS, check_each, known_options, listed, make_mixer, whole_name
 from liger_models._remote import PortableConfig
 from liger_models.cache import admit, fit_cache, layer_and_state, make_cache
 from liger_models.modeling import refuse_cut_off
 from liger_ops.errors import check_positive, fail
 
-# The kinds of layers whose state does not grow, and with routers of one kind at most.
-MIXERS = ("liger", "recurrence", "mixer", "mom", "window")
 _MLPS = {"dense": LlamaMLP, "moe": MixtralSparseMoeBlock}
 # Linears of a mixer, or parts of them, that its class starts.
 _GATES = ("gate_proj.bias", "router_gate.")
 # The integers of the config, and the least that each may be.
 _COUNTS = dict(vocab_size=1, hidden_size=1, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
 _COUNTS |= dict(intermediate_size=1, num_experts=1, experts_per_token=1, memories_per_token=1, memories=0, conv_size=0)
-# Arguments of mixers that the config has fields for, or that make no sense there.
-_SETTLED = {"hidden_size", "num_heads", "num_kv_heads", "head_dim", "memories", "top_k", "conv_size"}
-_SETTLED |= {"layer_idx", "num_layers", "projections"}
 
 
 class LigerModelConfig(PortableConfig, PreTrainedConfig):
@@ -109,9 +101,9 @@ class LigerModelConfig(PortableConfig, PreTrainedConfig):
         """Of a saved model too whose mixers were named by their rules alone."""
         config_dict = dict(config_dict)
         if mixers := config_dict.get("mixers"):
-            config_dict["mixers"] = [_whole_name(name) for name in _listed(mixers)]
+            config_dict["mixers"] = [whole_name(name) for name in listed(mixers)]
         if options := config_dict.get("mixer_options"):
-            config_dict["mixer_options"] = {_whole_name(name): further for name, further in options.items()}
+            config_dict["mixer_options"] = {whole_name(name): further for name, further in options.items()}
         return super().from_dict(config_dict, **kwargs)
 
     def __post_init__(self, **kwargs):
@@ -125,7 +117,7 @@ class LigerModelConfig(PortableConfig, PreTrainedConfig):
     @property
     def layer_mixers(self) -> list[str]:
         """The mixer of every layer."""
-        pattern = _listed(self.mixers)
+        pattern = listed(self.mixers)
         return pattern * (self.num_hidden_layers // len(pattern))
 
     def check(self) -> None:
@@ -152,7 +144,7 @@ class LigerModelConfig(PortableConfig, PreTrainedConfig):
 
     def _check_names(self) -> None:
         for name, known in (("mlp", _MLPS), ("hidden_act", ACT2FN)):
-            _check_known(name, [getattr(self, name)], known)
+            check_each(name, [getattr(self, name)], known)
         pattern = [self.mixers] if isinstance(self.mixers, str) else self.mixers
         if not isinstance(pattern, list | tuple) or not pattern or self.num_hidden_layers % len(pattern):
             wanted = f"a name, or names that repeat to num_hidden_layers {self.num_hidden_layers}"
@@ -167,40 +159,7 @@ class LigerModelConfig(PortableConfig, PreTrainedConfig):
             fail("mixer_options", "a dict of dicts, arguments by name of a mixer", repr(options))
         for mixer, further in options.items():
             check_layer("mixer_options", mixer, MIXERS)
-            _check_known(f"mixer_options[{mixer!r}]", further, _known_options(mixer))
-
-
-def _listed(mixers: str | list[str]) -> list[str]:
-    return [mixers] if isinstance(mixers, str) else list(mixers)
-
-
-def _whole_name(mixer: str) -> str:
-    return f"mixer:{mixer}" if mixer in with_rule() else mixer
-
-
-def _check_known(name: str, given: Iterable[Any], known: Collection[str]) -> None:
-    if unknown := [x for x in given if not isinstance(x, str) or x not in known]:
-        fail(name, f"one of {', '.join(known)}", repr(unknown[0]))
-
-
-def _known_options(mixer: str) -> list[str]:
-    """The arguments of a mixer's class that the config does not settle."""
-    kind, recurrence = split(mixer)
-    settled = _SETTLED if recurrence is None else _SETTLED | {"rule", "gate"}
-    return [name for name in inspect.signature(MADE_ANEW[kind]).parameters if name not in settled]
-
-
-def make_mixer(config: LigerModelConfig, index: int) -> nn.Module:
-    """The mixer of layer `index`: forward(x [B,T,hidden], mask, state) returns (y [B,T,hidden], state)."""
-    name = config.layer_mixers[index]
-    options = dict(head_dim=config.head_dim, num_kv_heads=config.num_key_value_heads)
-    kind = split(name)[0]
-    if kind in ("mixer", "mom"):
-        options |= dict(conv_size=config.conv_size, layer_idx=index, num_layers=config.num_hidden_layers)
-    if kind == "mom":
-        options |= dict(memories=config.memories, top_k=config.memories_per_token)
-    options |= (config.mixer_options or {}).get(name, {})
-    return make_layer(name, config.hidden_size, config.num_attention_heads, options)
+            check_each(f"mixer_options[{mixer!r}]", further, known_options(mixer))
 
 
 class LigerDecoderLayer(GradientCheckpointingLayer):
