@@ -5,10 +5,10 @@ Shapes: B batch, T queries, S = W + T keys, HQ query heads, H key/value heads, D
 
 import torch
 
-from liger_ops import _checks
+from liger_ops import _checks, _joint
 from liger_ops._packed import default_chunk
 from liger_ops._torch.joint import joint, joint_step
-from liger_ops._torch.window import take_sinks
+from liger_ops._torch.window import find_sinks, take_sinks
 
 
 def liger_attention(
@@ -83,6 +83,10 @@ def liger_attention(
         where = seen, window, sinks, scale, softcap
         o, state = joint_step(q[:, 0].to(work), k.to(work), v.to(work), *one, mix, state, *where)
         return o.unsqueeze(1).to(dtype), state if output_final_state else None
+    per_channel = g is not None and g.ndim == 4
+    if _joint.on_kernels(sinks, softcap, q, v, q_log) and not per_channel:
+        o, state = _joint.joint(q, k, v, q_log, k_log, g, mix, state, *find_sinks(k, sinks, visible), window, scale)
+        return o, state if output_final_state else None
     q, k, v, q_log, k_log, g = (None if x is None else x.to(work) for x in (q, k, v, q_log, k_log, g))
     held, rest = take_sinks(k, v, sinks, visible)
     o, state = joint(q, k, v, q_log, k_log, g, mix, state, held, rest, window, default_chunk(g), scale, softcap)

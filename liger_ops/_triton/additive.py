@@ -14,7 +14,7 @@ from liger_ops._triton.launch import Chunks, Pieces, equal_chunks, launch, make_
 
 _ROWS = 16
 # Chains of states that fill no GPU are cut into pieces of so many tokens, which run side by side.
-_CHAINS, PIECE = 32, 1024
+CHAINS, PIECE = 32, 1024
 
 
 def chunk_size(dtype: torch.dtype, wanted: int | None) -> int:
@@ -71,7 +71,7 @@ def prepare(q, k, v, g, cu_seqlens, chunk) -> Call:
         g = g.float().contiguous().view(B * T, k.shape[2], -1)
     q, k, v = (x.contiguous().flatten(0, 1) for x in (q, k, v))
     where = equal_chunks(B, T, chunk, q.device) if cu_seqlens is None else make_chunks(cu_seqlens, T, chunk)
-    few = len(where.sequences) * k.shape[1] <= _CHAINS and 2 * PIECE * len(where.sequences) <= B * T
+    few = len(where.sequences) * k.shape[1] <= CHAINS and 2 * PIECE * len(where.sequences) <= B * T
     pieces = make_pieces(where.sequences, B * T, PIECE, chunk) if few else None
     constants = dict(C=chunk, GATED=g is not None, PER_CHANNEL=per_channel, PRECISION=precision(q.dtype))
     constants |= dict(ALONE=False, STRICT=False)

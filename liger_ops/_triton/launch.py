@@ -42,15 +42,32 @@ CONFIGS: dict[str, list[Config]] = {
     "mixed_kernel": [Config(32, 32, 4, 1), Config(64, 64, 4, 2)],
     # It holds all channels of the key as well, in blocks.
     "corrected_states_kernel": [Config(16, 32, 4, 1), Config(64, 32, 4, 1), Config(128, 64, 8, 1)],
+    # Those of the joint softmax hold all channels of the value. Nothing is tried here: with
+    # other warps and stages Triton 3.6 lets matrix units of Hopper read beyond shared memory, which ends the process.
+    "far_states_kernel": [Config(128, 128, 8, 2)],
+    "joint_kernel": [Config(32, 128, 8, 3)],
+    "delta_kernel": [Config(16, 128, 4, 1)],
+    "queries_kernel": [Config(32, 128, 4, 2)],
+    "near_kernel": [Config(16, 128, 4, 2)],
+    "far_keys_kernel": [Config(128, 128, 8, 2)],
+    "far_values_kernel": [Config(64, 128, 8, 2)],
+    "sinks_kernel": [Config(16, 128, 8, 2)],
     # It holds all channels of the key, and may write over what it read: nothing to try twice.
     "recurrent_kernel": [Config(256, 16, 8, 1)],
 }
 # Where products as fine as float32 want others.
 _FINE: dict[tuple[str, str], list[Config]] = {
     ("corrected_states_kernel", "ieee"): [Config(16, 32, 8, 1), Config(16, 32, 4, 1)],
+    ("far_keys_kernel", "ieee"): [Config(64, 128, 8, 2)],
+    ("far_states_kernel", "ieee"): [Config(32, 64, 4, 1)],
+    ("far_values_kernel", "ieee"): [Config(32, 128, 8, 1)],
     ("gradients_kernel", "ieee"): [Config(16, 16, 8, 1), Config(32, 32, 8, 1)],
     ("gradients_kernel", "tf32x3"): [Config(16, 16, 4, 1), Config(128, 64, 8, 1)],
+    ("joint_kernel", "ieee"): [Config(32, 128, 8, 2)],
+    ("near_kernel", "ieee"): [Config(16, 128, 8, 2)],
     ("pairs_gradient_kernel", "ieee"): [Config(16, 16, 4, 1), Config(64, 16, 8, 1)],
+    ("queries_kernel", "ieee"): [Config(32, 128, 8, 2)],
+    ("sinks_kernel", "ieee"): [Config(16, 128, 4, 2)],
     ("values_kernel", "ieee"): [Config(32, 64, 8, 1), Config(32, 32, 8, 1)],
     ("states_kernel", "tf32x3"): [Config(16, 64, 4, 1), Config(32, 32, 8, 1)],
 }
@@ -58,6 +75,7 @@ _chosen: dict[tuple, Config] = {}
 _lock = threading.Lock()
 
 
+@functools.cache
 def block(width: int, most: int) -> int:
     """The block for a width: a power of two, at least 16 for the matrix units."""
     return min(max(triton.next_power_of_2(width), 16), most)

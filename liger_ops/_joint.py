@@ -1,0 +1,215 @@
+"""The joint softmax and the window alone on kernels: two opaque ops, and which calls they serve.
+
+Shapes: B batch, T queries, S keys, HQ query heads, H key/value heads, D width, M features, V value width, P sinks.
+"""
+
+import math
+
+import torch
+
+from liger_ops import _checks, _packed
+
+# What one program holds of a query and a value, and of sinks beside the window.
+_WIDEST, _MOST_SINKS = 128, 16
+# Where they were seen to be right on a card: compute capability, and no width below.
+_SEEN, _NARROWEST = (9, 0), 64
+
+
+def _is_seen(device: torch.device, width: int) -> bool:
+    """Compilers get other cards and widths wrong in other ways; the interpreter none."""
+    if device.type != "cuda":
+        return True
+    # The one of its kind that torch.compile sees through.
+    card = torch.cuda.get_device_properties(device)
+    return not torch.version.hip and (card.major, card.minor) == _SEEN and width >= _NARROWEST
+
+
+def on_kernels(sinks: int, softcap: float, q: torch.Tensor, v: torch.Tensor, *features: torch.Tensor) -> bool:
+    """Whether kernels serve attention to these: on a Hopper GPU, unless narrow, wide, float64 or of bounded scores."""
+    widths = q.shape[-1], v.shape[-1]
+    fits = max(widths) <= _WIDEST and sinks <= _MOST_SINKS and not softcap and q.numel() > 0
+    coarse = all(x.dtype != torch.float64 for x in features)
+    narrowest = min(*widths, *(x.shape[-1] for x in features))
+    return _packed.on_triton(q) and fits and coarse and _is_seen(q.device, narrowest)
+
+
+@torch.library.custom_op("liger_ops::joint_kernels", mutates_args=())
+def _joint(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_log: torch.Tensor,
+    k_log: torch.Tensor,
+    g: torch.Tensor | None,
+    mix: torch.Tensor,
+    state: torch.Tensor,
+    column: torch.Tensor,
+    rest: torch.Tensor,
+    window: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """o, the last state, and per row the largest score nearby and the log of all weights, to base 2."""
+    from liger_ops._triton import joint
+
+    return joint.forward(joint.prepare(q, k, v, (q_log, k_log, g, mix), column, rest, window, scale), state)
+
+
+@_joint.register_fake
+def _(q, k, v, q_log, k_log, g, mix, state, column, rest, window, scale):
+    row = q.new_empty(q.shape[:3], dtype=torch.float32)
+    last = torch.empty_like(state, memory_format=torch.contiguous_format)
+    return q.new_empty(*q.shape[:3], v.shape[-1]), last, row, torch.empty_like(row)
+
+
+@torch.library.custom_op("liger_ops::joint_kernels_backward", mutates_args=())
+def _joint_backward(
+    do: torch.Tensor,
+    dstate: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_log: torch.Tensor,
+    k_log: torch.Tensor,
+    g: torch.Tensor | None,
+    mix: torch.Tensor,
+    state: torch.Tensor,
+    column: torch.Tensor,
+    rest: torch.Tensor,
+    o: torch.Tensor,
+    top: torch.Tensor,
+    lse: torch.Tensor,
+    window: int,
+    scale: float,
+) -> list[torch.Tensor]:
+    """Gradients of q, k, v, q_log, k_log, mix, state, and of g if there is one."""
+    from liger_ops._triton import joint
+
+    call = joint.prepare(q, k, v, (q_log, k_log, g, mix), column, rest, window, scale)
+    *found, dg, dmix, dfirst = joint.backward(call, state, do, dstate, o, top, lse)
+    return [*found, dmix, dfirst] + ([] if g is None else [dg.to(g.dtype)])
+
+
+@_joint_backward.register_fake
+def _(do, dstate, q, k, v, q_log, k_log, g, mix, state, column, rest, o, top, lse, window, scale):
+    given = q, k, v, q_log, k_log, mix, state, *(() if g is None else (g,))
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in given]
+
+
+def _refuse_twice(name: str) -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"liger_ops::{name}_backward: expected one differentiation, got create_graph=True")
+
+
+def _setup(ctx, inputs, output):
+    *tensors, ctx.window, ctx.scale = inputs
+    o, _, top, lse = output
+    ctx.save_for_backward(*tensors, o, top, lse)
+
+
+def _differentiate(ctx, do, dstate, *_):
+    _refuse_twice("joint_kernels")
+    grads = _joint_backward(do, dstate, *ctx.saved_tensors, ctx.window, ctx.scale)
+    *found, dmix, dfirst = grads[:7]
+    return *found, grads[7] if len(grads) > 7 else None, dmix, dfirst, None, None, None, None
+
+
+_joint.register_autograd(_differentiate, setup_context=_setup)
+
+
+@torch.library.custom_op("liger_ops::window_kernels", mutates_args=())
+def _window(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    column: torch.Tensor,
+    rest: torch.Tensor,
+    window: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """o, and of every row the log of all weights, to base 2."""
+    from liger_ops._triton import joint
+
+    o, _, _, lse = joint.forward(joint.prepare(q, k, v, None, column, rest, window, scale), None)
+    return o, lse
+
+
+@_window.register_fake
+def _(q, k, v, column, rest, window, scale):
+    return q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("liger_ops::window_kernels_backward", mutates_args=())
+def _window_backward(
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    column: torch.Tensor,
+    rest: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    window: int,
+    scale: float,
+) -> list[torch.Tensor]:
+    """Gradients of q, k and v."""
+    from liger_ops._triton import joint
+
+    return joint.backward(joint.prepare(q, k, v, None, column, rest, window, scale), None, do, None, o, lse, lse)
+
+
+@_window_backward.register_fake
+def _(do, q, k, v, column, rest, o, lse, window, scale):
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+
+
+def _setup_window(ctx, inputs, output):
+    *tensors, ctx.window, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _differentiate_window(ctx, do, _):
+    _refuse_twice("window_kernels")
+    return *_window_backward(do, *ctx.saved_tensors, ctx.window, ctx.scale), None, None, None, None
+
+
+_window.register_autograd(_differentiate_window, setup_context=_setup_window)
+
+
+def joint(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_log: torch.Tensor,
+    k_log: torch.Tensor,
+    g: torch.Tensor | None,
+    mix: torch.Tensor,
+    state: torch.Tensor,
+    column: torch.Tensor,
+    rest: torch.Tensor,
+    window: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `liger_attention` takes them, g [B,T,H] or None: o [B,T,HQ,V] and the state after the T tokens [B,H,M,V+1].
+
+    column [B,P] of the sinks, S where a row has fewer; rest [B,S] marks the other visible keys.
+    """
+    T, S = q.shape[1], k.shape[1]
+    if g is not None:
+        g = g.masked_fill(~rest[:, S - T - window : S - window, None], 0.0)
+    _checks.refuse_tangents("joint_kernels", (q, k, v, q_log, k_log, g, mix, state))
+    return _joint(q, k, v, q_log, k_log, g, mix, state, column, rest, window, scale)[:2]
+
+
+def window(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    column: torch.Tensor,
+    rest: torch.Tensor,
+    reach: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The last `reach` keys and the sinks: o [B,T,HQ,V] and, without a gradient, lse [B,T,HQ]."""
+    _checks.refuse_tangents("window_kernels", (q, k, v))
+    o, lse = _window(q, k, v, column, rest, torch.sym_min(reach, k.shape[1]), scale)
+    return o, lse * math.log(2)
