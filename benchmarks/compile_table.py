@@ -20,7 +20,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from liger_ops._triton import additive, delta, recurrent
+from liger_ops._triton import additive, delta, joint, recurrent
 from liger_ops._triton import launch as launching
 
 # Shared memory that one program may have, in bytes.
@@ -40,6 +40,7 @@ _POINTERS = {
     torch.float64: "*fp64",
     torch.int64: "*i64",
     torch.int32: "*i32",
+    torch.int8: "*i8",
 }
 
 
@@ -65,12 +66,12 @@ def launches(gate: str, dtype: str, K: int = 128, V: int = 128) -> list[tuple]:
         calls.append((kernel, K, V, args, constants))
         return launching.options(kernel.fn.__name__, K, V, constants)[0]
 
-    modules = additive, delta, recurrent
+    modules = additive, delta, joint, recurrent
     run, piece = additive.launch, additive.PIECE
     for module in modules:
         module.launch = record
     # Short enough for a sequence to have several.
-    additive.PIECE = 64
+    additive.PIECE = joint.PIECE = 64
     try:
         shared = q, k, v, g, state, None, 0.1, None
         additive.forward(*shared)
@@ -83,12 +84,27 @@ def launches(gate: str, dtype: str, K: int = 128, V: int = 128) -> list[tuple]:
         recurrent.forward(q, k, v, g, None, state, state, slots, 0.1)
         recurrent.forward(q, k, v, g, torch.empty(B, T, H, V), state, state, slots, 0.1, before=True)
         recurrent.forward(q, k, v, g, None, state, state, slots, 0.1, beta=beta)
+        if gate != "channel":
+            _joint(q, k, v, g)
     finally:
-        additive.PIECE = piece
+        additive.PIECE = joint.PIECE = piece
         for module in modules:
             module.launch = run
     # Forward and backward share some.
     return list({(x[0].fn.__name__, *_kinds(x[3]), *x[4].items()): x for x in calls}.values())
+
+
+def _joint(q, k, v, g) -> None:
+    """Everything that the joint softmax launches, with and without what left the window."""
+    (B, T, HQ, K), H, V = q.shape, k.shape[2], v.shape[3]
+    column, rest = torch.zeros(B, 4, dtype=torch.int64), torch.empty(B, T, dtype=torch.bool)
+    k_log = torch.empty(B, T - 64, H, K)
+    far = torch.empty(B, T - 64, HQ, K), k_log, None if g is None else g[:, 64:], torch.empty(HQ)
+    state = torch.empty(B, H, K, V + 1)
+    for given in (far, None):
+        call = joint.prepare(q[:, 64:], k, v, given, column, rest, 64, 0.1)
+        o, last, top, lse = joint.forward(call, state)
+        joint.backward(call, state, o, last, o, top, lse)
 
 
 def _kinds(args: tuple) -> list[torch.dtype]:
@@ -100,7 +116,8 @@ def jobs(every_option: bool = True) -> Iterator[Job]:
         for place, (kernel, K, V, _, constants) in enumerate(launches(gate, dtype)):
             options = launching.options(kernel.fn.__name__, K, V, constants)
             for option in range(len(options) if every_option else 1):
-                for target in TARGETS:
+                # Nothing else runs the joint softmax on kernels.
+                for target in ["sm_90"] if "joint" in kernel.fn.__module__ else TARGETS:
                     yield Job(gate, dtype, place, option, target)
 
 
