@@ -5,11 +5,7 @@ Shapes: B batch, T queries, S = W + T keys, HQ query heads, H key/value heads, D
 
 import torch
 
-<<<<<<< HEAD
 from liger_ops import _checks, _joint, errors
-=======
-from liger_ops import _checks, _joint
->>>>>>> joint
 from liger_ops._packed import default_chunk
 from liger_ops._torch.joint import joint, joint_step
 from liger_ops._torch.window import find_sinks, take_sinks

@@ -5,11 +5,7 @@ Shapes: B batch, T queries, S keys (the queries are the last T of them), HQ quer
 
 import torch
 
-<<<<<<< HEAD
 from liger_ops import _checks, _joint, errors
-=======
-from liger_ops import _checks, _joint
->>>>>>> joint
 from liger_ops._torch.window import find_sinks, window_attention
 
 
@@ -47,12 +43,8 @@ def sliding_window_attention(
         ValueError: names the argument, what was expected and what was given.
     """
     _checks.check_qkv(q, k, v, same_length=False)
-<<<<<<< HEAD
     errors.check_window(window, sinks)
     _checks.check_visible(visible, k)
-=======
-    _checks.check_window(window, sinks, visible, k)
->>>>>>> joint
     scale, softcap = _checks.as_scale(scale, q.shape[-1]), _checks.as_softcap(softcap)
     if _joint.on_kernels(sinks, softcap, q, v) and not (return_lse and torch.is_grad_enabled()):
         o, lse = _joint.window(q, k, v, *find_sinks(k, sinks, visible), window, scale)
