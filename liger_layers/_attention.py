@@ -26,7 +26,7 @@ _NOTHING = dict.fromkeys(("k", "v", "visible", "raw", "recurrent", "memories"))
 
 
 class Attention(nn.Module):
-    """Projections, positions and doors. What a subclass adds: `state_shapes`, `origin` and `mixer`.
+    """Projections, positions and doors. What a subclass adds: `state_shapes`, `mixer` and to `origin`.
 
     forward(x [B,T,hidden]) returns (y [B,T,hidden], state); pass the state back to continue. mask [B,T] bool marks
     real tokens: padding may stand anywhere, takes no room in the window and yields finite numbers without meaning.
@@ -59,6 +59,8 @@ class Attention(nn.Module):
         self.hidden_size, self.num_heads, self.rope_theta = hidden_size, num_heads, rope_theta
         self.num_kv_heads, self.head_dim = num_kv_heads or num_heads, head_dim or hidden_size // num_heads
         self.memories = None
+        # What a state of another layer must not differ in.
+        self.origin: Origin = (("layer", type(self).__name__), ("rope_theta", rope_theta))
         if projections is None:
             sizes = {"q_proj": num_heads, "k_proj": self.num_kv_heads, "v_proj": self.num_kv_heads}
             projections = {n: nn.Linear(hidden_size, h * self.head_dim, bias=bias) for n, h in sizes.items()}
@@ -69,11 +71,6 @@ class Attention(nn.Module):
     def state_shapes(self, batch: int) -> dict[str, Any]:
         """The shape of every part of a state by name, a list where it is several tensors, None where there is none."""
         return {**_NOTHING, "position": (batch,)}
-
-    @property
-    def origin(self) -> Origin:
-        """What a state of another layer must not differ in."""
-        return (("layer", type(self).__name__), ("rope_theta", self.rope_theta))
 
     def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> LigerState:
         """The state before the first token."""
@@ -193,6 +190,7 @@ class LigerAttention(Attention):
         errors.check_flag("learn_mix", learn_mix)
         self.window, self.recurrence = Window(window, sinks, scale, softcap), PooledRecurrence.of(chosen, tau)
         self.window.check()
+        self.origin += (*self.window.origin, *self.recurrence.origin)
         self.feature_map = FEATURE_MAPS[chosen.feature_map](num_heads, self.num_kv_heads, self.head_dim)
         self.mix = Mix(num_heads, chosen.mix, learn_mix)
         self._add_memories(memories, top_k)
@@ -201,10 +199,6 @@ class LigerAttention(Attention):
     def delayed(self) -> bool:
         """Whether a token enters the recurrence only when it leaves the window."""
         return self.recurrence.chosen.mixing == "joint"
-
-    @property
-    def origin(self) -> Origin:
-        return (*super().origin, *self.window.origin, *self.recurrence.origin)
 
     def state_shapes(self, batch: int) -> dict[str, Any]:
         H, D, delayed = self.num_kv_heads, self.head_dim, self.delayed
@@ -276,12 +270,9 @@ class GatedRecurrence(Attention):
         super().__init__(hidden_size, num_heads, num_kv_heads, head_dim, None, bias, projections)
         chosen = settle(gate, feature_map, None, None, normalize, pool)
         self.recurrence = PooledRecurrence.of(chosen, tau)
+        self.origin += self.recurrence.origin
         self.feature_map = FEATURE_MAPS[chosen.feature_map](num_heads, self.num_kv_heads, self.head_dim)
         self._add_memories(memories, top_k)
-
-    @property
-    def origin(self) -> Origin:
-        return (*super().origin, *self.recurrence.origin)
 
     def state_shapes(self, batch: int) -> dict[str, Any]:
         lead, summed = (batch, self.num_kv_heads), self.recurrence.chosen.normalize
@@ -315,10 +306,7 @@ class SlidingWindowAttention(Attention):
         super().__init__(hidden_size, num_heads, num_kv_heads, head_dim, rope_theta, bias, projections)
         self.window = Window(window, sinks, scale, softcap)
         self.window.check()
-
-    @property
-    def origin(self) -> Origin:
-        return (*super().origin, *self.window.origin)
+        self.origin += self.window.origin
 
     def state_shapes(self, batch: int) -> dict[str, Any]:
         return super().state_shapes(batch) | self.window.shapes(batch, self.num_kv_heads, self.head_dim)

@@ -34,7 +34,7 @@ def test_a_hybrid_learns(example, capsys):
 
 def test_a_gate_is_registered(example, capsys):
     example("register_gate")()
-    assert "['leaky', 'full', 'leaky', 'full'] reloaded" in capsys.readouterr().out
+    assert "['liger:leaky', 'full', 'liger:leaky', 'full'] reloaded" in capsys.readouterr().out
 
 
 def test_a_folder_is_linearized(example, capsys, tmp_path):
