@@ -109,3 +109,14 @@ def test_a_file_has_one_subject(path):
     # Offsets in 64 bits, the same bits twice, one place that tunes.
     assert not [word for word in ("make_block_ptr", "tl.atomic", "triton.autotune") if word in text]
     assert ast.get_docstring(ast.parse(text)), "a file says what it is"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_private_modules_stay_in_their_package(path):
+    own = path.relative_to(ROOT).parts[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in PACKAGES:
+            package, *inner = node.module.split(".")
+            names = inner or [alias.name for alias in node.names]
+            private = [name for name in names if name.startswith("_") and not name.startswith("__")]
+            assert package == own or not private, f"{node.module} {private}"
