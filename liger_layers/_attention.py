@@ -26,12 +26,9 @@ _NOTHING = dict.fromkeys(("k", "v", "visible", "raw", "recurrent", "memories"))
 
 
 class Attention(nn.Module):
-    """Projections, positions and doors. What a subclass adds: `state_shapes`, `mixer` and to `origin`.
+    """Projections, positions and doors; called as LigerAttention says.
 
-    forward(x [B,T,hidden]) returns (y [B,T,hidden], state); pass the state back to continue. mask [B,T] bool marks
-    real tokens: padding may stand anywhere, takes no room in the window and yields finite numbers without meaning.
-    position_embeddings (cos, sin), each [B,T,D], override the built-in RoPE. router_logits is a list that takes in the
-    logits [B*T,memories] of routed memories, which `load_balancing_loss` wants.
+    A subclass has a `mixer`, and adds to `state_shapes` and `origin`.
     """
 
     q_proj: nn.Module
@@ -154,8 +151,11 @@ class LigerAttention(Attention):
     reads top_k, with keys and values of their own that start as those of the layer, behind a weight per head that
     starts at zero: until trained, they change nothing.
 
-    Calls, masks, states and positions as in `Attention`. softcap bounds the window's scores s to
-    softcap tanh(s / softcap).
+    forward(x [B,T,hidden]) returns (y [B,T,hidden], state); pass the state back to continue. mask [B,T] bool marks
+    real tokens: padding may stand anywhere, takes no room in the window and yields finite numbers without meaning.
+    position_embeddings (cos, sin), each [B,T,D], override the built-in RoPE. router_logits is a list that takes in the
+    logits [B*T,memories] of routed memories, which `load_balancing_loss` wants.
+    softcap bounds the window's scores s to softcap tanh(s / softcap).
     """
 
     @errors.lists_keywords
@@ -247,7 +247,10 @@ class LigerAttention(Attention):
 
 
 class GatedRecurrence(Attention):
-    """The recurrence alone: gated linear attention on softmax or kernel features. Arguments as in LigerAttention."""
+    """The recurrence alone: gated linear attention on softmax or kernel features.
+
+    Arguments and calls as in LigerAttention.
+    """
 
     @errors.lists_keywords
     def __init__(
@@ -285,7 +288,7 @@ class GatedRecurrence(Attention):
 
 
 class SlidingWindowAttention(Attention):
-    """The window alone, with attention sinks. Arguments as in LigerAttention."""
+    """The window alone, with attention sinks. Arguments and calls as in LigerAttention."""
 
     @errors.lists_keywords
     def __init__(
@@ -320,7 +323,7 @@ class SlidingWindowAttention(Attention):
 
 
 class FullAttention(Attention):
-    """Causal softmax attention over every token, whose state grows. Arguments as in LigerAttention."""
+    """Causal softmax attention over every token, whose state grows. Arguments and calls as in LigerAttention."""
 
     @errors.lists_keywords
     def __init__(

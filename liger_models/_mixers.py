@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import nn
@@ -11,7 +10,6 @@ from torch import nn
 from liger_layers.building import MADE_ANEW, make_layer
 from liger_layers.patterns import split
 from liger_layers.recurrences import with_rule
-from liger_ops.errors import fail
 
 # The kinds of layers whose state does not grow, and with routers of one kind at most.
 MIXERS = ("liger", "recurrence", "mixer", "mom", "window")
@@ -26,11 +24,6 @@ def listed(mixers: str | list[str]) -> list[str]:
 
 def whole_name(mixer: str) -> str:
     return f"mixer:{mixer}" if mixer in with_rule() else mixer
-
-
-def check_each(name: str, given: Iterable[Any], known: Collection[str]) -> None:
-    if unknown := [x for x in given if not isinstance(x, str) or x not in known]:
-        fail(name, f"one of {', '.join(known)}", repr(unknown[0]))
 
 
 def known_options(mixer: str) -> list[str]:

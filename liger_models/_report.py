@@ -39,7 +39,8 @@ def _title(result: dict) -> str:
 
 def _machine(result: dict) -> str:
     m = result["machine"]
-    return f"{m['processor']}, {m['threads']} threads, torch {m['torch']}, {result['date']}"
+    threads = f"{m['threads']} thread{'' if m['threads'] == 1 else 's'}"
+    return f"{m['processor']}, {threads}, torch {m['torch']}, {result['date']}"
 
 
 def _picture(result: dict):

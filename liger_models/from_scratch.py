@@ -27,11 +27,11 @@ from liger_layers import load_balancing_loss, router_parameters
 from liger_layers.patterns import check_layer, split
 from liger_models._decoding import ConstantCacheMixin
 from liger_models._inputs import CACHE, refuse_unread, take_cache
-from liger_models._mixers import MIXERS, check_each, known_options, listed, make_mixer, whole_name
+from liger_models._mixers import MIXERS, known_options, listed, make_mixer, whole_name
 from liger_models._remote import PortableConfig
 from liger_models.cache import admit, fit_cache, layer_and_state, make_cache
 from liger_models.modeling import refuse_cut_off
-from liger_ops.errors import check_positive, fail
+from liger_ops.errors import check_known, check_positive, fail
 
 _MLPS = {"dense": LlamaMLP, "moe": MixtralSparseMoeBlock}
 # Linears of a mixer, or parts of them, that its class starts.
@@ -144,7 +144,7 @@ class LigerModelConfig(PortableConfig, PreTrainedConfig):
 
     def _check_names(self) -> None:
         for name, known in (("mlp", _MLPS), ("hidden_act", ACT2FN)):
-            check_each(name, [getattr(self, name)], known)
+            check_known(name, getattr(self, name), known)
         pattern = [self.mixers] if isinstance(self.mixers, str) else self.mixers
         if not isinstance(pattern, list | tuple) or not pattern or self.num_hidden_layers % len(pattern):
             wanted = f"a name, or names that repeat to num_hidden_layers {self.num_hidden_layers}"
@@ -159,7 +159,8 @@ class LigerModelConfig(PortableConfig, PreTrainedConfig):
             fail("mixer_options", "a dict of dicts, arguments by name of a mixer", repr(options))
         for mixer, further in options.items():
             check_layer("mixer_options", mixer, MIXERS)
-            check_each(f"mixer_options[{mixer!r}]", further, known_options(mixer))
+            for name in further:
+                check_known(f"mixer_options[{mixer!r}]", name, known_options(mixer))
 
 
 class LigerDecoderLayer(GradientCheckpointingLayer):

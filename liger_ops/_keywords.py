@@ -37,9 +37,7 @@ def keywords(more: str = "") -> Callable[[Callable], Callable]:
 
         @functools.wraps(op)
         def door(*args: Any, **options: Any) -> Any:
-            for name in options:
-                if name not in choices:
-                    raise TypeError(f"{title}: unexpected argument {name!r}; expected one of {', '.join(choices)}")
+            errors.check_keywords(title, options, choices)
             if either_layout and "transpose_state_layout" in options:
                 _rename_layout(options)
             for name in hints:

@@ -9,8 +9,8 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import torch
 
-P = ParamSpec("P")
-R = TypeVar("R")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 def fail(name: str, expected: str, given: object) -> NoReturn:
@@ -37,13 +37,13 @@ def check_keywords(caller: str, given: Iterable[str], choices: Collection[str]) 
             raise TypeError(f"{caller}: unexpected argument {name!r}; expected one of {', '.join(choices)}")
 
 
-def lists_keywords(call: Callable[P, R]) -> Callable[P, R]:
+def lists_keywords(call: Callable[_P, _R]) -> Callable[_P, _R]:
     """For a public function or constructor: an unknown keyword is answered with its name and the choices."""
     known = [name for name in inspect.signature(call).parameters if name != "self"]
     title = call.__qualname__.removesuffix(".__init__")
 
     @functools.wraps(call)
-    def door(*args: P.args, **options: P.kwargs) -> R:
+    def door(*args: _P.args, **options: _P.kwargs) -> _R:
         check_keywords(title, options, known)
         return call(*args, **options)
 
