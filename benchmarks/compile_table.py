@@ -20,6 +20,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from liger_ops._inputs import KernelAttentionInputs, RecurrenceInputs
 from liger_ops._triton import additive, delta, joint, recurrent
 from liger_ops._triton import launch as launching
 
@@ -54,67 +55,60 @@ class Job(NamedTuple):
     target: str
 
 
-def launches(gate: str, dtype: str, K: int = 128, V: int = 128) -> list[tuple]:
-    """(kernel, K, V, arguments, constants) of everything that forward and backward launch, which then runs nothing."""
+def launches(gate: str, dtype: str, K: int = 128, V: int = 128) -> list[tuple[Any, dict[str, Any]]]:
+    """(kernel, named arguments) of everything that forward and backward launch, which then runs nothing."""
     B, T, H, G = 1, 256, 2, 2
     kind, calls = getattr(torch, dtype), []
     q, k = torch.empty(B, T, H * G, K, dtype=kind), torch.empty(B, T, H, K, dtype=kind)
     v, state = torch.empty(B, T, H, V, dtype=kind), torch.empty(B, H, K, V)
     g = {"channel": torch.empty(B, T, H, K), "head": torch.empty(B, T, H), "none": None}[gate]
 
-    def record(kernel, grid, K, V, *args, **constants):
-        calls.append((kernel, K, V, args, constants))
-        return launching.options(kernel.fn.__name__, K, V, constants)[0]
+    def record(kernel, grid, **named):
+        calls.append((kernel, named))
+        return launching.options(kernel.fn.__name__, named["K"], named["V"], named)[0]
 
-    modules = additive, delta, joint, recurrent
-    run, piece = additive.launch, additive.PIECE
-    for module in modules:
-        module.launch = record
-    # Short enough for a sequence to have several.
-    additive.PIECE = joint.PIECE = 64
-    try:
-        shared = q, k, v, g, state, None, 0.1, None
-        additive.forward(*shared)
-        additive.backward(torch.empty(*q.shape[:3], V, dtype=kind), state, *shared, g is not None)
-        beta = torch.empty(B, T, H)
-        shared = q, k, v, beta, g, state, None, 0.1, None
-        delta.forward(*shared)
-        delta.backward(torch.empty(*q.shape[:3], V, dtype=kind), state, *shared, g is not None)
-        slots = torch.empty(B, dtype=torch.int64)
-        recurrent.forward(q, k, v, g, None, state, state, slots, 0.1)
-        recurrent.forward(q, k, v, g, torch.empty(B, T, H, V), state, state, slots, 0.1, before=True)
-        recurrent.forward(q, k, v, g, None, state, state, slots, 0.1, beta=beta)
-        if gate != "channel":
-            _joint(q, k, v, g)
-    finally:
-        additive.PIECE = joint.PIECE = piece
-        for module in modules:
-            module.launch = run
+    # Short enough for a sequence to have several pieces.
+    by = launching.LAUNCHER._replace(launch=record, piece=64)
+    x, do = RecurrenceInputs(q, k, v, g, state=state, scale=0.1), torch.empty(*q.shape[:3], V, dtype=kind)
+    erasing = x._replace(beta=torch.empty(B, T, H))
+    for module, given in ((additive, x), (delta, erasing)):
+        module.forward(given, by)
+        module.backward(given, do, state, g is not None, launcher=by)
+    slots = torch.empty(B, dtype=torch.int64)
+    recurrent.forward(x, state, slots, launcher=by)
+    recurrent.forward(x._replace(gv=torch.empty(B, T, H, V)), state, slots, before=True, launcher=by)
+    recurrent.forward(erasing, state, slots, launcher=by)
+    if gate != "channel":
+        _joint(x, by)
     # Forward and backward share some.
-    return list({(x[0].fn.__name__, *_kinds(x[3]), *x[4].items()): x for x in calls}.values())
+    return list({_variant(kernel, named): (kernel, named) for kernel, named in calls}.values())
 
 
-def _joint(q, k, v, g) -> None:
+def _joint(x: RecurrenceInputs, by: launching.Launcher) -> None:
     """Everything that the joint softmax launches, with and without what left the window."""
-    (B, T, HQ, K), H, V = q.shape, k.shape[2], v.shape[3]
+    (B, T, HQ, K), H, V = x.q.shape, x.k.shape[2], x.v.shape[3]
     column, rest = torch.zeros(B, 4, dtype=torch.int64), torch.empty(B, T, dtype=torch.bool)
-    k_log = torch.empty(B, T - 64, H, K)
-    far = torch.empty(B, T - 64, HQ, K), k_log, None if g is None else g[:, 64:], torch.empty(HQ)
-    state = torch.empty(B, H, K, V + 1)
-    for given in (far, None):
-        call = joint.prepare(q[:, 64:], k, v, given, column, rest, 64, 0.1)
-        o, last, top, lse = joint.forward(call, state)
-        joint.backward(call, state, o, last, o, top, lse)
+    window = KernelAttentionInputs(x.q[:, 64:], x.k, x.v, column, rest, 64, 0.1)
+    far = dict(q_log=torch.empty(B, T - 64, HQ, K), k_log=torch.empty(B, T - 64, H, K), mix=torch.empty(HQ))
+    far |= dict(g=None if x.g is None else x.g[:, 64:], state=torch.empty(B, H, K, V + 1))
+    for given in (window._replace(**far), window):
+        call = joint.prepare(given, by)
+        found = joint.forward(call, given.state)
+        joint.backward(call, given.state, found.o, found.last, found)
 
 
-def _kinds(args: tuple) -> list[torch.dtype]:
-    return [x.dtype for x in args if isinstance(x, torch.Tensor)]
+def _variant(kernel: Any, named: dict[str, Any]) -> tuple:
+    """What the compiler makes a difference of."""
+    constants = launching.constant_names(kernel)
+    given = {n: named[n] for n in kernel.arg_names if n in named}
+    kinds = [x.dtype for x in given.values() if isinstance(x, torch.Tensor)]
+    return kernel.fn.__name__, *kinds, *(given.get(n) for n in constants)
 
 
 def jobs(every_option: bool = True) -> Iterator[Job]:
     for gate, dtype in CASES:
-        for place, (kernel, K, V, _, constants) in enumerate(launches(gate, dtype)):
-            options = launching.options(kernel.fn.__name__, K, V, constants)
+        for place, (kernel, named) in enumerate(launches(gate, dtype)):
+            options = launching.options(kernel.fn.__name__, named["K"], named["V"], named)
             for option in range(len(options) if every_option else 1):
                 # Nothing else runs the joint softmax on kernels.
                 for target in ["sm_90"] if "joint" in kernel.fn.__module__ else TARGETS:
@@ -137,10 +131,12 @@ def _spills(asm: dict[str, Any], target: GPUTarget) -> tuple[int, int]:
 
 def compile_one(job: Job) -> dict[str, Any]:
     """What the compiler says of one kernel, configuration and target."""
-    kernel, K, V, args, constants = launches(job.gate, job.dtype)[job.place]
-    config = launching.options(kernel.fn.__name__, K, V, constants)[job.option]
+    kernel, named = launches(job.gate, job.dtype)[job.place]
+    config = launching.options(kernel.fn.__name__, named["K"], named["V"], named)[job.option]
     target, room = TARGETS[job.target]
-    constants = launching.fill(kernel, config, constants)
+    given = launching.fill(kernel, config, named)
+    blocks = ("BK", "BV", "BG")
+    constants = {n: given[n] for n in (*launching.constant_names(kernel), *blocks) if n in given}
     if target.backend == "hip" and constants.get("PRECISION") == "tf32x3":
         # What `launch.precision` says there.
         constants["PRECISION"] = "ieee"
@@ -149,7 +145,7 @@ def compile_one(job: Job) -> dict[str, Any]:
         if name in constants:
             signature[name] = "constexpr"
             continue
-        x = args[i]
+        x = given[name]
         signature[name] = (
             _POINTERS[x.dtype] if isinstance(x, torch.Tensor) else "fp32" if isinstance(x, float) else "i32"
         )

@@ -5,25 +5,26 @@ from liger_ops._decode import gated_step, gsa_step, mlstm_step
 from liger_ops._delta_rule import (
     chunk_delta_rule,
     chunk_gated_delta_rule,
-    chunk_kda,
     fused_recurrent_delta_rule,
     fused_recurrent_gated_delta_rule,
-    fused_recurrent_kda,
+)
+from liger_ops._fixed_decay import (
+    chunk_lightning_attn,
+    chunk_retention,
+    fused_chunk_retention,
+    fused_recurrent_lightning_attn,
+    fused_recurrent_retention,
+    parallel_retention,
 )
 from liger_ops._gated_linear_attention import (
     chunk_gla,
-    chunk_lightning_attn,
-    chunk_retention,
     chunk_simple_gla,
     fused_chunk_gla,
-    fused_chunk_retention,
     fused_recurrent_gla,
-    fused_recurrent_lightning_attn,
-    fused_recurrent_retention,
     fused_recurrent_simple_gla,
-    parallel_retention,
 )
 from liger_ops._gated_slot_attention import chunk_gsa, chunk_lightnet, fused_recurrent_gsa, fused_recurrent_lightnet
+from liger_ops._kda import chunk_kda, fused_recurrent_kda
 from liger_ops._liger_attention import liger_attention
 from liger_ops._linear_attention import (
     chunk_hgrn2,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from liger_ops.errors import check_positive, check_tensor, fail
+from liger_ops.errors import check_positive, check_tensor, check_window, fail
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -87,6 +87,27 @@ def check_qkv(
         fail("v" if K else query, "a width of at least 1", f"shape {tuple(v.shape if K else q.shape)}")
     if S < T:
         fail(key, f"at least as many tokens as {query} ({T})", S)
+
+
+def check_windowed(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    window: int,
+    sinks: int,
+    scale: float | None,
+    softcap: float | None,
+    visible: torch.Tensor | None,
+) -> tuple[float, float]:
+    """What windowed attention is given; the scale and the bound of the scores, 0 for none, as numbers."""
+    check_qkv(q, k, v, same_length=False)
+    check_window(window, sinks)
+    if visible is not None:
+        check_tensor("visible", visible)
+        if visible.shape != k.shape[:2] or visible.dtype != torch.bool or visible.device != k.device:
+            given = f"{visible.dtype} {tuple(visible.shape)} on {visible.device}"
+            fail("visible", f"a bool mask {list(k.shape[:2])} on {k.device}", given)
+    return as_scale(scale, q.shape[-1]), as_softcap(softcap)
 
 
 def check_like(name: str, x: torch.Tensor, k: torch.Tensor, tail: str) -> None:
@@ -219,13 +240,3 @@ def check_chunk_size(size: int | None) -> None:
     """None leaves the choice to the backend."""
     if size is not None:
         check_positive("chunk_size", size)
-
-
-def check_visible(visible: torch.Tensor | None, k: torch.Tensor) -> None:
-    """visible [B,S] bool for k [B,S,H,K]."""
-    if visible is None:
-        return
-    check_tensor("visible", visible)
-    if visible.shape != k.shape[:2] or visible.dtype != torch.bool or visible.device != k.device:
-        given = f"{visible.dtype} {tuple(visible.shape)} on {visible.device}"
-        fail("visible", f"a bool mask {list(k.shape[:2])} on {k.device}", given)

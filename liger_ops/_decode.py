@@ -7,10 +7,14 @@ M slots of gated slot attention.
 import torch
 
 from liger_ops import _checks, errors
-from liger_ops._mlstm import SMALLEST, stable_denominator
-from liger_ops._packed import normalized, pooled_step
+from liger_ops._inputs import RecurrenceInputs
+from liger_ops._kernels import pooled_step
+from liger_ops._mlstm import stable_denominator
+from liger_ops._norms import normalized
+from liger_ops.limits import SMALLEST_UNIT
 
 
+@errors.lists_keywords
 @torch.no_grad()
 def gated_step(
     q: torch.Tensor,
@@ -64,7 +68,8 @@ def gated_step(
     scale = _checks.as_scale(scale, q.shape[-1])
     if normalize:
         v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
-    o = pooled_step(q, k, v.float(), g, gv, beta, pool, slots, scale, u is not None)
+    x = RecurrenceInputs(q, k, v.float(), g, gv, beta, pool, scale=scale)
+    o = pooled_step(x, slots, before=u is not None)
     if u is not None:
         own = ((q.float() * u.float()).unflatten(1, (k.shape[1], -1)) * k.float().unsqueeze(2)).sum(-1, keepdim=True)
         o = o + scale * (own * v.float().unsqueeze(2)).flatten(1, 2)
@@ -72,6 +77,7 @@ def gated_step(
     return o.masked_fill(~live.view(-1, 1, 1), 0.0).to(q.dtype)
 
 
+@errors.lists_keywords
 @torch.no_grad()
 def gsa_step(
     q: torch.Tensor,
@@ -97,11 +103,12 @@ def gsa_step(
     _checks.check_pool(values, slots, s, v.shape[-1], "pool[1]")
     scale, dtype = _checks.as_scale(scale, q.shape[-1]), q.dtype
     q, k, v, s, g = (x.float() for x in (q, k, v, s, g))
-    read = pooled_step(q, k, s, None, g, None, keys, slots, scale, False)
-    o = pooled_step(read.softmax(-1), s, v, g, None, None, values, slots, 1.0, False)
+    read = pooled_step(RecurrenceInputs(q, k, s, gv=g, state=keys, scale=scale), slots)
+    o = pooled_step(RecurrenceInputs(read.softmax(-1), s, v, g, state=values), slots)
     return o.masked_fill(~live.view(-1, 1, 1), 0.0).to(dtype)
 
 
+@errors.lists_keywords
 @torch.no_grad()
 def mlstm_step(
     q: torch.Tensor,
@@ -130,7 +137,7 @@ def mlstm_step(
     rows, dtype = slots.long().clamp(min=0), q.dtype
     q, k, v, i, f = (x.float() for x in (q, k, v, i, f))
     before = m[rows].masked_fill(~live.unsqueeze(-1), 0.0)
-    top = torch.maximum(before + f, i).clamp(min=SMALLEST)
+    top = torch.maximum(before + f, i).clamp(min=SMALLEST_UNIT)
     # By addition, because rows without a request all stand for row 0; and read back as what it rounds to.
     grown = (top - before).masked_fill(~live.unsqueeze(-1), 0.0)
     m.index_add_(0, rows, grown)
@@ -138,8 +145,9 @@ def mlstm_step(
     k = k * (i - after).exp().unsqueeze(-1)
     # A rounding above 0 now and then, which undoes those below.
     kept = f + (before - after)
-    o = pooled_step(q, k, v, kept, None, None, C, slots, scale, False)
-    total = pooled_step(q, k, torch.ones_like(k[..., :1]), kept, None, None, n.unsqueeze(-1), slots, scale, False)
+    x = RecurrenceInputs(q, k, v, kept, state=C, scale=scale)
+    o = pooled_step(x, slots)
+    total = pooled_step(x._replace(v=torch.ones_like(k[..., :1]), state=n.unsqueeze(-1)), slots)
     o = o / stable_denominator(total, after, q.shape[1])
     return o.masked_fill(~live.view(-1, 1, 1), 0.0).to(dtype)
 

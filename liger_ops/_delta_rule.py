@@ -9,13 +9,10 @@ import math
 import torch
 import torch.nn.functional as F
 
-from liger_ops import _checks, _packed, errors
+from liger_ops import _checks, _devices, errors
+from liger_ops._inputs import RecurrenceInputs
 from liger_ops._keywords import keywords
-from liger_ops._sequences import in_order
-
-# What goes to `_run` by name.
-_SHARED = "use_beta_sigmoid_in_kernel allow_neg_eigval state_v_first cu_seqlens_cpu reverse chunk_size max_seqlen"
-_GATED = "use_gate_in_kernel A_log dt_bias lower_bound " + _SHARED
+from liger_ops._sequences import run_in_order
 
 
 def _gate(g, A_log, dt_bias, lower_bound, k):
@@ -36,16 +33,6 @@ def _gate(g, A_log, dt_bias, lower_bound, k):
     return lower_bound * torch.sigmoid(rate * g)
 
 
-def _with_unit_keys(q, k, v, beta, g, state, scale, chunk_size, cu_seqlens):
-    """The recurrence for q and k of length 1; o in the dtype of v."""
-    if q.dtype in (torch.float16, torch.bfloat16) and _packed.on_triton(q):
-        return _packed.recurrence(q, k, v, g, scale, state, chunk_size, None, cu_seqlens, beta, True)
-    # Rounded to halves only as a whole, as are the gradients.
-    q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
-    q, k = q / _packed.length(q), k / _packed.length(k)
-    return _packed.recurrence(q, k, v, g, scale, state, chunk_size, None, cu_seqlens, beta)
-
-
 def _strength(beta, sigmoid, doubled, v):
     if doubled and not sigmoid:
         errors.fail("allow_neg_eigval", "False without use_beta_sigmoid_in_kernel", True)
@@ -59,67 +46,71 @@ def _strength(beta, sigmoid, doubled, v):
     return (beta if beta.dtype == torch.float64 else beta.float()).sigmoid() * (2.0 if doubled else 1.0)
 
 
-def _run(
-    q,
-    k,
-    v,
-    g,
-    beta,
-    scale,
-    initial_state,
-    output_final_state,
-    cu_seqlens,
-    cu_seqlens_cpu=None,
+def run_delta_rule(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
     *,
-    ranks=(),
-    gate_name="g",
-    use_qk_l2norm_in_kernel=False,
-    use_gate_in_kernel=False,
-    A_log=None,
-    dt_bias=None,
-    lower_bound=None,
-    use_beta_sigmoid_in_kernel=False,
-    allow_neg_eigval=False,
-    state_v_first=False,
-    reverse=False,
-    chunk_size=None,
-    max_seqlen=None,
-):
+    rank: int | None,
+    g: torch.Tensor | None,
+    beta: torch.Tensor | None,
+    scale: float | None,
+    initial_state: torch.Tensor | None,
+    output_final_state: bool,
+    use_qk_l2norm_in_kernel: bool,
+    cu_seqlens: torch.Tensor | None,
+    use_beta_sigmoid_in_kernel: bool,
+    allow_neg_eigval: bool,
+    state_v_first: bool,
+    cu_seqlens_cpu: torch.Tensor | None,
+    reverse: bool,
+    chunk_size: int | None,
+    max_seqlen: int | None,
+    gate_name: str = "g",
+    use_gate_in_kernel: bool = False,
+    A_log: torch.Tensor | None = None,
+    dt_bias: torch.Tensor | None = None,
+    lower_bound: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Check, give every head of the state its key and query, and run every sequence."""
     _checks.check_qkv(q, k, v, more_values=True)
     scale = _checks.as_scale(scale, q.shape[-1])
-    H = v.shape[2]
-    if q.dtype in (torch.float16, torch.bfloat16) and min(q.shape[2], k.shape[2]) < H and not _packed.on_triton(q):
+    H, halves = v.shape[2], q.dtype in (torch.float16, torch.bfloat16)
+    if halves and min(q.shape[2], k.shape[2]) < H and not _devices.on_triton(q):
         # Gradients of a shared head are summed first, then rounded.
         q, k = q.float(), k.float()
     k = k if k.shape[2] == H else k.repeat_interleave(H // k.shape[2], 2)
     q = q if q.shape[2] >= H else q.repeat_interleave(H // q.shape[2], 2)
+    ranks = () if rank is None else (rank,)
     if use_gate_in_kernel:
         errors.check_tensor("g", g)
         _checks.check_decay(g, k, ranks, gate_name, raw=True)
         g = _gate(g, A_log, dt_bias, lower_bound, k)
-    elif A_log is not None or dt_bias is not None:
-        errors.fail("dt_bias" if A_log is None else "A_log", "None without use_gate_in_kernel", "a tensor")
+    else:
+        for name, given in (("A_log", A_log), ("dt_bias", dt_bias), ("lower_bound", lower_bound)):
+            if given is not None:
+                errors.fail(name, "None without use_gate_in_kernel", given if name == "lower_bound" else "a tensor")
     beta = _strength(beta, use_beta_sigmoid_in_kernel, allow_neg_eigval, v)
     _checks.check_decay(g, k, ranks, gate_name)
     _checks.check_strength(beta, v)
     errors.check_cu_seqlens(cu_seqlens, *q.shape[:2], cu_seqlens_cpu, max_seqlen)
     state = _checks.keys_first(initial_state, state_v_first)
-    _checks.check_state(state, q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, k, v.shape[-1])
     _checks.check_chunk_size(chunk_size)
-
-    def core(q, k, v, beta, g, state, cu_seqlens):
-        if use_qk_l2norm_in_kernel:
-            return _with_unit_keys(q, k, v, beta, g, state, scale, chunk_size, cu_seqlens)
-        return _packed.recurrence(q, k, v, g, scale, state, chunk_size, None, cu_seqlens, beta)
-
-    o, state = in_order(core, (q, k, v, beta, g), state, cu_seqlens, reverse)
+    x = RecurrenceInputs(
+        q, k, v, g, None, beta, state, cu_seqlens, scale=scale, chunk=chunk_size, unit=use_qk_l2norm_in_kernel
+    )
+    _checks.check_state(state, x.sequences, k, v.shape[-1])
+    if x.unit and not _devices.on_triton(q):
+        # Rounded to halves only as a whole, as are the gradients.
+        kind = torch.promote_types(q.dtype, torch.float32)
+        x = x._replace(q=q.to(kind), k=k.to(kind))
+    o, state = run_in_order(x, reverse)
     if not output_final_state:
         return o, None
     return o, state.transpose(-1, -2).contiguous() if state_v_first else state
 
 
-@keywords(_SHARED)
+@keywords()
 def chunk_delta_rule(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -131,18 +122,42 @@ def chunk_delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     cu_seqlens: torch.Tensor | None = None,
     cu_seqlens_cpu: torch.Tensor | None = None,
-    **options,
+    *,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    state_v_first: bool = False,
+    reverse: bool = False,
+    chunk_size: int | None = None,
+    max_seqlen: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """DeltaNet (arXiv 2406.06484, eq. 3): a token takes out what its key reads and puts its value there.
 
     h_t = (I - beta_t k_t k_t^T) h_{t-1} + beta_t k_t v_t^T. Everything else, errors included, as in
     `chunk_gated_delta_rule`, whose state_v_first, chunk_size and max_seqlen go by name.
     """
-    flags = (scale, initial_state, output_final_state, cu_seqlens, cu_seqlens_cpu)
-    return _run(q, k, v, None, beta, *flags, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, **options)
+    return run_delta_rule(
+        q,
+        k,
+        v,
+        rank=None,
+        g=None,
+        beta=beta,
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+        cu_seqlens=cu_seqlens,
+        use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
+        allow_neg_eigval=allow_neg_eigval,
+        state_v_first=state_v_first,
+        cu_seqlens_cpu=cu_seqlens_cpu,
+        reverse=reverse,
+        chunk_size=chunk_size,
+        max_seqlen=max_seqlen,
+    )
 
 
-@keywords(_SHARED)
+@keywords()
 def fused_recurrent_delta_rule(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -153,14 +168,39 @@ def fused_recurrent_delta_rule(
     output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = False,
     cu_seqlens: torch.Tensor | None = None,
-    **options,
+    *,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens_cpu: torch.Tensor | None = None,
+    reverse: bool = False,
+    chunk_size: int | None = None,
+    max_seqlen: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`chunk_delta_rule` for few tokens; beta is 1 unless given, reverse runs time backwards."""
-    flags = (scale, initial_state, output_final_state, cu_seqlens)
-    return _run(q, k, v, None, beta, *flags, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, **options)
+    return run_delta_rule(
+        q,
+        k,
+        v,
+        rank=None,
+        g=None,
+        beta=beta,
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+        cu_seqlens=cu_seqlens,
+        use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
+        allow_neg_eigval=allow_neg_eigval,
+        state_v_first=state_v_first,
+        cu_seqlens_cpu=cu_seqlens_cpu,
+        reverse=reverse,
+        chunk_size=chunk_size,
+        max_seqlen=max_seqlen,
+    )
 
 
-@keywords(_GATED)
+@keywords()
 def chunk_gated_delta_rule(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -176,7 +216,14 @@ def chunk_gated_delta_rule(
     state_v_first: bool = False,
     cu_seqlens: torch.Tensor | None = None,
     cu_seqlens_cpu: torch.Tensor | None = None,
-    **options,
+    *,
+    use_gate_in_kernel: bool = False,
+    A_log: torch.Tensor | None = None,
+    dt_bias: torch.Tensor | None = None,
+    lower_bound: float | None = None,
+    reverse: bool = False,
+    chunk_size: int | None = None,
+    max_seqlen: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The gated delta rule (arXiv 2412.06464, eq. 10): the state decays per head, then the key's place is rewritten.
 
@@ -208,13 +255,33 @@ def chunk_gated_delta_rule(
     Raises:
         ValueError: names the argument, what was expected and what was given.
     """
-    options |= dict(use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, state_v_first=state_v_first, ranks=(3,))
-    options |= dict(use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel, allow_neg_eigval=allow_neg_eigval)
-    flags = (scale, initial_state, output_final_state, cu_seqlens, cu_seqlens_cpu)
-    return _run(q, k, v, g, beta, *flags, **options)
+    return run_delta_rule(
+        q,
+        k,
+        v,
+        rank=3,
+        g=g,
+        beta=beta,
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+        cu_seqlens=cu_seqlens,
+        use_gate_in_kernel=use_gate_in_kernel,
+        A_log=A_log,
+        dt_bias=dt_bias,
+        lower_bound=lower_bound,
+        use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
+        allow_neg_eigval=allow_neg_eigval,
+        state_v_first=state_v_first,
+        cu_seqlens_cpu=cu_seqlens_cpu,
+        reverse=reverse,
+        chunk_size=chunk_size,
+        max_seqlen=max_seqlen,
+    )
 
 
-@keywords(_GATED)
+@keywords()
 def fused_recurrent_gated_delta_rule(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -229,7 +296,17 @@ def fused_recurrent_gated_delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     *,
     cu_seqlens: torch.Tensor | None = None,
-    **options,
+    use_gate_in_kernel: bool = False,
+    A_log: torch.Tensor | None = None,
+    dt_bias: torch.Tensor | None = None,
+    lower_bound: float | None = None,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens_cpu: torch.Tensor | None = None,
+    reverse: bool = False,
+    chunk_size: int | None = None,
+    max_seqlen: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`chunk_gated_delta_rule` for few tokens; beta is 1 unless given.
 
@@ -244,63 +321,28 @@ def fused_recurrent_gated_delta_rule(
             wanted = f"[{', '.join(map(str, g.shape))}, K] on {g.device} beside g"
             errors.fail("gk", wanted, f"{tuple(gk.shape)} on {gk.device}")
         gk = gk + g.unsqueeze(-1)
-    options |= dict(use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel)
-    options |= dict(ranks=(3,)) if gk is None else dict(ranks=(4,), gate_name="gk")
-    flags = (scale, initial_state, output_final_state, cu_seqlens)
-    return _run(q, k, v, g if gk is None else gk, beta, *flags, **options)
-
-
-@keywords(_GATED + " return_intermediate_states use_graph max_num_seqs")
-def chunk_kda(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    g: torch.Tensor,
-    beta: torch.Tensor,
-    scale: float | None = None,
-    initial_state: torch.Tensor | None = None,
-    output_final_state: bool = False,
-    use_qk_l2norm_in_kernel: bool = False,
-    use_gate_in_kernel: bool = False,
-    use_beta_sigmoid_in_kernel: bool = False,
-    allow_neg_eigval: bool = False,
-    safe_gate: bool = False,
-    lower_bound: float | None = None,
-    *,
-    cu_seqlens: torch.Tensor | None = None,
-    cu_seqlens_cpu: torch.Tensor | None = None,
-    **options,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Kimi Delta Attention (arXiv 2510.26692, eq. 1): the delta rule with a decay per key channel.
-
-    h_t = (I - beta_t k_t k_t^T) diag(exp(g_t)) h_{t-1} + beta_t k_t v_t^T with g [B,T,H,K]. With use_gate_in_kernel and
-    lower_bound the decay is lower_bound sigmoid(exp(A_log) (g + dt_bias)). safe_gate is accepted and has no effect:
-    gates of any size are safe. Everything else, errors included, as in `chunk_gated_delta_rule`.
-    """
-    options |= dict(use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, use_gate_in_kernel=use_gate_in_kernel, ranks=(4,))
-    options |= dict(use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel, allow_neg_eigval=allow_neg_eigval)
-    flags = (scale, initial_state, output_final_state, cu_seqlens, cu_seqlens_cpu)
-    return _run(q, k, v, g, beta, *flags, lower_bound=lower_bound, **options)
-
-
-@keywords(_GATED)
-def fused_recurrent_kda(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    g: torch.Tensor,
-    beta: torch.Tensor,
-    A_log: torch.Tensor | None = None,
-    dt_bias: torch.Tensor | None = None,
-    scale: float | None = None,
-    initial_state: torch.Tensor | None = None,
-    output_final_state: bool = False,
-    use_qk_l2norm_in_kernel: bool = False,
-    *,
-    cu_seqlens: torch.Tensor | None = None,
-    **options,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`chunk_kda` for few tokens; reverse runs time backwards."""
-    options |= dict(use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, A_log=A_log, dt_bias=dt_bias, ranks=(4,))
-    flags = (scale, initial_state, output_final_state, cu_seqlens)
-    return _run(q, k, v, g, beta, *flags, **options)
+    return run_delta_rule(
+        q,
+        k,
+        v,
+        rank=3 if gk is None else 4,
+        g=g if gk is None else gk,
+        gate_name="g" if gk is None else "gk",
+        beta=beta,
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+        cu_seqlens=cu_seqlens,
+        use_gate_in_kernel=use_gate_in_kernel,
+        A_log=A_log,
+        dt_bias=dt_bias,
+        lower_bound=lower_bound,
+        use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
+        allow_neg_eigval=allow_neg_eigval,
+        state_v_first=state_v_first,
+        cu_seqlens_cpu=cu_seqlens_cpu,
+        reverse=reverse,
+        chunk_size=chunk_size,
+        max_seqlen=max_seqlen,
+    )

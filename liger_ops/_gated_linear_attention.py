@@ -1,45 +1,40 @@
-"""The additive recurrence under its many names: the gate is data, and its rank selects what runs.
+"""The additive recurrence with a gate per key channel or per head: the gate is data, and its rank selects what runs.
 
 Shapes: B batch, T time, HQ query heads, H key/value heads (HQ = G * H), K key width, V value width, N sequences.
 """
 
-from functools import partial
-
 import torch
 
 from liger_ops import _checks, errors
+from liger_ops._inputs import RecurrenceInputs
 from liger_ops._keywords import keywords
-from liger_ops._packed import normalized, recurrence
-from liger_ops._sequences import in_order
-
-# What forms of few tokens, and what chunked ones, hand on by name.
-_FEW = "normalize max_seqlen"
-_CHUNKED = "state_v_first cu_seqlens_cpu chunk_size " + _FEW
+from liger_ops._norms import normalized
+from liger_ops._sequences import run_in_order
 
 
 def _run(
-    q,
-    k,
-    v,
-    g,
-    scale,
-    initial_state,
-    output_final_state,
-    state_v_first,
-    cu_seqlens,
-    cu_seqlens_cpu=None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
     *,
-    ranks=(),
-    g_gamma=None,
-    gv=None,
-    normalize=False,
-    reverse=False,
-    chunk_size=None,
-    max_seqlen=None,
-):
+    rank: int,
+    g: torch.Tensor | None,
+    scale: float | None,
+    initial_state: torch.Tensor | None,
+    output_final_state: bool,
+    state_v_first: bool,
+    cu_seqlens: torch.Tensor | None,
+    cu_seqlens_cpu: torch.Tensor | None = None,
+    g_gamma: torch.Tensor | None = None,
+    gv: torch.Tensor | None = None,
+    normalize: bool = False,
+    reverse: bool = False,
+    chunk_size: int | None = None,
+    max_seqlen: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Check, spread a fixed decay over time, append the normaliser's column, and run every sequence."""
     _checks.check_qkv(q, k, v)
-    _checks.check_decay(g, k, ranks)
+    _checks.check_decay(g, k, (rank,))
     _checks.check_decay(g_gamma, k, (1,), "g_gamma")
     _checks.check_decay(gv, v, (4,), "gv")
     errors.check_cu_seqlens(cu_seqlens, *q.shape[:2], cu_seqlens_cpu, max_seqlen)
@@ -53,15 +48,11 @@ def _run(
         v = v.float() if v.dtype != torch.float64 else v
         if gv is not None:
             errors.fail("normalize", "False with gv, which has no decay for the normaliser", True)
-    state = _checks.keys_first(initial_state, state_v_first)
-    _checks.check_state(state, q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, k, v.shape[-1])
     _checks.check_chunk_size(chunk_size)
-    scale = _checks.as_scale(scale, q.shape[-1])
-
-    def core(q, k, v, g, gv, state, cu_seqlens):
-        return recurrence(q, k, v, g, scale, state, chunk_size, gv, cu_seqlens)
-
-    o, state = in_order(core, (q, k, v, g, gv), state, cu_seqlens, reverse)
+    scale, state = _checks.as_scale(scale, q.shape[-1]), _checks.keys_first(initial_state, state_v_first)
+    x = RecurrenceInputs(q, k, v, g, gv, None, state, cu_seqlens, scale, chunk_size)
+    _checks.check_state(state, x.sequences, k, v.shape[-1])
+    o, state = run_in_order(x, reverse)
     if normalize:
         o = normalized(o).to(dtype)
     if not output_final_state:
@@ -117,13 +108,25 @@ def chunk_gla(
         TypeError: names an unknown keyword and lists the known ones.
     """
     g = _checks.either("g", g, "gk", gk)
-    options = dict(ranks=(4,), normalize=normalize, chunk_size=chunk_size, max_seqlen=max_seqlen)
     return _run(
-        q, k, v, g, scale, initial_state, output_final_state, state_v_first, cu_seqlens, cu_seqlens_cpu, **options
+        q,
+        k,
+        v,
+        rank=4,
+        g=g,
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        state_v_first=state_v_first,
+        cu_seqlens=cu_seqlens,
+        cu_seqlens_cpu=cu_seqlens_cpu,
+        normalize=normalize,
+        chunk_size=chunk_size,
+        max_seqlen=max_seqlen,
     )
 
 
-@keywords("normalize chunk_size max_seqlen gk")
+@keywords()
 def fused_chunk_gla(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -135,7 +138,11 @@ def fused_chunk_gla(
     state_v_first: bool | None = None,
     cu_seqlens: torch.Tensor | None = None,
     cu_seqlens_cpu: torch.Tensor | None = None,
-    **options,
+    *,
+    gk: torch.Tensor | None = None,
+    normalize: bool = False,
+    chunk_size: int | None = None,
+    max_seqlen: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`chunk_gla` by another name, where states want state_v_first said.
 
@@ -143,8 +150,22 @@ def fused_chunk_gla(
     """
     if state_v_first is None and (initial_state is not None or output_final_state):
         errors.fail("state_v_first", "True or False where a state comes or goes", None)
-    flags = (output_final_state, bool(state_v_first), cu_seqlens, cu_seqlens_cpu)
-    return chunk_gla(q, k, v, g, scale, initial_state, *flags, **options)
+    return chunk_gla(
+        q,
+        k,
+        v,
+        g,
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        state_v_first=bool(state_v_first),
+        cu_seqlens=cu_seqlens,
+        cu_seqlens_cpu=cu_seqlens_cpu,
+        gk=gk,
+        normalize=normalize,
+        chunk_size=chunk_size,
+        max_seqlen=max_seqlen,
+    )
 
 
 @keywords()
@@ -171,8 +192,22 @@ def fused_recurrent_gla(
     reverse runs time backwards. Everything else, errors included, as in `chunk_gla`.
     """
     gk = _checks.either("gk", gk, "g", g)
-    options = dict(ranks=(4,), gv=gv, reverse=reverse, normalize=normalize, max_seqlen=max_seqlen)
-    return _run(q, k, v, gk, scale, initial_state, output_final_state, state_v_first, cu_seqlens, **options)
+    return _run(
+        q,
+        k,
+        v,
+        rank=4,
+        g=gk,
+        gv=gv,
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        state_v_first=state_v_first,
+        cu_seqlens=cu_seqlens,
+        reverse=reverse,
+        normalize=normalize,
+        max_seqlen=max_seqlen,
+    )
 
 
 @keywords()
@@ -198,9 +233,22 @@ def chunk_simple_gla(
     g [B,T,H] is a log decay per step, g_gamma [H] a fixed one; they add up, and with neither nothing is forgotten.
     Everything else, errors included, as in `chunk_gla`.
     """
-    options = dict(ranks=(3,), g_gamma=g_gamma, normalize=normalize, chunk_size=chunk_size, max_seqlen=max_seqlen)
     return _run(
-        q, k, v, g, scale, initial_state, output_final_state, state_v_first, cu_seqlens, cu_seqlens_cpu, **options
+        q,
+        k,
+        v,
+        rank=3,
+        g=g,
+        g_gamma=g_gamma,
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        state_v_first=state_v_first,
+        cu_seqlens=cu_seqlens,
+        cu_seqlens_cpu=cu_seqlens_cpu,
+        normalize=normalize,
+        chunk_size=chunk_size,
+        max_seqlen=max_seqlen,
     )
 
 
@@ -222,133 +270,19 @@ def fused_recurrent_simple_gla(
     max_seqlen: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`chunk_simple_gla` for few tokens; reverse runs time backwards."""
-    options = dict(ranks=(3,), g_gamma=g_gamma, reverse=reverse, normalize=normalize, max_seqlen=max_seqlen)
-    return _run(q, k, v, g, scale, initial_state, output_final_state, state_v_first, cu_seqlens, **options)
-
-
-def _retention_decay(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """log(1 - 2^(-5 - h)) (RetNet, arXiv 2307.08621, eq. 8)."""
-    _checks.check_qkv(q, k, v)
-    heads = torch.arange(k.shape[2], device=k.device, dtype=torch.promote_types(k.dtype, torch.float32))
-    return torch.log1p(-torch.exp2(-5.0 - heads))
-
-
-@keywords(_CHUNKED)
-def chunk_retention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scale: float | None = None,
-    initial_state: torch.Tensor | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: torch.Tensor | None = None,
-    **options,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Retention: head h decays by 1 - 2^(-5 - h) per step (RetNet, arXiv 2307.08621). Options of `chunk_simple_gla`."""
-    decay = _retention_decay(q, k, v)
-    return chunk_simple_gla(
-        q, k, v, None, decay, scale, initial_state, output_final_state, cu_seqlens=cu_seqlens, **options
+    return _run(
+        q,
+        k,
+        v,
+        rank=3,
+        g=g,
+        g_gamma=g_gamma,
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        state_v_first=state_v_first,
+        cu_seqlens=cu_seqlens,
+        reverse=reverse,
+        normalize=normalize,
+        max_seqlen=max_seqlen,
     )
-
-
-@keywords(_CHUNKED)
-def fused_chunk_retention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scale: float | None = None,
-    initial_state: torch.Tensor | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: torch.Tensor | None = None,
-    **options,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`chunk_retention` by another name."""
-    return chunk_retention(q, k, v, scale, initial_state, output_final_state, cu_seqlens, **options)
-
-
-@keywords("chunk_size max_seqlen")
-def parallel_retention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scale: float | None = None,
-    output_attentions: bool = False,
-    cu_seqlens: torch.Tensor | None = None,
-    **options,
-) -> tuple[torch.Tensor, None]:
-    """`chunk_retention` without states; returns (o, None), because scores of all pairs are not formed."""
-    if output_attentions is not False:
-        errors.fail("output_attentions", "False (scores of all pairs are not formed)", repr(output_attentions))
-    return chunk_retention(q, k, v, scale, cu_seqlens=cu_seqlens, **options)
-
-
-@keywords(_FEW)
-def fused_recurrent_retention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scale: float | None = None,
-    initial_state: torch.Tensor | None = None,
-    output_final_state: bool = False,
-    reverse: bool = False,
-    state_v_first: bool = False,
-    cu_seqlens: torch.Tensor | None = None,
-    **options,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`chunk_retention` for few tokens; options of `fused_recurrent_simple_gla`."""
-    decay = _retention_decay(q, k, v)
-    flags = (output_final_state, reverse, state_v_first, cu_seqlens)
-    return fused_recurrent_simple_gla(q, k, v, None, decay, scale, initial_state, *flags, **options)
-
-
-def _lightning_decay(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer_idx: int, num_layers: int
-) -> torch.Tensor:
-    """-(8 / H) (1 - layer / layers) h (Lightning Attention-2, arXiv 2401.04658)."""
-    _checks.check_qkv(q, k, v)
-    errors.check_positive("num_layers", num_layers)
-    errors.check_positive("layer_idx", layer_idx, 0)
-    if layer_idx > num_layers:
-        errors.fail("layer_idx", f"at most num_layers = {num_layers}", layer_idx)
-    heads = torch.arange(k.shape[2], device=k.device, dtype=torch.float32)
-    return -(8 / len(heads)) * (1 - layer_idx / num_layers) * heads
-
-
-@keywords(_CHUNKED)
-def chunk_lightning_attn(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    layer_idx: int,
-    num_layers: int,
-    scale: float | None = None,
-    initial_state: torch.Tensor | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: torch.Tensor | None = None,
-    **options,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Fixed decays that depend on head and layer (arXiv 2401.04658). Options of `chunk_simple_gla`."""
-    decay = _lightning_decay(q, k, v, layer_idx, num_layers)
-    return chunk_simple_gla(
-        q, k, v, None, decay, scale, initial_state, output_final_state, cu_seqlens=cu_seqlens, **options
-    )
-
-
-@keywords("state_v_first " + _FEW)
-def fused_recurrent_lightning_attn(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    layer_idx: int,
-    num_layers: int,
-    scale: float | None = None,
-    initial_state: torch.Tensor | None = None,
-    output_final_state: bool = False,
-    reverse: bool = False,
-    cu_seqlens: torch.Tensor | None = None,
-    **options,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`chunk_lightning_attn` for few tokens; options of `fused_recurrent_simple_gla`."""
-    decay = _lightning_decay(q, k, v, layer_idx, num_layers)
-    call = partial(fused_recurrent_simple_gla, reverse=reverse, cu_seqlens=cu_seqlens)
-    return call(q, k, v, None, decay, scale, initial_state, output_final_state, **options)

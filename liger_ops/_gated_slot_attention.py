@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from liger_ops import _checks, errors
+from liger_ops._backend import recurrence
 from liger_ops._gated_linear_attention import chunk_gla
+from liger_ops._inputs import RecurrenceInputs, work_dtype
 from liger_ops._keywords import keywords
-from liger_ops._packed import recurrence
 from liger_ops._sequences import in_order
 
 SlotState = tuple[torch.Tensor, torch.Tensor]
@@ -65,26 +66,26 @@ def chunk_gsa(
     _checks.check_decay(g, s, (4,))
     errors.check_cu_seqlens(cu_seqlens, *q.shape[:2], cu_seqlens_cpu, max_seqlen)
     N, (H, K), M = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, k.shape[2:], s.shape[-1]
-    if initial_state is not None:
-        shapes = dict(hk=(N, H, K, M), hv=(N, H, M, v.shape[-1]))
-        initial_state = _checks.check_parts(initial_state, shapes, k)
+    if initial_state is None:
+        state = None, None
+    else:
+        state = _checks.check_parts(initial_state, dict(hk=(N, H, K, M), hv=(N, H, M, v.shape[-1])), k)
     _checks.check_chunk_size(chunk_size)
     if checkpoint_level not in (0, 1, 2):
         errors.fail("checkpoint_level", "0, 1 or 2", repr(checkpoint_level))
-    scale = _checks.as_scale(scale, q.shape[-1])
-    work = torch.float64 if q.dtype == torch.float64 else torch.float32
+    scale, work = _checks.as_scale(scale, q.shape[-1]), work_dtype(q)
 
     def core(q, k, v, s, g, state, cu_seqlens):
-        hk, hv = (None, None) if state is None else state
         if g is None:
             s, g, _ = _running_softmax(s.to(work), s.new_full((N, 1, H, M), -torch.inf, dtype=work), cu_seqlens)
         s = s.to(work)
-        shared = dict(chunk=chunk_size, cu_seqlens=cu_seqlens)
-        scores, hk = recurrence(q.to(work), k.to(work), s, None, scale, hk, gv=g, **shared)
-        o, hv = recurrence(scores.softmax(-1), s, v.to(work), g, 1.0, hv, **shared)
+        x = RecurrenceInputs(q.to(work), k.to(work), s, gv=g, state=state[0], cu_seqlens=cu_seqlens, scale=scale)
+        scores, hk = recurrence(x._replace(chunk=chunk_size))
+        x = RecurrenceInputs(scores.softmax(-1), s, v.to(work), g, state=state[1], cu_seqlens=cu_seqlens)
+        o, hv = recurrence(x._replace(chunk=chunk_size))
         return o, (hk, hv)
 
-    o, state = in_order(core, (q, k, v, s, g), initial_state, cu_seqlens, reverse)
+    o, state = in_order(core, dict(q=q, k=k, v=v, s=s, g=g), state, cu_seqlens, reverse)
     return o.to(q.dtype), state if output_final_state else (None, None)
 
 
@@ -164,7 +165,7 @@ def chunk_lightnet(
     _checks.check_qkv(q, k, v)
     errors.check_cu_seqlens(cu_seqlens, *q.shape[:2], None, max_seqlen)
     N, (H, K) = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, k.shape[2:]
-    work = torch.float64 if q.dtype == torch.float64 else torch.float32
+    work = work_dtype(q)
     if initial_state is None:
         initial_state = None, None
     elif not isinstance(initial_state, (tuple, list)) or len(initial_state) != 2:

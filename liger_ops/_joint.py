@@ -7,7 +7,8 @@ import math
 
 import torch
 
-from liger_ops import _checks, _packed
+from liger_ops import _checks, _devices
+from liger_ops._inputs import AttentionInputs, KernelAttentionInputs
 
 # What one program holds of a query and a value, and of sinks beside the window.
 _WIDEST, _MOST_SINKS = 128, 16
@@ -24,192 +25,157 @@ def _is_seen(device: torch.device, width: int) -> bool:
     return not torch.version.hip and (card.major, card.minor) == _SEEN and width >= _NARROWEST
 
 
-def on_kernels(sinks: int, softcap: float, q: torch.Tensor, v: torch.Tensor, *features: torch.Tensor) -> bool:
-    """Whether kernels serve attention to these: on a Hopper GPU, unless narrow, wide, float64 or of bounded scores."""
-    widths = q.shape[-1], v.shape[-1]
-    fits = max(widths) <= _WIDEST and sinks <= _MOST_SINKS and not softcap and q.numel() > 0
-    coarse = all(x.dtype != torch.float64 for x in features)
-    narrowest = min(*widths, *(x.shape[-1] for x in features))
-    return _packed.on_triton(q) and fits and coarse and _is_seen(q.device, narrowest)
+def on_kernels(x: AttentionInputs) -> bool:
+    """Whether kernels serve this: on a Hopper GPU, unless narrow, wide, float64 or of bounded scores."""
+    widths = x.q.shape[-1], x.v.shape[-1]
+    fits = max(widths) <= _WIDEST and x.sinks <= _MOST_SINKS and not x.softcap and x.q.numel() > 0
+    coarse = x.q_log is None or x.q_log.dtype != torch.float64
+    narrowest = min(*widths, *(() if x.q_log is None else x.q_log.shape[-1:]))
+    return _devices.on_triton(x.q) and fits and coarse and _is_seen(x.q.device, narrowest)
 
 
-@torch.library.custom_op("liger_ops::joint_kernels", mutates_args=())
-def _joint(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    q_log: torch.Tensor,
-    k_log: torch.Tensor,
-    g: torch.Tensor | None,
-    mix: torch.Tensor,
-    state: torch.Tensor,
-    column: torch.Tensor,
-    rest: torch.Tensor,
-    window: int,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+# `KernelAttentionInputs` as ops of torch.library take them: of the window alone, and with what left it.
+_WINDOW = "Tensor q, Tensor k, Tensor v, Tensor column, Tensor rest, int window, float scale"
+_JOINT = _WINDOW + ", Tensor q_log, Tensor k_log, Tensor? g, Tensor mix, Tensor state"
+_DIFFERENTIABLE = ("q", "k", "v", "q_log", "k_log", "g", "mix", "state")
+
+
+def _wanted(x: KernelAttentionInputs) -> list[str]:
+    return [n for n in _DIFFERENTIABLE if getattr(x, n) is not None]
+
+
+def _like(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _backward(
+    x: KernelAttentionInputs, do: torch.Tensor, dstate: torch.Tensor | None, found: tuple[torch.Tensor | None, ...]
+) -> list[torch.Tensor]:
+    """The gradients that are `_wanted`; found is o, the last state or None, top and lse."""
+    from liger_ops._triton import joint
+
+    grads = joint.backward(joint.prepare(x), x.state, do, dstate, joint.Outputs(*found))
+    return [getattr(grads, n).to(getattr(x, n).dtype) for n in _wanted(x)]
+
+
+@torch.library.custom_op(
+    "liger_ops::joint_kernels", mutates_args=(), schema=f"({_JOINT}) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+def _joint(*inputs):
     """o, the last state, and per row the largest score nearby and the log of all weights, to base 2."""
     from liger_ops._triton import joint
 
-    return joint.forward(joint.prepare(q, k, v, (q_log, k_log, g, mix), column, rest, window, scale), state)
+    x = KernelAttentionInputs(*inputs)
+    return tuple(joint.forward(joint.prepare(x), x.state))
 
 
 @_joint.register_fake
-def _(q, k, v, q_log, k_log, g, mix, state, column, rest, window, scale):
-    row = q.new_empty(q.shape[:3], dtype=torch.float32)
-    last = torch.empty_like(state, memory_format=torch.contiguous_format)
-    return q.new_empty(*q.shape[:3], v.shape[-1]), last, row, torch.empty_like(row)
+def _(*inputs):
+    x = KernelAttentionInputs(*inputs)
+    row = x.q.new_empty(x.q.shape[:3], dtype=torch.float32)
+    return x.q.new_empty(*x.q.shape[:3], x.v.shape[-1]), _like(x.state), row, torch.empty_like(row)
 
 
-@torch.library.custom_op("liger_ops::joint_kernels_backward", mutates_args=())
-def _joint_backward(
-    do: torch.Tensor,
-    dstate: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    q_log: torch.Tensor,
-    k_log: torch.Tensor,
-    g: torch.Tensor | None,
-    mix: torch.Tensor,
-    state: torch.Tensor,
-    column: torch.Tensor,
-    rest: torch.Tensor,
-    o: torch.Tensor,
-    top: torch.Tensor,
-    lse: torch.Tensor,
-    window: int,
-    scale: float,
-) -> list[torch.Tensor]:
-    """Gradients of q, k, v, q_log, k_log, mix, state, and of g if there is one."""
-    from liger_ops._triton import joint
-
-    call = joint.prepare(q, k, v, (q_log, k_log, g, mix), column, rest, window, scale)
-    *found, dg, dmix, dfirst = joint.backward(call, state, do, dstate, o, top, lse)
-    return [*found, dmix, dfirst] + ([] if g is None else [dg.to(g.dtype)])
+@torch.library.custom_op(
+    "liger_ops::joint_kernels_backward",
+    mutates_args=(),
+    schema=f"(Tensor do, Tensor dstate, Tensor o, Tensor top, Tensor lse, {_JOINT}) -> Tensor[]",
+)
+def _joint_backward(do, dstate, o, top, lse, *inputs):
+    return _backward(KernelAttentionInputs(*inputs), do, dstate, (o, None, top, lse))
 
 
 @_joint_backward.register_fake
-def _(do, dstate, q, k, v, q_log, k_log, g, mix, state, column, rest, o, top, lse, window, scale):
-    given = q, k, v, q_log, k_log, mix, state, *(() if g is None else (g,))
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in given]
+def _(do, dstate, o, top, lse, *inputs):
+    x = KernelAttentionInputs(*inputs)
+    return [_like(getattr(x, n)) for n in _wanted(x)]
 
 
-def _refuse_twice(name: str) -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError(f"liger_ops::{name}_backward: expected one differentiation, got create_graph=True")
-
-
-def _setup(ctx, inputs, output):
-    *tensors, ctx.window, ctx.scale = inputs
-    o, _, top, lse = output
-    ctx.save_for_backward(*tensors, o, top, lse)
-
-
-def _differentiate(ctx, do, dstate, *_):
-    _refuse_twice("joint_kernels")
-    grads = _joint_backward(do, dstate, *ctx.saved_tensors, ctx.window, ctx.scale)
-    *found, dmix, dfirst = grads[:7]
-    return *found, grads[7] if len(grads) > 7 else None, dmix, dfirst, None, None, None, None
-
-
-_joint.register_autograd(_differentiate, setup_context=_setup)
-
-
-@torch.library.custom_op("liger_ops::window_kernels", mutates_args=())
-def _window(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    column: torch.Tensor,
-    rest: torch.Tensor,
-    window: int,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+@torch.library.custom_op("liger_ops::window_kernels", mutates_args=(), schema=f"({_WINDOW}) -> (Tensor, Tensor)")
+def _window(*inputs):
     """o, and of every row the log of all weights, to base 2."""
     from liger_ops._triton import joint
 
-    o, _, _, lse = joint.forward(joint.prepare(q, k, v, None, column, rest, window, scale), None)
-    return o, lse
+    found = joint.forward(joint.prepare(KernelAttentionInputs(*inputs)), None)
+    return found.o, found.lse
 
 
 @_window.register_fake
-def _(q, k, v, column, rest, window, scale):
-    return q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3], dtype=torch.float32)
+def _(*inputs):
+    x = KernelAttentionInputs(*inputs)
+    return x.q.new_empty(*x.q.shape[:3], x.v.shape[-1]), x.q.new_empty(x.q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("liger_ops::window_kernels_backward", mutates_args=())
-def _window_backward(
-    do: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    column: torch.Tensor,
-    rest: torch.Tensor,
-    o: torch.Tensor,
-    lse: torch.Tensor,
-    window: int,
-    scale: float,
-) -> list[torch.Tensor]:
-    """Gradients of q, k and v."""
-    from liger_ops._triton import joint
-
-    return joint.backward(joint.prepare(q, k, v, None, column, rest, window, scale), None, do, None, o, lse, lse)
+@torch.library.custom_op(
+    "liger_ops::window_kernels_backward",
+    mutates_args=(),
+    schema=f"(Tensor do, Tensor o, Tensor lse, {_WINDOW}) -> Tensor[]",
+)
+def _window_backward(do, o, lse, *inputs):
+    return _backward(KernelAttentionInputs(*inputs), do, None, (o, None, lse, lse))
 
 
 @_window_backward.register_fake
-def _(do, q, k, v, column, rest, o, lse, window, scale):
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+def _(do, o, lse, *inputs):
+    x = KernelAttentionInputs(*inputs)
+    return [_like(getattr(x, n)) for n in _wanted(x)]
 
 
-def _setup_window(ctx, inputs, output):
-    *tensors, ctx.window, ctx.scale = inputs
-    ctx.save_for_backward(*tensors, *output)
+def _save(ctx, inputs, output):
+    """The record of an op's arguments, and what of its results its backward takes."""
+    x = KernelAttentionInputs(*inputs)
+    ctx.numbers = dict(window=x.window, scale=x.scale)
+    tensors = {n: y for n, y in x._asdict().items() if n not in ctx.numbers}
+    ctx.names, ctx.arguments = list(tensors), len(inputs)
+    ctx.save_for_backward(*tensors.values(), *output)
+
+
+def _differentiate(name, ctx, run):
+    """run(found, arguments): the op's gradients, of its arguments in their order."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"liger_ops::{name}_backward: expected one differentiation, got create_graph=True")
+    held = ctx.saved_tensors
+    count = len(ctx.names)
+    x = KernelAttentionInputs(**dict(zip(ctx.names, held[:count], strict=True)), **ctx.numbers)
+    grads = dict(zip(_wanted(x), run(held[count:], x[: ctx.arguments]), strict=True))
+    return tuple(grads.get(n) for n in x._fields[: ctx.arguments])
+
+
+def _setup_joint(ctx, inputs, output):
+    o, _, top, lse = output
+    _save(ctx, inputs, (o, top, lse))
+
+
+def _differentiate_joint(ctx, do, dstate, *_):
+    return _differentiate("joint_kernels", ctx, lambda found, x: _joint_backward(do, dstate, *found, *x))
 
 
 def _differentiate_window(ctx, do, _):
-    _refuse_twice("window_kernels")
-    return *_window_backward(do, *ctx.saved_tensors, ctx.window, ctx.scale), None, None, None, None
+    return _differentiate("window_kernels", ctx, lambda found, x: _window_backward(do, *found, *x))
 
 
-_window.register_autograd(_differentiate_window, setup_context=_setup_window)
+_joint.register_autograd(_differentiate_joint, setup_context=_setup_joint)
+_window.register_autograd(_differentiate_window, setup_context=_save)
 
 
-def joint(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    q_log: torch.Tensor,
-    k_log: torch.Tensor,
-    g: torch.Tensor | None,
-    mix: torch.Tensor,
-    state: torch.Tensor,
-    column: torch.Tensor,
-    rest: torch.Tensor,
-    window: int,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `liger_attention` takes them, g [B,T,H] or None: o [B,T,HQ,V] and the state after the T tokens [B,H,M,V+1].
+def joint(x: AttentionInputs, column: torch.Tensor, rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """o [B,T,HQ,V] and the state after the T tokens [B,H,M,V+1], for g [B,T,H] or None.
 
     column [B,P] of the sinks, S where a row has fewer; rest [B,S] marks the other visible keys.
     """
-    T, S = q.shape[1], k.shape[1]
+    T, S, g = x.q.shape[1], x.k.shape[1], x.g
     if g is not None:
-        g = g.masked_fill(~rest[:, S - T - window : S - window, None], 0.0)
-    _checks.refuse_tangents("joint_kernels", (q, k, v, q_log, k_log, g, mix, state))
-    return _joint(q, k, v, q_log, k_log, g, mix, state, column, rest, window, scale)[:2]
+        g = g.masked_fill(~rest[:, S - T - x.window : S - x.window, None], 0.0)
+    given = KernelAttentionInputs(
+        x.q, x.k, x.v, column, rest, x.window, x.scale, q_log=x.q_log, k_log=x.k_log, g=g, mix=x.mix, state=x.state
+    )
+    _checks.refuse_tangents("joint_kernels", given)
+    return _joint(*given)[:2]
 
 
-def window(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    column: torch.Tensor,
-    rest: torch.Tensor,
-    reach: int,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The last `reach` keys and the sinks: o [B,T,HQ,V] and, without a gradient, lse [B,T,HQ]."""
-    _checks.refuse_tangents("window_kernels", (q, k, v))
-    o, lse = _window(q, k, v, column, rest, torch.sym_min(reach, k.shape[1]), scale)
+def window(x: AttentionInputs, column: torch.Tensor, rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The window's keys and the sinks: o [B,T,HQ,V] and, without a gradient, lse [B,T,HQ]."""
+    given = x.q, x.k, x.v, column, rest, torch.sym_min(x.window, x.k.shape[1]), x.scale
+    _checks.refuse_tangents("window_kernels", given)
+    o, lse = _window(*given)
     return o, lse * math.log(2)

@@ -8,12 +8,14 @@ former name for state_v_first; the others only ask for what is not here.
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 from liger_ops import errors
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 _HINTS = ("chunk_indices", "cp_context", "disable_recompute")
 # What each may be, and why nothing else.
 _ABSENT = {
@@ -24,19 +26,18 @@ _ABSENT = {
 }
 
 
-def keywords(more: str = "") -> Callable[[Callable], Callable]:
-    """For an op: **options may hold the names in `more`, and no caller any that is neither its own nor a hint."""
+def keywords(absent: str = "") -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """For an op: an unknown keyword is answered with the choices, to which hints and the names in `absent` belong."""
 
-    def decorate(op: Callable) -> Callable:
-        own = [p.name for p in inspect.signature(op).parameters.values() if p.kind is not p.VAR_KEYWORD]
-        names = dict.fromkeys([*own, *more.split()])
-        either_layout = "state_v_first" in names
-        choices = (*names, *(["transpose_state_layout"] if either_layout else []), *_HINTS)
-        hints = tuple(name for name in choices if name in _HINTS or name in _ABSENT)
+    def decorate(op: Callable[_P, _R]) -> Callable[_P, _R]:
+        own = list(inspect.signature(op).parameters)
+        either_layout = "state_v_first" in own
+        hints = (*absent.split(), *_HINTS)
+        choices = (*own, *(["transpose_state_layout"] if either_layout else []), *hints)
         title = op.__name__
 
         @functools.wraps(op)
-        def door(*args: Any, **options: Any) -> Any:
+        def door(*args: _P.args, **options: _P.kwargs) -> _R:
             errors.check_keywords(title, options, choices)
             if either_layout and "transpose_state_layout" in options:
                 _rename_layout(options)

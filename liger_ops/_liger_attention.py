@@ -5,12 +5,11 @@ Shapes: B batch, T queries, S = W + T keys, HQ query heads, H key/value heads, D
 
 import torch
 
-from liger_ops import _checks, _joint, errors
-from liger_ops._packed import default_chunk
-from liger_ops._torch.joint import joint, joint_step
-from liger_ops._torch.window import find_sinks, take_sinks
+from liger_ops import _backend, _checks, errors
+from liger_ops._inputs import AttentionInputs, work_dtype
 
 
+@errors.lists_keywords
 def liger_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -56,9 +55,7 @@ def liger_attention(
     Raises:
         ValueError: names the argument, what was expected and what was given.
     """
-    _checks.check_qkv(q, k, v, same_length=False)
-    errors.check_window(window, sinks)
-    _checks.check_visible(visible, k)
+    scale, softcap = _checks.check_windowed(q, k, v, window, sinks, scale, softcap, visible)
     B, T, S = q.shape[0], q.shape[1], k.shape[1]
     if T + window > S:
         errors.fail("k", f"at least T + window = {T + window} tokens", S)
@@ -70,25 +67,12 @@ def liger_attention(
         errors.fail("mix", f"a number or [{q.shape[2]}] on {q.device}", f"{tuple(mix.shape)} on {mix.device}")
     _checks.check_decay(g, k_log, (3, 4))
     _checks.check_state(initial_state, B, k_log, v.shape[-1] + 1)
-    dtype, scale, softcap = q.dtype, _checks.as_scale(scale, q.shape[-1]), _checks.as_softcap(softcap)
-
-    work = torch.float64 if q.dtype == torch.float64 else torch.float32
-    M, U = k_log.shape[-1], v.shape[-1] + 1
-    state = q.new_zeros(B, k.shape[2], M, U, dtype=work) if initial_state is None else initial_state.to(work)
-    if T == 0 or B == 0:
-        return v.new_zeros(B, T, q.shape[2], v.shape[-1]), state if output_final_state else None
+    work = work_dtype(q)
+    if initial_state is None:
+        state = q.new_zeros(B, k.shape[2], k_log.shape[-1], v.shape[-1] + 1, dtype=work)
+    else:
+        state = initial_state.to(work)
     mix = torch.as_tensor(mix, dtype=work, device=q.device).expand(q.shape[2])
-    if T == 1 and not torch.is_grad_enabled():
-        seen = torch.ones(B, S, dtype=torch.bool, device=k.device) if visible is None else visible
-        one = (None if x is None else x[:, 0].to(work) for x in (q_log, k_log, g))
-        where = seen, window, sinks, scale, softcap
-        o, state = joint_step(q[:, 0].to(work), k.to(work), v.to(work), *one, mix, state, *where)
-        return o.unsqueeze(1).to(dtype), state if output_final_state else None
-    per_channel = g is not None and g.ndim == 4
-    if _joint.on_kernels(sinks, softcap, q, v, q_log) and not per_channel:
-        o, state = _joint.joint(q, k, v, q_log, k_log, g, mix, state, *find_sinks(k, sinks, visible), window, scale)
-        return o, state if output_final_state else None
-    q, k, v, q_log, k_log, g = (None if x is None else x.to(work) for x in (q, k, v, q_log, k_log, g))
-    held, rest = take_sinks(k, v, sinks, visible)
-    o, state = joint(q, k, v, q_log, k_log, g, mix, state, held, rest, window, default_chunk(g), scale, softcap)
-    return o.to(dtype), state if output_final_state else None
+    x = AttentionInputs(q, k, v, window, sinks, scale, softcap, visible, q_log, k_log, g, mix, state)
+    o, state = _backend.joint(x)
+    return o, state if output_final_state else None

@@ -30,11 +30,20 @@ def chunk_linear_attn(
 
     With normalize, states are pairs (h [N,H,K,V], z [N,1,H,K]). Everything else, errors included, as in `chunk_gla`.
     """
-    options = dict(normalize=normalize, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
-    return fused_recurrent_linear_attn(q, k, v, scale, initial_state, output_final_state, **options)
+    return fused_recurrent_linear_attn(
+        q,
+        k,
+        v,
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        normalize=normalize,
+        cu_seqlens=cu_seqlens,
+        max_seqlen=max_seqlen,
+    )
 
 
-@keywords("max_seqlen")
+@keywords()
 def fused_chunk_linear_attn(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -44,10 +53,21 @@ def fused_chunk_linear_attn(
     output_final_state: bool = False,
     normalize: bool = True,
     cu_seqlens: torch.Tensor | None = None,
-    **options,
+    *,
+    max_seqlen: int | None = None,
 ) -> tuple[torch.Tensor, LinearState]:
     """`chunk_linear_attn` by another name."""
-    return chunk_linear_attn(q, k, v, scale, initial_state, output_final_state, normalize, cu_seqlens, **options)
+    return chunk_linear_attn(
+        q,
+        k,
+        v,
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        normalize=normalize,
+        cu_seqlens=cu_seqlens,
+        max_seqlen=max_seqlen,
+    )
 
 
 @keywords()
@@ -71,14 +91,24 @@ def fused_recurrent_linear_attn(
         N, (H, K) = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, k.shape[2:]
         h, z = _checks.check_parts(state, dict(h=(N, H, K, v.shape[-1]), z=(N, 1, H, K)), k)
         state = torch.cat([h, z.squeeze(1).unsqueeze(-1)], -1)
-    options = dict(reverse=reverse, cu_seqlens=cu_seqlens, normalize=normalize, max_seqlen=max_seqlen)
-    o, state = fused_recurrent_simple_gla(q, k, v, None, None, scale, state, output_final_state, **options)
+    o, state = fused_recurrent_simple_gla(
+        q,
+        k,
+        v,
+        scale=scale,
+        initial_state=state,
+        output_final_state=output_final_state,
+        reverse=reverse,
+        cu_seqlens=cu_seqlens,
+        normalize=normalize,
+        max_seqlen=max_seqlen,
+    )
     if normalize and state is not None:
         state = state[..., :-1].contiguous(), state[..., -1].unsqueeze(1).contiguous()
     return o, state
 
 
-@keywords("cu_seqlens_cpu normalize chunk_size max_seqlen")
+@keywords()
 def chunk_hgrn2(
     q: torch.Tensor,
     v: torch.Tensor,
@@ -88,17 +118,34 @@ def chunk_hgrn2(
     output_final_state: bool = False,
     state_v_first: bool = False,
     cu_seqlens: torch.Tensor | None = None,
-    **options,
+    *,
+    cu_seqlens_cpu: torch.Tensor | None = None,
+    normalize: bool = False,
+    chunk_size: int | None = None,
+    max_seqlen: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """HGRN2 (arXiv 2404.07904, eq. 5): the key is what the gate lets go, 1 - exp(g).
 
     q [B,T,HQ,K], v [B,T,H,V] and log forget gate g [B,T,H,K] <= 0. Options, returns and errors as in `chunk_gla`.
     """
-    flags = (output_final_state, state_v_first, cu_seqlens)
-    return chunk_gla(q, _key(q, g, v), v, g, scale, initial_state, *flags, **options)
+    return chunk_gla(
+        q,
+        _key(q, g, v),
+        v,
+        g,
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        state_v_first=state_v_first,
+        cu_seqlens=cu_seqlens,
+        cu_seqlens_cpu=cu_seqlens_cpu,
+        normalize=normalize,
+        chunk_size=chunk_size,
+        max_seqlen=max_seqlen,
+    )
 
 
-@keywords("normalize max_seqlen")
+@keywords()
 def fused_recurrent_hgrn2(
     q: torch.Tensor,
     v: torch.Tensor,
@@ -109,11 +156,25 @@ def fused_recurrent_hgrn2(
     reverse: bool = False,
     state_v_first: bool = False,
     cu_seqlens: torch.Tensor | None = None,
-    **options,
+    *,
+    normalize: bool = False,
+    max_seqlen: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`chunk_hgrn2` for few tokens; reverse runs time backwards."""
-    flags = (output_final_state, reverse, state_v_first, cu_seqlens)
-    return fused_recurrent_gla(q, _key(q, g, v), v, g, None, scale, initial_state, *flags, **options)
+    return fused_recurrent_gla(
+        q,
+        _key(q, g, v),
+        v,
+        g,
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        reverse=reverse,
+        state_v_first=state_v_first,
+        cu_seqlens=cu_seqlens,
+        normalize=normalize,
+        max_seqlen=max_seqlen,
+    )
 
 
 def _key(q: torch.Tensor, g: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

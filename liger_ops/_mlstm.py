@@ -3,31 +3,33 @@
 Shapes: B batch, T time, HQ query heads, H key/value heads (HQ = G * H), K key width, V value width, N sequences.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
 from liger_ops import _checks, errors
+from liger_ops._backend import recurrence
+from liger_ops._inputs import RecurrenceInputs, work_dtype
 from liger_ops._keywords import keywords
-from liger_ops._packed import recurrence
 from liger_ops._sequences import after_one, in_order
 from liger_ops._torch.layout import full_precision
+from liger_ops.limits import SMALLEST_UNIT
 
 MLSTMState = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-# A unit below exp(-80) would overflow in the floor of the denominator, exp(-m), and buys nothing.
-SMALLEST = -80.0
 
 
 @torch.library.custom_op("liger_ops::units", mutates_args=())
 def _units(
     i: torch.Tensor, f: torch.Tensor, unit: torch.Tensor, cu_seqlens: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logarithms of the unit before and after each token, m_t = max(m_{t-1} + f_t, i_t, SMALLEST), both [B,T,H].
+    """Logarithms of the unit before and after each token, m_t = max(m_{t-1} + f_t, i_t, SMALLEST_UNIT), both [B,T,H].
 
     i, f [B,T,H] and unit [N,H], the one that each sequence starts from, are float64: what rounds away here would
     be missing from a product of many decays. Tokens combine in log2(T) rounds.
     """
     first = after_one(torch.full_like(f, -torch.inf), unit, cu_seqlens)
-    top = torch.maximum(i.clamp(min=SMALLEST), first + f)
+    top = torch.maximum(i.clamp(min=SMALLEST_UNIT), first + f)
     # Nothing older than a sequence reaches over its first token.
     drop = f.masked_fill(first > -torch.inf, -torch.inf)
     reach = 1
@@ -45,24 +47,36 @@ def _(i, f, unit, cu_seqlens):
 
 def stable_denominator(total: torch.Tensor, unit: torch.Tensor, heads: int) -> torch.Tensor:
     """max(|total|, exp(-unit)) for total [...,HQ,1] and unit [...,H]; never so small that gradients overflow."""
-    floor = (-unit).exp().clamp(min=2.0**-80).to(total.dtype)
+    floor = (-unit).exp().clamp(min=2.0**SMALLEST_UNIT).to(total.dtype)
     return torch.maximum(total.abs(), floor.repeat_interleave(heads // unit.shape[-1], -1).unsqueeze(-1))
 
 
 @full_precision
-def _core(q, k, v, i, f, scale, state, chunk, cu_seqlens):
+def _core(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    i: torch.Tensor,
+    f: torch.Tensor,
+    *,
+    state: tuple[torch.Tensor, torch.Tensor],
+    cu_seqlens: torch.Tensor | None,
+    scale: float,
+    chunk: int | None,
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     """Arguments as in `mlstm`, of one dtype, state ([N,H,K,V+1], [N,H] in float64) -> o, state."""
     held, unit = state
     if not f.numel():
         return v.new_zeros(*q.shape[:3], v.shape[-1]), (held.clone(), unit.clone())
     with torch.no_grad():
-        smallest = unit.clamp(min=SMALLEST)
+        smallest = unit.clamp(min=SMALLEST_UNIT)
         before, after = _units(i.double(), f.double(), smallest, cu_seqlens)
     held = held * (unit - smallest).exp().to(held.dtype)[..., None, None]
     entering = (i - after).exp().to(k.dtype)
     kept = (f + (before - after)).to(f.dtype)
     v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
-    o, held = recurrence(q, k * entering.unsqueeze(-1), v, kept, scale, held, chunk, None, cu_seqlens)
+    x = RecurrenceInputs(q, k * entering.unsqueeze(-1), v, kept, state=held, cu_seqlens=cu_seqlens)
+    o, held = recurrence(x._replace(scale=scale, chunk=chunk))
     o = o[..., :-1] / stable_denominator(o[..., -1:], after, q.shape[2])
     if cu_seqlens is None:
         return o, (held, after[:, -1])
@@ -110,7 +124,7 @@ def mlstm(
     errors.check_cu_seqlens(cu_seqlens, *q.shape[:2], None, max_seqlen)
     _checks.check_chunk_size(chunk_size)
     scale = _checks.as_scale(scale, q.shape[-1])
-    work = torch.float64 if q.dtype == torch.float64 else torch.float32
+    work = work_dtype(q)
     N, (H, K), V = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, k.shape[2:], v.shape[-1]
     if initial_state is None:
         state = k.new_zeros(N, H, K, V + 1, dtype=work), k.new_zeros(N, H, dtype=torch.float64)
@@ -118,10 +132,8 @@ def mlstm(
         C, n, m = _checks.check_parts(initial_state, dict(C=(N, H, K, V), n=(N, H, K), m=(N, H)), k)
         state = torch.cat([C, n.unsqueeze(-1)], -1).to(work), m.detach().double()
 
-    def core(q, k, v, i, f, state, cu_seqlens):
-        return _core(q, k, v, i, f, scale, state, chunk_size, cu_seqlens)
-
-    o, (held, unit) = in_order(core, [x.to(work) for x in (q, k, v, i, f)], state, cu_seqlens)
+    tensors = {n: x.to(work) for n, x in dict(q=q, k=k, v=v, i=i, f=f).items()}
+    o, (held, unit) = in_order(partial(_core, scale=scale, chunk=chunk_size), tensors, state, cu_seqlens)
     if not output_final_state:
         return o.to(q.dtype), None
     m = unit.to(work)

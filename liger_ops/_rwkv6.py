@@ -6,8 +6,9 @@ Shapes: B batch, T time, HQ query heads, H key/value heads (HQ = G * H), K key w
 import torch
 
 from liger_ops import _checks, errors
+from liger_ops._backend import recurrence
+from liger_ops._inputs import RecurrenceInputs, work_dtype
 from liger_ops._keywords import keywords
-from liger_ops._packed import recurrence
 from liger_ops._sequences import after_one, in_order
 from liger_ops._torch.layout import full_precision
 
@@ -58,16 +59,17 @@ def chunk_rwkv6(
     def core(r, k, v, w, state, cu_seqlens):
         """Token t - 1 asks token t's question of the inclusive recurrence; the first one asks the initial state."""
         asked = torch.cat([r, torch.zeros_like(r[:, :1])], 1)[:, 1:]
-        o, final = recurrence(asked, k, v, w, scale, state, chunk_size, cu_seqlens=cu_seqlens)
+        x = RecurrenceInputs(asked, k, v, w, state=state, cu_seqlens=cu_seqlens, scale=scale, chunk=chunk_size)
+        o, final = recurrence(x)
         if not r.shape[1]:
             return o, final
         begin = r[:, 0] if cu_seqlens is None else r[0, cu_seqlens[:-1].clamp(max=r.shape[1] - 1)]
         first = begin.new_zeros(*begin.shape[:2], v.shape[-1]) if state is None else _read(scale * begin, state)
         return after_one(o, first.to(o.dtype), cu_seqlens), final
 
-    o, state = in_order(core, (r, k, v, w), initial_state, cu_seqlens, reverse)
+    o, state = in_order(core, dict(r=r, k=k, v=v, w=w), initial_state, cu_seqlens, reverse)
     H = k.shape[2]
-    work = torch.float64 if r.dtype == torch.float64 else torch.float32
+    work = work_dtype(r)
     bonus = ((r.to(work) * u.to(work)).unflatten(2, (H, -1)) * k.to(work).unsqueeze(3)).sum(-1, keepdim=True)
     own = (scale * bonus * v.to(work).unsqueeze(3)).flatten(2, 3)
     return (o.to(work) + own).to(r.dtype), state if output_final_state else None
@@ -76,7 +78,7 @@ def chunk_rwkv6(
 @full_precision
 def _read(q: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
     """q [N,HQ,K], state [N,H,K,V] -> [N,HQ,V], in float32 or float64."""
-    work = torch.float64 if q.dtype == torch.float64 else torch.float32
+    work = work_dtype(q)
     return (q.to(work).unflatten(1, (state.shape[1], -1)) @ state.to(work)).flatten(1, 2)
 
 

@@ -3,37 +3,51 @@
 Shapes: B batch, T time, H heads, N sequences.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
+from torch.utils._pytree import tree_map
 
-# A state is a tensor [N,...] or a tuple of them.
-State = torch.Tensor | tuple[torch.Tensor, ...] | None
+from liger_ops._backend import recurrence
+from liger_ops._inputs import IN_TIME, RecurrenceInputs
+
+# A state is a tensor [N,...], or a tuple of them, or None.
+State = TypeVar("State")
 
 
 def _turned(state: State) -> State:
-    if isinstance(state, tuple):
-        return tuple(x.flip(0) for x in state)
-    return state if state is None else state.flip(0)
+    return tree_map(lambda x: x if x is None else x.flip(0), state)
 
 
 def in_order(
     core: Callable[..., tuple[torch.Tensor, State]],
-    tensors: Sequence[torch.Tensor | None],
+    tensors: Mapping[str, torch.Tensor | None],
     state: State,
     cu_seqlens: torch.Tensor | None,
     reverse: bool = False,
 ) -> tuple[torch.Tensor, State]:
-    """core(*tensors [B,T,...], state, cu_seqlens) -> (o [B,T,...], state); reverse runs every sequence from its end."""
-    cu_seqlens = cu_seqlens if cu_seqlens is None else cu_seqlens.to(tensors[0].device)
+    """core(**tensors [B,T,...], state=, cu_seqlens=) -> (o, state); reverse runs every sequence from its end."""
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.to(next(x for x in tensors.values() if x is not None).device)
     if not reverse:
-        return core(*tensors, state, cu_seqlens)
-    tensors = [x if x is None else x.flip(1) for x in tensors]
+        return core(**tensors, state=state, cu_seqlens=cu_seqlens)
+    tensors = {n: x if x is None else x.flip(1) for n, x in tensors.items()}
     if cu_seqlens is None:
-        o, state = core(*tensors, state, None)
+        o, state = core(**tensors, state=state, cu_seqlens=None)
         return o.flip(1), state
-    o, state = core(*tensors, _turned(state), (cu_seqlens[-1] - cu_seqlens).flip(0))
+    o, state = core(**tensors, state=_turned(state), cu_seqlens=(cu_seqlens[-1] - cu_seqlens).flip(0))
     return o.flip(1), _turned(state)
+
+
+def run_in_order(x: RecurrenceInputs, reverse: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """`recurrence`, of every sequence from its end if reverse."""
+    if x.cu_seqlens is not None:
+        x = x._replace(cu_seqlens=x.cu_seqlens.to(x.q.device))
+    if not reverse:
+        return recurrence(x)
+    tensors = {n: getattr(x, n) for n in IN_TIME}
+    return in_order(lambda **given: recurrence(x._replace(**given)), tensors, x.state, x.cu_seqlens, True)
 
 
 def after_one(o: torch.Tensor, first: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:

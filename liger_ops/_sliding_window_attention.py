@@ -3,12 +3,45 @@
 Shapes: B batch, T queries, S keys (the queries are the last T of them), HQ query heads, H key/value heads, D width.
 """
 
+from typing import Literal, overload
+
 import torch
 
-from liger_ops import _checks, _joint, errors
-from liger_ops._torch.window import find_sinks, window_attention
+from liger_ops import _backend, _checks, errors
+from liger_ops._inputs import AttentionInputs
 
 
+@overload
+def sliding_window_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    window: int,
+    sinks: int = 0,
+    scale: float | None = None,
+    *,
+    visible: torch.Tensor | None = None,
+    return_lse: Literal[False] = False,
+    softcap: float | None = None,
+) -> torch.Tensor: ...
+
+
+@overload
+def sliding_window_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    window: int,
+    sinks: int = 0,
+    scale: float | None = None,
+    *,
+    visible: torch.Tensor | None = None,
+    return_lse: Literal[True],
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+@errors.lists_keywords
 def sliding_window_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -42,12 +75,6 @@ def sliding_window_attention(
     Raises:
         ValueError: names the argument, what was expected and what was given.
     """
-    _checks.check_qkv(q, k, v, same_length=False)
-    errors.check_window(window, sinks)
-    _checks.check_visible(visible, k)
-    scale, softcap = _checks.as_scale(scale, q.shape[-1]), _checks.as_softcap(softcap)
-    if _joint.on_kernels(sinks, softcap, q, v) and not (return_lse and torch.is_grad_enabled()):
-        o, lse = _joint.window(q, k, v, *find_sinks(k, sinks, visible), window, scale)
-    else:
-        o, lse = window_attention(q, k, v, window, sinks, scale, softcap, visible, return_lse)
-    return (o, lse) if return_lse else o
+    scale, softcap = _checks.check_windowed(q, k, v, window, sinks, scale, softcap, visible)
+    o, lse = _backend.window(AttentionInputs(q, k, v, window, sinks, scale, softcap, visible), return_lse)
+    return o if lse is None or not return_lse else (o, lse)

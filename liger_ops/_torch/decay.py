@@ -11,10 +11,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-FACTORABLE = -80.0
-# About half of it in powers of two, which round nothing, moves from one factor to the other where decays come near it,
-# so that neither underflows beside an operand.
-_HALF = 2.0**57
+from liger_ops.limits import FACTORABLE, HALF_EXPONENT
+
+_HALF = 2.0**HALF_EXPONENT
 # Its exponential is zero in float64, and so much less would leave no digit of the gates beside it.
 _NOTHING = -750.0
 # Times the smallest normal number: what is below makes denormal products, which are many times slower.

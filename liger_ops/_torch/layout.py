@@ -4,26 +4,23 @@ Shapes: B batch, T time, HQ query heads, H key/value heads, G query heads per ke
 Every function that packs returns a copy, even where the layout is already right: callers work on it in place.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import wraps
 
 import torch
 import torch.nn.functional as F
 
-# Freed once, so large a block makes glibc keep what is freed later, as in any process that has loaded a model. Until
-# then it hands the temporaries of every call back to the system, and a fifth to a half of the time goes to page faults.
-torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
-
 
 def full_precision(function: Callable) -> Callable:
     """The function out of reach of autocast, which would halve the precision of some of its products and not of others.
 
-    Its first tensor argument tells the device.
+    Its first tensor tells the device, an argument or a field of a record.
     """
 
     @wraps(function)
     def call(*args, **kwargs):
-        device = next(x for x in args if isinstance(x, torch.Tensor)).device.type
+        first = next(x for x in (args or kwargs.values()) if isinstance(x, (torch.Tensor, tuple)))
+        device = (first if isinstance(first, torch.Tensor) else first[0]).device.type
         if not torch.is_autocast_enabled(device):
             return function(*args, **kwargs)
         with torch.autocast(device, enabled=False):
@@ -58,8 +55,8 @@ def head_major_ones(v: torch.Tensor, after: int) -> torch.Tensor:
 
 
 def side_by_side(
-    tensors: Sequence[torch.Tensor | None], cu_seqlens: torch.Tensor, longest: int
-) -> tuple[list[torch.Tensor | None], torch.Tensor] | None:
+    cu_seqlens: torch.Tensor, longest: int
+) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor] | None:
     """Packed [1,T,...] -> a row for each sequence [N,L,...], zeros behind it, and every token's place [T] in there.
 
     None for fewer than two sequences, one above `longest`, and lengths so uneven that zeros would be most of it.
@@ -73,8 +70,11 @@ def side_by_side(
     time = torch.arange(T, device=cu_seqlens.device)
     sequence = torch.repeat_interleave(lengths)
     place = time - cu_seqlens[sequence] + L * sequence
-    rows = [x if x is None else x.new_zeros(N * L, *x.shape[2:]).index_copy(0, place, x.squeeze(0)) for x in tensors]
-    return [x if x is None else x.unflatten(0, (N, L)) for x in rows], place
+
+    def rows(x: torch.Tensor) -> torch.Tensor:
+        return x.new_zeros(N * L, *x.shape[2:]).index_copy(0, place, x.squeeze(0)).unflatten(0, (N, L))
+
+    return rows, place
 
 
 def divide(x: torch.Tensor, length: int, out: torch.Tensor | None = None) -> torch.Tensor:

@@ -4,7 +4,7 @@ Shapes: B batch, T time, HQ query heads, U output columns, N sequences packed al
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,10 +14,12 @@ from liger_ops import _checks
 from liger_ops._torch.layout import full_precision
 
 _LIBRARY = torch.library.Library("liger_ops", "FRAGMENT")
-# body(rows, state, out, *inputs) -> (o, state): fills out [B,rows,HQ,U] if given, otherwise returns a new o.
+# By the names that the op's schema gives them.
+Tensors = dict[str, torch.Tensor | None]
+# body(rows, state, out, **inputs) -> (o, state): fills out [B,rows,HQ,U] if given, otherwise returns a new o.
 Body = Callable[..., tuple[torch.Tensor, torch.Tensor]]
-# reverse(state, do, dlast, grads, *inputs) -> the gradient of state: fills those of grads that are not None, or returns
-# None and leaves them to autograd. Only for plans whose reach is (0, 0): rows that two segments share would add up.
+# reverse(state, do, dlast, grads, **inputs) -> the gradient of state: fills those of grads that are not None, or
+# returns None and leaves them to autograd. Only for plans without reach: rows that two segments share would add up.
 Reverse = Callable[..., torch.Tensor | None]
 
 
@@ -33,9 +35,9 @@ class Segment(NamedTuple):
 class Plan(NamedTuple):
     """How an op runs: `body` handles `step` rows at a time and hands its state on, from `state` to the final one.
 
-    The first of `inputs` is q [B,T,HQ,K] with T >= 1. A segment gets rows [start + first, stop + last) of dimension 1
-    of each input, zeros where there are none, or all of an input whose reach is not (first, last) but None. o is
-    [B,T,HQ,width]. cu_seqlens [N+1] parts batch 1 into sequences, each with a state of its own.
+    A segment gets rows [start + first, stop + last) of dimension 1 of each input, zeros where there are none, or all of
+    an input whose reach is not (first, last) but None; (0, 0) where nothing is said. Among the inputs is q [B,T,HQ,K]
+    with T >= 1; o is [B,T,HQ,width]. cu_seqlens [N+1] parts batch 1 into sequences, each with a state of its own.
 
     A trace makes plans whose sizes it does not know: what makes one branches on none of them.
     """
@@ -44,16 +46,22 @@ class Plan(NamedTuple):
     step: int
     width: int
     state: torch.Tensor
-    inputs: list[torch.Tensor | None]
-    reach: list[tuple[int, int] | None]
+    inputs: Tensors
+    reach: dict[str, tuple[int, int] | None]
     cu_seqlens: torch.Tensor | None = None
     reverse: Reverse | None = None
+
+    @property
+    def q(self) -> torch.Tensor:
+        q = self.inputs["q"]
+        assert q is not None
+        return q
 
     @property
     def most(self) -> int:
         """No fewer than there are segments; as many without cu_seqlens."""
         sequences = 0 if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
-        return -(-self.inputs[0].shape[1] // self.step) + sequences
+        return -(-self.q.shape[1] // self.step) + sequences
 
     @property
     def start(self) -> torch.Tensor:
@@ -62,7 +70,7 @@ class Plan(NamedTuple):
 
     def segments(self) -> list[Segment]:
         packed = self.cu_seqlens is not None
-        bounds = self.cu_seqlens.tolist() if packed else [0, self.inputs[0].shape[1]]
+        bounds = self.cu_seqlens.tolist() if packed else [0, self.q.shape[1]]
         return [
             Segment(
                 slice(start, min(start + self.step, end)),
@@ -74,102 +82,116 @@ class Plan(NamedTuple):
             for start in range(begin, end, self.step)
         ]
 
-    def views(self, rows: slice, tensors: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    def views(self, rows: slice, tensors: Tensors) -> Tensors:
         """What a segment gets of tensors like the inputs, without the zeros."""
-        return [
-            x if x is None or reach is None else x[:, max(rows.start + reach[0], 0) : rows.stop + reach[1]]
-            for x, reach in zip(tensors, self.reach, strict=True)
-        ]
+        found = dict(tensors)
+        for name, x in tensors.items():
+            reach = self.reach.get(name, (0, 0))
+            if x is not None and reach is not None:
+                found[name] = x[:, max(rows.start + reach[0], 0) : rows.stop + reach[1]]
+        return found
 
-    def shares(self, rows: slice) -> list[torch.Tensor | None]:
+    def shares(self, rows: slice) -> Tensors:
         """What a segment gets of the inputs."""
-        missing = [0 if reach is None else max(-rows.start - reach[0], 0) for reach in self.reach]
-        return [
-            F.pad(x, (0, 0) * (x.ndim - 2) + (short, 0)) if x is not None and short else x
-            for x, short in zip(self.views(rows, self.inputs), missing, strict=True)
-        ]
+        found = self.views(rows, self.inputs)
+        for name, reach in self.reach.items():
+            x, short = found[name], 0 if reach is None else max(-rows.start - reach[0], 0)
+            if x is not None and short:
+                found[name] = F.pad(x, (0, 0) * (x.ndim - 2) + (short, 0))
+        return found
 
 
 @torch.no_grad()
 def _forward(plan: Plan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """o, the final state, and the states that segments start from."""
-    q, segments, final = plan.inputs[0], plan.segments(), plan.state.clone(memory_format=torch.contiguous_format)
+    q, segments, final = plan.q, plan.segments(), plan.state.clone(memory_format=torch.contiguous_format)
     o = q.new_empty(*q.shape[:3], plan.width)
     starts = final.new_zeros(plan.most, *plan.start.shape)
     state = plan.state
     for start, segment in zip(starts, segments, strict=False):
         state = plan.state[segment.place] if segment.first else state
         start.copy_(state)
-        state = plan.body(segment.rows, state, o[:, segment.rows], *plan.shares(segment.rows))[1]
+        state = plan.body(segment.rows, state, o[:, segment.rows], **plan.shares(segment.rows))[1]
         if segment.last:
             final[segment.place] = state
     return o, final, starts.flatten()
 
 
-def _differentiate(plan: Plan, rows: slice, start, do, later, grads, shares) -> torch.Tensor:
+def _differentiate(
+    plan: Plan, rows: slice, start: torch.Tensor, do: torch.Tensor, later: torch.Tensor, grads: Tensors
+) -> torch.Tensor:
     """Adds one segment's gradients to `grads`, through autograd, and returns that of the state it starts from."""
-    shares = [x if x is None else x.detach() for x in shares]
-    wanted = [x.requires_grad_() for x, grad in zip(shares, grads, strict=True) if grad is not None]
+    shares = {n: x if x is None else x.detach() for n, x in plan.shares(rows).items()}
+    wanted = {n: x.requires_grad_() for n, x in shares.items() if x is not None and grads[n] is not None}
     start = start.detach().requires_grad_()
     with torch.enable_grad():
-        o, state = plan.body(rows, start, None, *shares)
-    *found, first = torch.autograd.grad((o, state), [*wanted, start], (do, later), allow_unused=True)
-    for grad, new in zip((x for x in grads if x is not None), found, strict=True):
-        if new is not None:
+        o, state = plan.body(rows, start, None, **shares)
+    *found, first = torch.autograd.grad((o, state), [*wanted.values(), start], (do, later), allow_unused=True)
+    for name, new in zip(wanted, found, strict=True):
+        grad = grads[name]
+        if new is not None and grad is not None:
             # Behind the zeros, if the share began with some.
             grad += new.narrow(1, new.shape[1] - grad.shape[1], grad.shape[1])
     return first
 
 
 def _backward(
-    plan: Plan, starts: torch.Tensor, do: torch.Tensor, dstate: torch.Tensor, needs: list[bool]
-) -> list[torch.Tensor | None]:
-    """Gradients of the inputs that `needs` names, and of the state, a segment at a time from the last one."""
-    grads = [torch.zeros_like(x) if need else None for x, need in zip(plan.inputs, needs, strict=True)]
+    plan: Plan, starts: torch.Tensor, do: torch.Tensor, dstate: torch.Tensor, wanted: Collection[str]
+) -> Tensors:
+    """Gradients of the inputs that are wanted, and of the state, a segment at a time from the last one."""
+    grads = {n: torch.zeros_like(x) if n in wanted and x is not None else None for n, x in plan.inputs.items()}
     dfirst, later = dstate.clone(memory_format=torch.contiguous_format), dstate
     starts = starts.view(plan.most, *plan.start.shape)
     # More starts than segments only where sequences are packed.
     for start, (rows, place, first, last) in reversed(list(zip(starts, plan.segments(), strict=False))):
-        arguments = start, do[:, rows], dstate[place] if last else later, plan.views(rows, grads)
-        shares = plan.shares(rows)
-        later = None if plan.reverse is None else plan.reverse(*arguments, *shares)
-        if later is None:
-            later = _differentiate(plan, rows, *arguments, shares)
+        behind, views = dstate[place] if last else later, plan.views(rows, grads)
+        found = None
+        if plan.reverse is not None:
+            found = plan.reverse(start, do[:, rows], behind, views, **plan.shares(rows))
+        later = _differentiate(plan, rows, start, do[:, rows], behind, views) if found is None else found
         if first:
             dfirst[place] = later
-    return [*grads, dfirst]
+    return grads | dict(state=dfirst)
 
 
-def define(name: str, arguments: str, plan: Callable[..., Plan]) -> Callable[..., Any]:
-    """The op liger_ops::name(arguments) that runs plan(*arguments), with fake and backward.
+def define(name: str, schema: str, make_plan: Callable[..., Plan]) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """The op liger_ops::name that runs make_plan(**arguments), with fake and backward, as a function of keywords.
 
-    Returns o, the final state, and the state that each segment starts from, which only the backward wants: flat, since
-    a trace holds a length of 1 for a case of its own.
+    The op returns o, the final state, and the state that each segment starts from, which only the backward wants: flat,
+    since a trace holds a length of 1 for a case of its own; the function o and the final state.
 
-    arguments is a schema whose tensors, in order and without `state` and `cu_seqlens`, are the plan's inputs.
+    The schema's tensors, `state` and `cu_seqlens` aside, are the plan's inputs.
     """
-    parts = arguments.split(", ")
-    state = parts.index("Tensor state")
-    others = state, parts.index("Tensor? cu_seqlens") if "Tensor? cu_seqlens" in parts else state
-    tensors = [n for n, part in enumerate(parts) if part.startswith("Tensor") and n not in others]
-    _LIBRARY.define(f"{name}({arguments}) -> (Tensor, Tensor, Tensor)")
-    _LIBRARY.define(f"{name}_backward(Tensor do, Tensor dstate, Tensor starts, bool[] needs, {arguments}) -> Tensor[]")
+    arguments = schema.split(", ")
+    names = [argument.split()[1] for argument in arguments]
+    tensors = [n for n, argument in zip(names, arguments, strict=True) if argument.startswith("Tensor")]
+    inputs = [n for n in tensors if n not in ("state", "cu_seqlens")]
+    _LIBRARY.define(f"{name}({schema}) -> (Tensor, Tensor, Tensor)")
+    _LIBRARY.define(f"{name}_backward(Tensor do, Tensor dstate, Tensor starts, bool[] needs, {schema}) -> Tensor[]")
     op, backward_op = getattr(torch.ops.liger_ops, name), getattr(torch.ops.liger_ops, f"{name}_backward")
 
+    def plan(args: tuple) -> Plan:
+        return make_plan(**dict(zip(names, args, strict=True)))
+
+    def wanted(needs: Sequence[bool]) -> list[str]:
+        """Inputs that have a gradient, the state always."""
+        return [n for n, need in zip(names, needs, strict=True) if need and n in inputs] + ["state"]
+
     def forward(*args):
-        return _forward(plan(*args))
+        return _forward(plan(args))
 
     def fake(*args):
-        p = plan(*args)
-        q, state = p.inputs[0], torch.empty_like(p.state, memory_format=torch.contiguous_format)
-        return q.new_empty(*q.shape[:3], p.width), state, state.new_empty(p.most * p.start.numel())
+        p = plan(args)
+        state = torch.empty_like(p.state, memory_format=torch.contiguous_format)
+        return p.q.new_empty(*p.q.shape[:3], p.width), state, state.new_empty(p.most * p.start.numel())
 
     def backward(do, dstate, starts, needs, *args):
-        *grads, dstate = _backward(plan(*args), starts, do, dstate, [needs[n] for n in tensors])
-        return [x for x in grads if x is not None] + [dstate]
+        found = _backward(plan(args), starts, do, dstate, wanted(needs))
+        return [found[n] for n in wanted(needs)]
 
     def backward_fake(do, dstate, starts, needs, *args):
-        return [torch.empty_like(args[n]) for n in tensors if needs[n]] + [torch.empty_like(dstate)]
+        given = dict(zip(names, args, strict=True)) | dict(state=dstate)
+        return [torch.empty_like(given[n]) for n in wanted(needs)]
 
     for suffix, run, pretend in (("", forward, fake), ("_backward", backward, backward_fake)):
         torch.library.impl(_LIBRARY, f"{name}{suffix}", "CompositeExplicitAutograd")(full_precision(run))
@@ -184,13 +206,8 @@ def define(name: str, arguments: str, plan: Callable[..., Plan]) -> Callable[...
         *held, starts = ctx.saved_tensors
         args = [x if x is not None else other for x, other in zip(held, ctx.others, strict=True)]
         needs = [bool(x) for x in ctx.needs_input_grad]
-        *found, last = backward_op(do, dstate, starts, needs, *args)
-        grads = [None] * len(args)
-        for n in tensors:
-            if needs[n]:
-                grads[n] = found.pop(0)
-        grads[state] = last if needs[state] else None
-        return tuple(grads)
+        found = dict(zip(wanted(needs), backward_op(do, dstate, starts, needs, *args), strict=True))
+        return tuple(found[n] if need else None for n, need in zip(names, needs, strict=True))
 
     def once(keyset, *args):
         """The backward differentiates inside, so that autograd must stay reachable below it: no guard here."""
@@ -198,9 +215,11 @@ def define(name: str, arguments: str, plan: Callable[..., Plan]) -> Callable[...
             raise RuntimeError(f"liger_ops::{name}_backward: expected one differentiation, got create_graph=True")
         return backward_op.default.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
-    def public(*args):
+    def public(**given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        args = [given[n] for n in names]
         _checks.refuse_tangents(name, args)
-        return op(*args)
+        o, state, _ = op(*args)
+        return o, state
 
     torch.library.register_autograd(f"liger_ops::{name}", differentiate, setup_context=setup, lib=_LIBRARY)
     _LIBRARY.impl(f"{name}_backward", once, "Autograd", with_keyset=True)

@@ -4,17 +4,27 @@ Shapes: B batch, T time, S = B * T tokens, N sequences, H key/value heads, HQ = 
 V value width, C rows of a chunk.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from triton import cdiv, next_power_of_2
 
+from liger_ops._inputs import Gradients, RecurrenceInputs
 from liger_ops._triton import decays, gradients, outputs, pairs, states
-from liger_ops._triton.launch import Chunks, Pieces, equal_chunks, launch, make_chunks, make_pieces, precision
+from liger_ops._triton.launch import (
+    CHAINS,
+    LAUNCHER,
+    Chunks,
+    Config,
+    Launcher,
+    Pieces,
+    equal_chunks,
+    make_chunks,
+    make_pieces,
+)
 
 _ROWS = 16
-# Chains of states that fill no GPU are cut into pieces of so many tokens, which run side by side.
-CHAINS, PIECE = 32, 1024
 
 
 def chunk_size(dtype: torch.dtype, wanted: int | None) -> int:
@@ -47,60 +57,74 @@ class Call(NamedTuple):
     k: torch.Tensor
     v: torch.Tensor
     g: torch.Tensor | None
+    scale: float
     decays: Decays
     chunks: Chunks
     pieces: Pieces | None
-    constants: dict
+    launcher: Launcher
+    constants: dict[str, Any]
 
     @property
-    def sizes(self) -> tuple[int, int, int, int, int]:
-        """H, G, K, V and the width of g."""
+    def sizes(self) -> dict[str, int]:
+        """H, G, K, V and the width KG of g."""
         H, K = self.k.shape[1:]
-        return H, self.q.shape[1] // H, K, self.v.shape[2], 1 if self.g is None else self.g.shape[2]
+        KG = 1 if self.g is None else self.g.shape[2]
+        return dict(H=H, G=self.q.shape[1] // H, K=K, V=self.v.shape[2], KG=KG)
+
+    @property
+    def count(self) -> int:
+        """Of chunks."""
+        return len(self.chunks.chunks)
 
     @property
     def per_channel(self) -> bool:
         return self.constants["PER_CHANNEL"]
 
-
-def prepare(q, k, v, g, cu_seqlens, chunk) -> Call:
-    chunk = chunk_size(q.dtype, chunk)
-    B, T = q.shape[:2]
-    per_channel = g is not None and g.ndim == 4
-    if g is not None:
-        g = g.float().contiguous().view(B * T, k.shape[2], -1)
-    q, k, v = (x.contiguous().flatten(0, 1) for x in (q, k, v))
-    where = equal_chunks(B, T, chunk, q.device) if cu_seqlens is None else make_chunks(cu_seqlens, T, chunk)
-    few = len(where.sequences) * k.shape[1] <= CHAINS and 2 * PIECE * len(where.sequences) <= B * T
-    pieces = make_pieces(where.sequences, B * T, PIECE, chunk) if few else None
-    constants = dict(C=chunk, GATED=g is not None, PER_CHANNEL=per_channel, PRECISION=precision(q.dtype))
-    constants |= dict(ALONE=False, STRICT=False)
-    factors = Decays(q, q, q, q) if g is None else _decays(g, where.chunks, q, v, constants)
-    return Call(q, k, v, g, factors, where, pieces, constants)
+    def launch(self, kernel: Any, grid: tuple | Callable[[Config], tuple[int, ...]], **more: Any) -> Config:
+        """With everything that is here, by the names that kernels have for it, and `more` in its place or beside it."""
+        named = dict(q=self.q, k=self.k, v=self.v, g=self.g, scale=self.scale, chunks=self.chunks.chunks)
+        named |= self.decays._asdict() | self.sizes | self.constants | more
+        where = grid if callable(grid) else lambda _: grid
+        return self.launcher.launch(kernel, where, **named)
 
 
-def _decays(g, table, q, v, constants) -> Decays:
-    (S, H, KG), C, count = g.shape, constants["C"], len(table)
-    to, behind, per_channel = torch.empty_like(g), torch.empty_like(g), constants["PER_CHANNEL"]
-    e = g if per_channel else g.new_empty(S, H, C)
-    fine = g.new_empty(count, H, C // _ROWS, dtype=torch.int32) if per_channel else g
-    args = g, to, behind, e, fine, table, H, KG
-    launch(decays.decays_kernel, lambda _: (count, H), q.shape[-1], v.shape[-1], *args, **constants, R=_ROWS)
-    return Decays(to, behind, e, fine)
+def prepare(x: RecurrenceInputs, launcher: Launcher) -> Call:
+    chunk, (B, T) = chunk_size(x.q.dtype, x.chunk), x.q.shape[:2]
+    g = None if x.g is None else x.g.float().contiguous().view(B * T, x.k.shape[2], -1)
+    q, k, v = (y.contiguous().flatten(0, 1) for y in (x.q, x.k, x.v))
+    where = equal_chunks(B, T, chunk, q.device) if x.cu_seqlens is None else make_chunks(x.cu_seqlens, T, chunk)
+    few = x.sequences * k.shape[1] <= CHAINS and 2 * launcher.piece * x.sequences <= B * T
+    pieces = make_pieces(where.sequences, B * T, launcher.piece, chunk) if few else None
+    constants = dict(C=chunk, R=_ROWS, GATED=g is not None, PER_CHANNEL=x.per_channel, ALONE=False, STRICT=False)
+    constants |= dict(PRECISION=launcher.precision(q.dtype))
+    call = Call(q, k, v, g, x.scale, Decays(q, q, q, q), where, pieces, launcher, constants)
+    return call if g is None else call._replace(decays=_decays(call, g))
 
 
-def _states(x: Call, k, v, first, scale=1.0, reverse=False):
-    """The states that chunks start from [chunks,H,K,V], in either direction of time, and the last one."""
-    H, _, K, V, KG = x.sizes
+def _decays(x: Call, g: torch.Tensor) -> Decays:
+    (S, H, _), C = g.shape, x.constants["C"]
+    to, behind = torch.empty_like(g), torch.empty_like(g)
+    e = g if x.per_channel else g.new_empty(S, H, C)
+    fine = g.new_empty(x.count, H, C // _ROWS, dtype=torch.int32) if x.per_channel else g
+    found = Decays(to, behind, e, fine)
+    x.launch(decays.decays_kernel, (x.count, H), **found._asdict())
+    return found
+
+
+def _states(x: Call, k, v, first, scale=1.0, reverse=False) -> tuple[torch.Tensor, torch.Tensor]:
+    """The states that chunks start from [chunks,H,K,V], in either direction of time, and the last one.
+
+    k [S,H*R,K] and v [S,H*R,V] are what enters.
+    """
+    H, K, V, KG = (x.sizes[n] for n in ("H", "K", "V", "KG"))
     kept = torch.bfloat16 if x.q.dtype == torch.bfloat16 else torch.float32
-    h = k.new_empty(len(x.chunks.chunks), H, K, V, dtype=kept)
+    h = k.new_empty(x.count, H, K, V, dtype=kept)
     last = torch.empty_like(first)
 
     def run(first, last, sequences, total=None):
-        args = k, v, *x.decays[:2], first, h, last, x.q if total is None else total, sequences
-        sizes = scale, H, k.shape[1] // H, K, V, KG
-        constants = dict(x.constants, REVERSE=reverse, PART=total is not None)
-        launch(states.states_kernel, grid(len(sequences)), K, V, *args, *sizes, **constants)
+        more = dict(k=k, v=v, first=first, h=h, last=last, sequences=sequences, scale=scale, REVERSE=reverse)
+        more |= dict(total=x.q if total is None else total, PART=total is not None, R=k.shape[1] // H)
+        x.launch(states.states_kernel, grid(len(sequences)), **more)
 
     def grid(count):
         return lambda c: (count * H, cdiv(K, c.BK), cdiv(V, c.BV))
@@ -112,8 +136,8 @@ def _states(x: Call, k, v, first, scale=1.0, reverse=False):
     part, start = (first.new_empty(len(bounds), H, K, V) for _ in range(2))
     total = first.new_empty(len(bounds), H, KG)
     run(part, part, bounds, total)
-    args = part, total, first, start, last, owned, H, K, V, KG
-    launch(states.joins_kernel, grid(len(first)), K, V, *args, **x.constants, REVERSE=reverse)
+    more = dict(part=part, total=total, first=first, start=start, last=last, pieces=owned, REVERSE=reverse)
+    x.launch(states.joins_kernel, grid(len(first)), **more)
     run(start, part, bounds)
     return h, last
 
@@ -122,124 +146,121 @@ def _pairs(x: Call, kind: torch.dtype = torch.float32) -> torch.Tensor:
     return x.q.new_empty(*x.q.shape[:2], x.constants["C"], dtype=kind)
 
 
-def scores(x: Call, kind: torch.dtype = torch.float32) -> torch.Tensor:
+def channel_scores(x: Call, kind: torch.dtype = torch.float32) -> torch.Tensor:
     """Per channel: the decayed scores of the pairs within chunks [S,HQ,C]; otherwise something that nobody reads."""
     if not x.per_channel:
         return x.q
-    H, G, K, V, _ = x.sizes
-    a, count = _pairs(x, kind), len(x.chunks.chunks)
-    args = a, x.chunks.chunks, H, G, K
-    heads = 2 if G % 2 == 0 else 1
-    grid, constants = (count, H * G // heads), {**x.constants, "R": _ROWS, "HEADS": heads}
-    launch(pairs.scores_kernel, lambda _: grid, K, V, x.q, x.k, x.g, *args, **constants)
-    args = x.q, x.k, x.g, x.decays.fine, *args
-    launch(pairs.own_scores_kernel, lambda _: (count, H * G), K, V, *args, **x.constants, R=_ROWS)
+    a, HQ = _pairs(x, kind), x.q.shape[1]
+    heads = 2 if x.sizes["G"] % 2 == 0 else 1
+    x.launch(pairs.scores_kernel, (x.count, HQ // heads), a=a, HEADS=heads)
+    x.launch(pairs.own_scores_kernel, (x.count, HQ), a=a)
     return a
 
 
-def forward(q, k, v, g, state, cu_seqlens, scale, chunk):
-    """q [B,T,HQ,K], k [B,T,H,K], v [B,T,H,V], g [B,T,H] or [B,T,H,K] or None, state [N,H,K,V] -> o, last state."""
-    x = prepare(q, k, v, g, cu_seqlens, chunk)
-    h, last = _states(x, x.k, x.v, state.contiguous())
-    o = v.new_empty(*q.shape[:3], v.shape[-1])
-    read(x, h, scale, o)
+def forward(x: RecurrenceInputs, launcher: Launcher = LAUNCHER) -> tuple[torch.Tensor, torch.Tensor]:
+    """o [B,T,HQ,V] like v, and the last state [N,H,K,V]."""
+    call = prepare(x, launcher)
+    h, last = _states(call, call.k, call.v, x.state.contiguous())
+    o = x.v.new_empty(*x.q.shape[:3], x.v.shape[-1])
+    read(call, h, o)
     return o, last
 
 
-def read(x: Call, h, scale, o):
+def read(x: Call, h: torch.Tensor, o: torch.Tensor) -> None:
     """Fills o [B,T,HQ,V] from the states h [chunks,H,K,V] that chunks start from, and their own rows."""
-    H, G, K, V, KG = x.sizes
-    args = x.q, x.k, x.v, x.decays.to, x.decays.e, h, scores(x), o, x.chunks.chunks, scale, H, G, K, V, KG
-    launch(outputs.outputs_kernel, lambda c: (len(h), cdiv(V, c.BV), H * G), K, V, *args, **x.constants)
+    V, HQ = x.sizes["V"], x.q.shape[1]
+    x.launch(outputs.outputs_kernel, lambda c: (x.count, cdiv(V, c.BV), HQ), h=h, a=channel_scores(x), o=o)
 
 
-def values_gradient(x: Call, a, dh, do, scale, alone=False):
+def values_gradient(x: Call, a, dh, do, alone: bool = False) -> torch.Tensor:
     """dv [S,H,V] like v, from the gradients dh [chunks,H,K,V] of states behind chunks and do [S,HQ,V], or do alone.
 
-    a as `scores` gives it.
+    a as `channel_scores` gives it.
     """
-    H, G, K, V, KG = x.sizes
-    dv, count = torch.empty_like(x.v), len(x.chunks.chunks)
-    args = x.q, x.k, do, x.decays.behind, x.decays.e, dh, a, dv, x.chunks.chunks, scale, H, G, K, V, KG
-    constants = {**x.constants, "ALONE": alone}
-    launch(outputs.values_kernel, lambda c: (count, cdiv(V, c.BV), H), K, V, *args, **constants)
+    H, V, dv = x.sizes["H"], x.sizes["V"], torch.empty_like(x.v)
+    x.launch(
+        outputs.values_gradient_kernel,
+        lambda c: (x.count, cdiv(V, c.BV), H),
+        **dict(do=do, dh=dh, a=a, dv=dv, ALONE=alone),
+    )
     return dv
 
 
-def backward(do, dstate, q, k, v, g, state, cu_seqlens, scale, chunk, gate_gradient):
-    """The gradients of q, k, v, g (None unless gate_gradient) and the initial state."""
-    x = prepare(q, k, v, g, cu_seqlens, chunk)
+def backward(
+    x: RecurrenceInputs, do: torch.Tensor, dstate: torch.Tensor, gate: bool, launcher: Launcher = LAUNCHER
+) -> Gradients:
+    """Of q, k, v and the initial state, and of g if the gate's is wanted."""
+    call = prepare(x, launcher)
     do = do.contiguous().flatten(0, 1)
-    h, _ = _states(x, x.k, x.v, state.contiguous())
-    dh, dfirst = _states(x, x.q, do, dstate.contiguous(), scale, reverse=True)
-    dq, dk, dg = differentiate(x, h, dh, do, scale, gate_gradient)
-    dv = values_gradient(x, scores(x), dh, do, scale)
-    dg = dg.view(g.shape).to(g.dtype) if gate_gradient else None
-    return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape), dg, dfirst
+    h, _ = _states(call, call.k, call.v, x.state.contiguous())
+    dh, dfirst = _states(call, call.q, do, dstate.contiguous(), x.scale, reverse=True)
+    dq, dk, dg = differentiate(call, h, dh, do, gate)
+    dv = values_gradient(call, channel_scores(call), dh, do)
+    dg = None if dg is None else dg.view(x.g.shape).to(x.g.dtype)
+    return Gradients(dq.view(x.q.shape), dk.view(x.k.shape), dv.view(x.v.shape), dg, state=dfirst)
 
 
-def values_forward(q, k, v, gv, state, cu_seqlens, scale, chunk):
-    """`forward` with decays of value channels, gv [B,T,H,V].
+def _transposed(x: RecurrenceInputs, q: torch.Tensor) -> RecurrenceInputs:
+    """With queries q, the recurrence whose queries' gradient is what decays of value channels let x read.
 
-    o_t = scale sum_s (q_t . k_s) exp(gv) v_s is the gradient of the queries of another recurrence: its keys are v, its
-    values k, its output's gradient q, its state the transpose.
+    o_t = scale sum_s (q_t . k_s) exp(gv) v_s: its keys are v, its values k, its output's gradient is x.q, its state the
+    transpose.
     """
-    x = prepare(v.new_zeros(*q.shape[:3], v.shape[-1]), v, k, gv, cu_seqlens, chunk)
-    h, last = _states(x, x.k, x.v, state.transpose(-1, -2).contiguous())
-    o, _, _ = differentiate(x, h, h, q.contiguous().flatten(0, 1), scale, False)
-    return o.view(*q.shape[:3], v.shape[-1]), last.transpose(-1, -2).contiguous()
+    return x._replace(q=q, k=x.v, v=x.k, g=x.gv, gv=None, state=x.state.transpose(-1, -2).contiguous())
 
 
-def values_backward(do, dstate, q, k, v, gv, state, cu_seqlens, scale, chunk, gate_gradient):
-    """The gradients of q, k, v, gv and the initial state of `values_forward`: those of that other recurrence."""
-    first, dlast = (s.transpose(-1, -2).contiguous() for s in (state, dstate))
-    other = do, v, k, gv, first, cu_seqlens, scale, chunk
-    dq, _ = forward(*other)
-    _, dv, dk, dgv, dfirst = backward(q, dlast, *other, gate_gradient)
-    return dq, dk, dv, dgv, dfirst.transpose(-1, -2).contiguous()
+def value_gated_forward(x: RecurrenceInputs, launcher: Launcher = LAUNCHER) -> tuple[torch.Tensor, torch.Tensor]:
+    """`forward` with decays gv of value channels."""
+    other = _transposed(x, x.v.new_zeros(*x.q.shape[:3], x.v.shape[-1]))
+    call = prepare(other, launcher)
+    h, last = _states(call, call.k, call.v, other.state)
+    o, _, _ = differentiate(call, h, h, x.q.contiguous().flatten(0, 1), False)
+    return o.view(other.q.shape), last.transpose(-1, -2).contiguous()
 
 
-def differentiate(x: Call, h, dh, do, scale, gate_gradient, kind=None):
+def value_gated_backward(
+    x: RecurrenceInputs, do: torch.Tensor, dstate: torch.Tensor, gate: bool, launcher: Launcher = LAUNCHER
+) -> Gradients:
+    """Of q, k, v and the initial state, and of gv if the gate's is wanted: those of that other recurrence."""
+    other = _transposed(x, do)
+    dq, _ = forward(other, launcher)
+    found = backward(other, x.q, dstate.transpose(-1, -2).contiguous(), gate, launcher)
+    dfirst = found.state.transpose(-1, -2).contiguous()
+    return Gradients(q=dq, k=found.v, v=found.k, gv=found.g, state=dfirst)
+
+
+def differentiate(
+    x: Call, h, dh, do, gate: bool, kind: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """The gradients of queries, keys and, if wanted, gates [S,H,1 or K]. That of the queries needs neither q nor dh.
 
     Those of queries and keys in dtype kind, or as they are.
     """
-    H, G, K, V, KG = x.sizes
-    tokens, count = len(x.q), len(h)
-    da = _products(x, do, scale)
-    own = _own_gradients(x, da) if x.per_channel else (x.q, x.k)
+    S, H, K = x.k.shape
+    da = _products(x, do)
+    dq_own, dk_own = _own_gradients(x, da) if x.per_channel else (x.q, x.k)
     dq, dk, dg = torch.empty_like(x.q, dtype=kind), torch.empty_like(x.k, dtype=kind), x.q
-    if gate_gradient:
+    if gate:
         # Per head a part for every block of channels, as many as the configuration has.
-        dg = torch.empty_like(x.g) if x.per_channel else x.g.new_empty(cdiv(K, 16), tokens, H)
-    table = x.chunks.chunks
-    args = x.q, x.k, x.v, *x.decays[:2], h, dh, do, da, *own, dq, dk, dg, table, scale, tokens, H, G, K, V, KG
-    config = launch(
-        gradients.gradients_kernel,
-        lambda c: (count, cdiv(K, c.BK), H),
-        K,
-        V,
-        *args,
-        **x.constants,
-        GATE_GRADIENT=gate_gradient,
-    )
-    return dq, dk, dg if x.per_channel or not gate_gradient else dg[: cdiv(K, config.BK)].sum(0)
+        dg = torch.empty_like(x.g) if x.per_channel else x.g.new_empty(cdiv(K, 16), S, H)
+    given = dict(h=h, dh=dh, do=do, da=da, dq_own=dq_own, dk_own=dk_own, S=S, GATE_GRADIENT=gate)
+    config = x.launch(gradients.gradients_kernel, lambda c: (x.count, cdiv(K, c.BK), H), **given, dq=dq, dk=dk, dg=dg)
+    if not gate:
+        return dq, dk, None
+    return dq, dk, dg if x.per_channel else dg[: cdiv(K, config.BK)].sum(0)
 
 
-def _products(x: Call, do, scale) -> torch.Tensor:
+def _products(x: Call, do) -> torch.Tensor:
     """The gradients [S,HQ,C] of scores within chunks; per head or without a gate, of the products they are made of."""
-    H, G, K, V, _ = x.sizes
-    da, count = _pairs(x), len(x.chunks.chunks)
-    args = do, x.v, x.decays.e, da, x.chunks.chunks, scale, H, G, V
-    launch(pairs.products_kernel, lambda _: (count, H * G), K, V, *args, **x.constants)
+    da = _pairs(x)
+    x.launch(pairs.products_kernel, (x.count, x.q.shape[1]), x=do, y=x.v, a=da)
     return da
 
 
 def _own_gradients(x: Call, da) -> tuple[torch.Tensor, torch.Tensor]:
     """What the gradients of the scores within chunks make of queries and keys."""
-    H, G, K, V, _ = x.sizes
+    _, H, K = x.k.shape
     dq, dk = (torch.empty_like(y, dtype=torch.float32) for y in (x.q, x.k))
-    args, count = (da, x.q, x.k, x.g, x.decays.fine, dq, dk, x.chunks.chunks, H, G, K), len(x.chunks.chunks)
     for kernel in (pairs.pairs_gradient_kernel, pairs.own_gradients_kernel):
-        launch(kernel, lambda c: (count, cdiv(K, c.BK), H), K, V, *args, **x.constants, R=_ROWS)
+        x.launch(kernel, lambda c: (x.count, cdiv(K, c.BK), H), da=da, dq=dq, dk=dk)
     return dq, dk

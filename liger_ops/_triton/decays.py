@@ -6,10 +6,10 @@ Shapes: as in `tiles`.
 import triton
 import triton.language as tl
 
+from liger_ops import limits
 from liger_ops._triton.tiles import between, load_chunk, load_decays, offsets, scan, store_rows
 
-# The smallest sum of decays within a block that float32 bears as a divisor.
-FACTORABLE = tl.constexpr(-80.0)
+FACTORABLE = tl.constexpr(limits.FACTORABLE)
 
 
 @triton.jit

@@ -4,15 +4,26 @@ Shapes: B batch, T queries, S keys, HQ = G * H query heads, H key/value heads, D
 W window, P sinks, C rows of a chunk.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from triton import cdiv
 
+from liger_ops._inputs import KernelAttentionInputs
 from liger_ops._triton import decays, joint_far_gradients, joint_gradients, joint_outputs, joint_states, states
-from liger_ops._triton.additive import CHAINS, PIECE
-from liger_ops._triton.launch import Chunks, Pieces, block, equal_chunks, launch, make_pieces, precision
+from liger_ops._triton.launch import (
+    CHAINS,
+    LAUNCHER,
+    Chunks,
+    Config,
+    Launcher,
+    Pieces,
+    block,
+    equal_chunks,
+    make_pieces,
+)
 
 # Query heads of a group, if it is even, that one program takes.
 _TOGETHER = {"joint_kernel": 2, "queries_kernel": 1}
@@ -47,164 +58,200 @@ class Call(NamedTuple):
     pieces: Pieces | None
     window: int
     scale: float
-    constants: dict
+    launcher: Launcher
+    constants: dict[str, Any]
 
     @property
-    def heads(self) -> tuple[int, int]:
-        """H and G."""
-        return self.k.shape[2], self.q.shape[2] // self.k.shape[2]
+    def sizes(self) -> dict[str, int]:
+        """B, T, S, W, H, G, D, M, V and P."""
+        (B, T, HQ, D), (S, H) = self.q.shape, self.k.shape[1:3]
+        sizes = dict(B=B, T=T, S=S, W=self.window, H=H, G=HQ // H, D=D, V=self.v.shape[3], P=self.column.shape[1])
+        return sizes | dict(M=self.far.q_log.shape[3])
 
     @property
-    def lengths(self) -> tuple[int, int, int]:
-        """T, S and W."""
-        return self.q.shape[1], self.k.shape[1], self.window
+    def count(self) -> int:
+        """Of chunks."""
+        return len(self.chunks.chunks)
 
     @property
-    def widths(self) -> tuple[int, int, int]:
-        """D, M and V."""
-        return self.q.shape[3], self.far.q_log.shape[3], self.v.shape[3]
+    def has_far(self) -> bool:
+        return self.constants["FAR"]
+
+    def launch(self, kernel: Any, grid: tuple | Callable[[Config], tuple[int, ...]], **more: Any) -> Config:
+        """With everything that is here, by the names that kernels have for it, and `more` in its place or beside it."""
+        named = dict(q=self.q, k=self.k, v=self.v, column=self.column, rest=self.rest, scale=self.scale)
+        named |= self.far._asdict() | self.sizes | self.constants
+        named |= dict(K=named["M"], chunks=self.chunks.chunks) | more
+        where = grid if callable(grid) else lambda _: grid
+        return self.launcher.launch(kernel, where, **named)
 
 
-def prepare(q, k, v, far, column, rest, window, scale) -> Call:
-    """far: q_log, k_log, g and mix, or None."""
-    (B, T, _, D), H = q.shape, k.shape[2]
-    C = 64 if q.dtype == torch.bfloat16 else 32
-    q, k, v, column, rest = (x.contiguous() for x in (q, k, v, column, rest.view(torch.int8)))
-    where, gated = equal_chunks(B, T, C, q.device), far is not None and far[2] is not None
-    few = far is not None and B * H <= CHAINS and 2 * PIECE <= T
-    pieces = make_pieces(where.sequences, B * T, PIECE, C) if few else None
-    # With tf32, Triton 3.6 lets Hopper's matrix units read beyond a kernel's shared memory.
-    how = precision(q.dtype) if q.dtype == torch.bfloat16 else "ieee"
-    constants = dict(C=C, PER_CHANNEL=False, GATED=gated, FAR=far is not None, PRECISION=how)
-    constants |= dict(BD=block(D, 128), BP=block(column.shape[1], 128) if column.shape[1] else 0)
-    if far is None:
-        far = Far(q, q, q, q, q, q)
-    else:
-        q_log, k_log, g, mix = far
-        factors = _decays(g, where.chunks, constants) if gated else (k_log,) * 3
-        far = Far(q_log.contiguous(), k_log.contiguous(), mix.contiguous(), *factors)
-    return Call(q, k, v, column, rest, far, where, pieces, window, scale, constants)
+class Rows(NamedTuple):
+    """Of every query [B,T,HQ]: the largest score nearby and the log of all weights, both to base 2, and do . o."""
+
+    top: torch.Tensor
+    lse: torch.Tensor
+    delta: torch.Tensor
 
 
-def _decays(g, table, constants) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    g, (H, C) = g.float().contiguous(), (g.shape[2], constants["C"])
-    to, behind, e = torch.empty_like(g), torch.empty_like(g), g.new_empty(*g.shape, C)
-    args = g, to, behind, e, g, table, H, 1
-    launch(decays.decays_kernel, lambda _: (len(table), H), 1, 1, *args, **constants, R=16)
-    return to, behind, e
-
-
-def make_states(x: Call, first) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+class States(NamedTuple):
     """h [chunks,H,M,V] and z [chunks,H,M] that chunks start from, and the last state [B,H,M,V+1]."""
-    return _states(x, x.far.k_log, x.v, (x.far.mix,) * 3, first.contiguous(), False)
+
+    h: torch.Tensor
+    z: torch.Tensor
+    last: torch.Tensor
 
 
-def _states(x: Call, logs, v, rows, first, reverse) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """rows: top, lse and delta [B,T,HQ], which only the reverse reads."""
-    (H, _), (_, M, V), count = x.heads, x.widths, len(x.chunks.chunks)
-    h = first.new_empty(count, H, M, V, dtype=torch.bfloat16 if x.v.dtype == torch.bfloat16 else torch.float32)
-    z, last = first.new_empty(count, H, M), torch.empty_like(first)
+class Outputs(NamedTuple):
+    """o [B,T,HQ,V], the last state [B,H,M,V+1], top and lse as `Rows` has them."""
+
+    o: torch.Tensor
+    last: torch.Tensor | None
+    top: torch.Tensor
+    lse: torch.Tensor
+
+
+class Gradients(NamedTuple):
+    """Of the tensors of the same names among `KernelAttentionInputs`; the first three of the window alone."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    q_log: torch.Tensor | None = None
+    k_log: torch.Tensor | None = None
+    g: torch.Tensor | None = None
+    mix: torch.Tensor | None = None
+    state: torch.Tensor | None = None
+
+
+def prepare(x: KernelAttentionInputs, launcher: Launcher = LAUNCHER) -> Call:
+    B, T, _, D = x.q.shape
+    C = 64 if x.q.dtype == torch.bfloat16 else 32
+    q, k, v, column, rest = (y.contiguous() for y in (x.q, x.k, x.v, x.column, x.rest.view(torch.int8)))
+    where = equal_chunks(B, T, C, q.device)
+    few = x.q_log is not None and B * k.shape[2] <= CHAINS and 2 * launcher.piece <= T
+    pieces = make_pieces(where.sequences, B * T, launcher.piece, C) if few else None
+    # With tf32, Triton 3.6 lets Hopper's matrix units read beyond a kernel's shared memory.
+    how = launcher.precision(q.dtype) if q.dtype == torch.bfloat16 else "ieee"
+    constants = dict(C=C, PER_CHANNEL=False, GATED=x.g is not None, FAR=x.q_log is not None, PRECISION=how)
+    constants |= dict(BD=block(D, 128), BP=block(column.shape[1], 128) if column.shape[1] else 0)
+    call = Call(q, k, v, column, rest, Far(*[q] * 6), where, pieces, x.window, x.scale, launcher, constants)
+    if x.q_log is None:
+        return call
+    logs = [y.contiguous() for y in (x.q_log, x.k_log, x.mix)]
+    factors = [x.k_log] * 3 if x.g is None else _decays(call, x.g)
+    return call._replace(far=Far(*logs, *factors))
+
+
+def _decays(x: Call, g) -> list[torch.Tensor]:
+    g = g.float().contiguous()
+    to, behind, e = torch.empty_like(g), torch.empty_like(g), g.new_empty(*g.shape, x.constants["C"])
+    given = dict(g=g, to=to, behind=behind, e=e, fine=g, KG=1, R=16)
+    x.launch(decays.decays_kernel, (x.count, g.shape[2]), **given)
+    return [to, behind, e]
+
+
+def make_states(x: Call, first) -> States:
+    return _states(x, x.far.k_log, x.v, Rows(*[x.far.mix] * 3), first.contiguous(), False)
+
+
+def _states(x: Call, logs, v, rows: Rows, first, reverse: bool) -> States:
+    """Only the reverse reads rows."""
+    H, M, V = (x.sizes[n] for n in ("H", "M", "V"))
+    h = first.new_empty(x.count, H, M, V, dtype=torch.bfloat16 if x.v.dtype == torch.bfloat16 else torch.float32)
+    z, last = first.new_empty(x.count, H, M), torch.empty_like(first)
 
     def run(first, last, sequences, total=None):
-        part = total is not None
-        args = logs, v, *rows, x.far.mix, x.rest, x.far.to, x.far.behind, first, h, z, last, total if part else z
-        sizes = sequences, *x.lengths, H, logs.shape[2] // H, M, V
-        constants = dict(x.constants, REVERSE=reverse, PART=part)
-        launch(joint_states.far_states_kernel, grid(len(sequences), V), M, V, *args, *sizes, **constants)
+        given = dict(logs=logs, v=v, first=first, h=h, z=z, last=last, total=z if total is None else total)
+        given |= rows._asdict() | dict(sequences=sequences, R=logs.shape[2] // H, REVERSE=reverse)
+        x.launch(joint_states.far_states_kernel, grid(len(sequences), V), **given, PART=total is not None)
 
     def grid(count, width):
         return lambda c: (count * H, cdiv(M, c.BK), cdiv(width, c.BV))
 
     if x.pieces is None:
         run(first, last, x.chunks.sequences)
-        return h, z, last
+        return States(h, z, last)
     bounds, owned = x.pieces
     part, start = (first.new_empty(len(bounds), H, M, V + 1) for _ in range(2))
     total = first.new_empty(len(bounds), H, 1)
     run(part, part, bounds, total)
-    args = part, total, first, start, last, owned, H, M, V + 1, 1
-    launch(states.joins_kernel, grid(len(first), V + 1), M, V + 1, *args, **x.constants, REVERSE=reverse)
+    given = dict(part=part, total=total, first=first, start=start, last=last, pieces=owned, V=V + 1, KG=1)
+    x.launch(states.joins_kernel, grid(len(first), V + 1), **given, REVERSE=reverse)
     run(start, part, bounds)
-    return h, z, last
+    return States(h, z, last)
 
 
-def _by_heads(x: Call, kernel, *args) -> None:
+def _by_heads(x: Call, kernel: Any, **given: Any) -> None:
     """Launches a kernel for every chunk and head of the query, or two heads where registers allow it."""
-    (H, G), (_, M, V) = x.heads, x.widths
+    G, H = x.sizes["G"], x.sizes["H"]
     heads = 1 if G % 2 or x.constants["PRECISION"] == "ieee" else _TOGETHER[kernel.fn.__name__]
-    count = H * G // heads * len(x.chunks.chunks)
-    launch(kernel, lambda _: (count,), M, V, *args, **x.constants, HEADS=heads)
+    x.launch(kernel, (H * G // heads * x.count,), **given, HEADS=heads)
 
 
-def forward(x: Call, state) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """o [B,T,HQ,V], the last state [B,H,M,V+1], and of every row the largest score nearby and the log of all weights.
-
-    Logs to base 2 [B,T,HQ]. Without a far part the state stays as it is.
-    """
+def forward(x: Call, state: torch.Tensor | None) -> Outputs:
+    """Without a far part the state stays as it is."""
     o = x.q.new_empty(*x.q.shape[:3], x.v.shape[3])
     top, lse = (x.q.new_empty(x.q.shape[:3], dtype=torch.float32) for _ in range(2))
-    h, z, last = make_states(x, state) if x.constants["FAR"] else (x.q, x.q, state)
-    far = x.far
-    args = x.q, x.k, x.v, far.q_log, far.k_log, far.to, far.e, h, z, x.rest, x.column, far.mix, o, top, lse
-    sizes = x.scale, *x.lengths, *x.heads, *x.widths, x.column.shape[1]
-    _by_heads(x, joint_outputs.joint_kernel, *args, *sizes)
-    return o, last, top, lse
+    h, z, last = make_states(x, state) if x.has_far else (x.q, x.q, state)
+    _by_heads(x, joint_outputs.joint_kernel, h=h, z=z, o=o, top=top, lse=lse)
+    return Outputs(o, last, top, lse)
 
 
-def backward(x: Call, state, do, dstate, o, top, lse) -> list[torch.Tensor | None]:
-    """The gradients of q, k, v and, with a far part, of q_log, k_log, g or None, mix and state."""
+def backward(
+    x: Call, state: torch.Tensor | None, do: torch.Tensor, dstate: torch.Tensor | None, found: Outputs
+) -> Gradients:
+    """do and dstate are the gradients of what `forward` has found."""
     do = do.contiguous()
-    delta = _delta(o, do)
-    rows = top, lse, delta
-    dk, dv = _near(x, lse, delta, do)
+    rows = Rows(found.top, found.lse, _delta(x, found.o, do))
+    dk, dv = _near(x, rows, do)
     if x.column.shape[1]:
-        _sinks(x, lse, delta, do, dk, dv)
-    if not x.constants["FAR"]:
-        return [_queries(x, x.q, x.q, rows, do)[0], dk, dv]
+        _sinks(x, rows, do, dk, dv)
+    if not x.has_far:
+        return Gradients(_queries(x, x.q, x.q, rows, do)[0], dk, dv)
     h, z, _ = make_states(x, state)
-    dh, dz, dfirst = _states(x, x.far.q_log, do, rows, dstate.contiguous(), True)
+    back = _states(x, x.far.q_log, do, rows, dstate.contiguous(), True)
     dq, dq_log, d_mix, d_to = _queries(x, h, z, rows, do)
-    dk_log, d_behind, straddle = _far_keys(x, h, z, dh, dz, rows, do)
-    within = _far_values(x, dh, rows, do, dv)
+    dk_log, d_behind, straddle = _far_keys(x, States(h, z, back.last), back, rows, do)
+    within = _far_values(x, back.h, rows, do, dv)
     dg = _gates(x, d_to, d_behind, straddle, within) if x.constants["GATED"] else None
-    return [dq, dk, dv, dq_log, dk_log, dg, d_mix.sum((0, 1)), dfirst]
+    return Gradients(dq, dk, dv, dq_log, dk_log, dg, d_mix.sum((0, 1)), back.last)
 
 
-def _delta(o, do) -> torch.Tensor:
-    delta, C, V = o.new_empty(o.shape[:3], dtype=torch.float32), 32, o.shape[3]
-    args, constants = (o.contiguous(), do, delta, delta.numel(), V), dict(C=C, PER_CHANNEL=False)
-    launch(joint_gradients.delta_kernel, lambda _: (cdiv(delta.numel(), C),), V, V, *args, **constants)
+def _delta(x: Call, o, do) -> torch.Tensor:
+    delta, C = o.new_empty(o.shape[:3], dtype=torch.float32), 32
+    N, V = delta.numel(), o.shape[3]
+    given = dict(o=o.contiguous(), do=do, delta=delta, N=N, K=V, C=C)
+    x.launch(joint_gradients.delta_kernel, (cdiv(N, C),), **given)
     return delta
 
 
-def _queries(x: Call, h, z, rows, do) -> tuple[torch.Tensor, ...]:
+def _queries(x: Call, h, z, rows: Rows, do) -> tuple[torch.Tensor, ...]:
     """dq, dq_log and, of each row [B,T,HQ], the gradient of its mix and of the log of what the state gives it."""
-    far, dq = x.far, torch.empty_like(x.q)
-    dq_log = torch.empty_like(far.q_log) if x.constants["FAR"] else dq
-    d_mix, d_to = (torch.empty_like(rows[0]) for _ in range(2))
-    args = x.q, x.k, x.v, far.q_log, far.k_log, far.to, far.e, h, z, x.rest, x.column, far.mix, *rows, do
-    sizes = x.scale, *x.lengths, *x.heads, *x.widths, x.column.shape[1]
-    _by_heads(x, joint_gradients.queries_kernel, *args, dq, dq_log, d_mix, d_to, *sizes)
+    dq = torch.empty_like(x.q)
+    dq_log = torch.empty_like(x.far.q_log) if x.has_far else dq
+    d_mix, d_to = (torch.empty_like(rows.top) for _ in range(2))
+    given = dict(h=h, z=z, do=do, dq=dq, dq_log=dq_log, d_mix=d_mix, d_to=d_to) | rows._asdict()
+    _by_heads(x, joint_gradients.queries_kernel, **given)
     return dq, dq_log, d_mix, d_to
 
 
-def _near(x: Call, lse, delta, do) -> tuple[torch.Tensor, torch.Tensor]:
+def _near(x: Call, rows: Rows, do) -> tuple[torch.Tensor, torch.Tensor]:
     """dk and dv of the keys of windows; 0 for the others."""
-    (H, G), (D, _, V), (B, S), C = x.heads, x.widths, x.k.shape[:2], x.constants["C"]
+    (B, S, H, D), C = x.k.shape, x.constants["C"]
     dk, dv = torch.empty_like(x.k), torch.empty_like(x.v)
-    args = x.q, x.k, x.v, x.rest, lse, delta, do, dk, dv, x.scale, *x.lengths, H, G, D, V
-    launch(joint_gradients.near_kernel, lambda _: (H * B * cdiv(S, C),), D, V, *args, **x.constants)
+    given = dict(do=do, dk=dk, dv=dv, K=D) | rows._asdict()
+    x.launch(joint_gradients.near_kernel, (H * B * cdiv(S, C),), **given)
     return dk, dv
 
 
-def _sinks(x: Call, lse, delta, do, dk, dv) -> None:
+def _sinks(x: Call, rows: Rows, do, dk, dv) -> None:
     """Puts the gradients of the sinks, which no window has, into dk and dv."""
-    (H, G), (D, _, V), (B, P), C = x.heads, x.widths, x.column.shape, x.constants["C"]
-    T, S, _ = x.lengths
-    count = cdiv(T, C * _SUMMED)
-    parts = [lse.new_empty(B, count, H, P, width) for width in (D, V)]
-    args = x.q, x.k, x.v, x.column, lse, delta, do, *parts, x.scale, T, S, H, G, D, V, P
-    launch(joint_gradients.sinks_kernel, lambda _: (count * H * B,), D, V, *args, **x.constants, N=_SUMMED)
+    (B, S, H, D), V, P = x.k.shape, x.v.shape[3], x.column.shape[1]
+    count = cdiv(x.q.shape[1], x.constants["C"] * _SUMMED)
+    parts = [rows.lse.new_empty(B, count, H, P, width) for width in (D, V)]
+    given = dict(do=do, dk=parts[0], dv=parts[1], K=D, N=_SUMMED) | rows._asdict()
+    x.launch(joint_gradients.sinks_kernel, (count * H * B,), **given)
     # Of columns that a row has not got, zeros.
     index = x.column.clamp(max=S - 1)[:, :, None, None].expand(-1, -1, H, -1)
     for grad, part in zip((dk, dv), parts, strict=True):
@@ -212,35 +259,31 @@ def _sinks(x: Call, lse, delta, do, dk, dv) -> None:
         grad.scatter_add_(1, index.expand(-1, -1, -1, new.shape[3]), new)
 
 
-def _far_keys(x: Call, h, z, dh, dz, rows, do) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _far_keys(x: Call, before: States, back: States, rows: Rows, do) -> tuple[torch.Tensor, ...]:
     """dk_log, and of the logs of what rows leave in the state [B,T,H], and of what stays in it [chunks,H]."""
-    far, (H, G), (_, M, V), count = x.far, x.heads, x.widths, len(x.chunks.chunks)
-    B, T, blocks = *x.q.shape[:2], cdiv(M, 16)
-    dk_log, d_behind = torch.empty_like(far.k_log), do.new_empty(blocks, B, T, H, dtype=torch.float32)
-    straddle = d_behind.new_empty(blocks, count, H)
-    args = x.v, far.q_log, far.k_log, far.behind, far.e, h, z, dh, dz, x.rest, far.mix, *rows, do
-    sizes = B, *x.lengths, H, G, M, V
+    B, T, H, M = x.far.k_log.shape
+    dk_log, d_behind = torch.empty_like(x.far.k_log), do.new_empty(cdiv(M, 16), B, T, H, dtype=torch.float32)
+    straddle = d_behind.new_empty(cdiv(M, 16), x.count, H)
+    given = dict(h=before.h, z=before.z, dh=back.h, dz=back.z, do=do) | rows._asdict()
+    given |= dict(dk_log=dk_log, d_behind=d_behind, straddle=straddle)
     kernel = joint_far_gradients.far_keys_kernel
-    config = launch(
-        kernel, lambda c: (cdiv(M, c.BK) * H * count,), M, V, *args, dk_log, d_behind, straddle, *sizes, **x.constants
-    )
+    config = x.launch(kernel, lambda c: (cdiv(M, c.BK) * H * x.count,), **given)
     used = cdiv(M, config.BK)
     return dk_log, d_behind[:used].sum(0), straddle[:used].sum(0)
 
 
-def _far_values(x: Call, dh, rows, do, dv) -> torch.Tensor:
+def _far_values(x: Call, dh, rows: Rows, do, dv) -> torch.Tensor:
     """Adds to dv; dg of pairs within chunks [B,T,H]."""
-    far, (H, G), (_, M, V), count = x.far, x.heads, x.widths, len(x.chunks.chunks)
-    dg = do.new_empty(*x.q.shape[:2], H, dtype=torch.float32)
-    args = x.v, far.q_log, far.k_log, far.behind, far.e, dh, x.rest, far.mix, *rows, do, dv, dg
-    kernel = joint_far_gradients.far_values_kernel
-    launch(kernel, lambda _: (H * count,), M, V, *args, *x.lengths, H, G, M, V, **x.constants)
+    B, T, H, _ = x.far.k_log.shape
+    dg = do.new_empty(B, T, H, dtype=torch.float32)
+    given = dict(dh=dh, do=do, dv=dv, dg=dg) | rows._asdict()
+    x.launch(joint_far_gradients.far_values_kernel, (H * x.count,), **given)
     return dg
 
 
 def _gates(x: Call, d_to, d_behind, straddle, within) -> torch.Tensor:
     """dg [B,T,H]: the gate of a row decays what came before it on its way to this row and to later ones."""
-    (B, T), (H, G), C = x.q.shape[:2], x.heads, x.constants["C"]
+    B, T, H, G, C = *(x.sizes[n] for n in ("B", "T", "H", "G")), x.constants["C"]
     N = cdiv(T, C)
 
     def chunked(y):

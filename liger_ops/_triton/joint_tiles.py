@@ -10,11 +10,12 @@ chunk's own C, 0 .. t far. Logarithms are to base 2.
 import triton
 import triton.language as tl
 
+from liger_ops import limits
 from liger_ops._triton.tiles import dot
 
 LOG2 = tl.constexpr(1.4426950408889634)
-# What a feature saturates at: exp(30).
-MOST = tl.constexpr(30.0 * 1.4426950408889634)
+# What the logarithm of a feature saturates at.
+MOST = tl.constexpr(limits.MAX_LOG_FEATURE * 1.4426950408889634)
 MASKED = tl.constexpr(-1e30)
 
 

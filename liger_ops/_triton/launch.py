@@ -29,7 +29,7 @@ CONFIGS: dict[str, list[Config]] = {
     "states_kernel": [Config(32, 64, 4, 1), Config(32, 128, 4, 3), Config(64, 64, 4, 3)],
     "joins_kernel": [Config(32, 64, 4, 1), Config(16, 32, 2, 1)],
     "outputs_kernel": [Config(32, 64, 4, 2), Config(64, 128, 4, 2), Config(32, 128, 4, 2)],
-    "values_kernel": [Config(32, 32, 8, 1), Config(64, 128, 4, 2), Config(64, 64, 4, 2)],
+    "values_gradient_kernel": [Config(32, 32, 8, 1), Config(64, 128, 4, 2), Config(64, 64, 4, 2)],
     "scores_kernel": [Config(32, 16, 8, 1), Config(16, 16, 4, 1), Config(32, 16, 4, 1)],
     "own_scores_kernel": [Config(16, 16, 4, 1)],
     "products_kernel": [Config(16, 32, 4, 2), Config(16, 64, 4, 3)],
@@ -68,7 +68,7 @@ _FINE: dict[tuple[str, str], list[Config]] = {
     ("pairs_gradient_kernel", "ieee"): [Config(16, 16, 4, 1), Config(64, 16, 8, 1)],
     ("queries_kernel", "ieee"): [Config(32, 128, 8, 2)],
     ("sinks_kernel", "ieee"): [Config(16, 128, 4, 2)],
-    ("values_kernel", "ieee"): [Config(32, 64, 8, 1), Config(32, 32, 8, 1)],
+    ("values_gradient_kernel", "ieee"): [Config(32, 64, 8, 1), Config(32, 32, 8, 1)],
     ("states_kernel", "tf32x3"): [Config(16, 64, 4, 1), Config(32, 32, 8, 1)],
 }
 _chosen: dict[tuple, Config] = {}
@@ -81,9 +81,9 @@ def block(width: int, most: int) -> int:
     return min(max(triton.next_power_of_2(width), 16), most)
 
 
-def options(name: str, K: int, V: int, constants: dict[str, Any]) -> list[Config]:
+def options(name: str, K: int, V: int, named: dict[str, Any]) -> list[Config]:
     """The configurations of a kernel at these widths, without repetition."""
-    known = _FINE.get((name, constants.get("PRECISION")), CONFIGS[name])
+    known = _FINE.get((name, named.get("PRECISION", "")), CONFIGS[name])
     fitted = (c._replace(BK=block(K, c.BK), BV=block(V, c.BV)) for c in known)
     return list(dict.fromkeys(fitted))
 
@@ -114,16 +114,24 @@ def _bits(tensors: Sequence[torch.Tensor]) -> list[int]:
     return [x.view(kinds[x.element_size()]).sum().item() for x in tensors]
 
 
-def fill(kernel: Any, config: Config, constants: dict[str, Any]) -> dict[str, Any]:
-    """The constants that a kernel names, and its blocks: BG is that of a gate, as wide as a key's or 1."""
-    wanted = dict(constants, BK=config.BK, BV=config.BV, BG=config.BK if constants["PER_CHANNEL"] else 1)
-    return {n: x for n, x in wanted.items() if n in kernel.arg_names}
+def fill(kernel: Any, config: Config, named: dict[str, Any]) -> dict[str, Any]:
+    """Those of the named arguments that a kernel has, and its blocks: BG is that of a gate, as wide as a key's or 1."""
+    blocks = dict(BK=config.BK, BV=config.BV, BG=config.BK if named.get("PER_CHANNEL") else 1)
+    given = named | blocks
+    return {n: given[n] for n in kernel.arg_names if n in given}
 
 
-def launch(
-    kernel: Any, grid: Callable[[Config], tuple[int, ...]], K: int, V: int, *args: Any, **constants: Any
-) -> Config:
+@functools.cache
+def constant_names(kernel: Any) -> list[str]:
+    """The arguments that Triton compiles for each of their values, blocks aside."""
+    return [p.name for p in kernel.params if p.is_constexpr and p.name not in ("BK", "BV", "BG")]
+
+
+def launch(kernel: Any, grid: Callable[[Config], tuple[int, ...]], **named: Any) -> Config:
     """Run kernel on grid(config), its blocks and warps chosen once per device, widths, dtype and constants.
+
+    named may hold more than the kernel has: what neighbours share is handed to all of them. K and V, the widths that
+    blocks cover, are always there, and a kernel's first argument is a tensor.
 
     Nothing is timed under the interpreter or while a graph is captured: the first configuration runs, unless another
     was chosen before. Kernels with a choice read none of their outputs, so that timing may repeat them.
@@ -131,23 +139,24 @@ def launch(
     Returns:
         The configuration that ran last, whose outputs stand.
     """
-    name, tensor = kernel.fn.__name__, args[0]
+    name, K, V = kernel.fn.__name__, named["K"], named["V"]
 
     def run(config: Config) -> Config:
-        filled = fill(kernel, config, constants)
-        kernel[grid(config)](*args, **filled, num_warps=config.num_warps, num_stages=config.num_stages)
+        filled = fill(kernel, config, named)
+        kernel[grid(config)](**filled, num_warps=config.num_warps, num_stages=config.num_stages)
         return config
 
-    choices = options(name, K, V, constants)
+    choices = options(name, K, V, named)
     if isinstance(kernel, InterpretedFunction):
         return run(choices[0])
-    key = name, tensor.device, tensor.dtype, K, V, *constants.items()
-    with torch.cuda.device(tensor.device):
+    first = named[kernel.arg_names[0]]
+    key = name, first.device, first.dtype, K, V, *(named.get(n) for n in constant_names(kernel))
+    with torch.cuda.device(first.device):
         if len(choices) == 1 or torch.cuda.is_current_stream_capturing():
             return run(_chosen.get(key, choices[0]))
         with _lock:
             if key not in _chosen:
-                tensors = [x for x in args if isinstance(x, torch.Tensor)]
+                tensors = [x for x in fill(kernel, choices[0], named).values() if isinstance(x, torch.Tensor)]
                 _chosen[key] = min(choices, key=lambda config: _milliseconds(lambda: run(config), tensors))
         return run(_chosen[key])
 
@@ -167,6 +176,22 @@ def precision(dtype: torch.dtype) -> str:
 @functools.cache
 def is_cdna3() -> bool:
     return torch.cuda.get_device_properties(0).gcnArchName.startswith("gfx94")
+
+
+class Launcher(NamedTuple):
+    """What launches kernels, how finely they multiply, and how long a sequence is before it is cut.
+
+    Chains of states that fill no GPU are cut into pieces of `piece` tokens, which run side by side.
+    """
+
+    launch: Callable[..., Config] = launch
+    precision: Callable[[torch.dtype], str] = precision
+    piece: int = 1024
+
+
+LAUNCHER = Launcher()
+# Chains of states that leave a GPU empty.
+CHAINS = 32
 
 
 class Chunks(NamedTuple):

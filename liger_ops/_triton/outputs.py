@@ -70,7 +70,7 @@ def outputs_kernel(
 
 
 @triton.jit
-def values_kernel(
+def values_gradient_kernel(
     q,
     k,
     do,

@@ -11,6 +11,7 @@ apart as long as they are far from overflow, and one row is taken at a time othe
 import triton
 import triton.language as tl
 
+from liger_ops import limits
 from liger_ops._triton.decays import FACTORABLE
 from liger_ops._triton.tiles import (
     dot,
@@ -24,9 +25,7 @@ from liger_ops._triton.tiles import (
     store_rows,
 )
 
-# About half of what FACTORABLE allows, in powers of two: moved from one factor to the other, it keeps both clear of
-# underflow.
-HALF = tl.constexpr(57.0)
+HALF = tl.constexpr(float(limits.HALF_EXPONENT))
 LOG2E = tl.constexpr(1.4426950408889634)
 # Running sums of multiples of this stay exact down to FACTORABLE.
 STEP = tl.constexpr(2.0**-13)

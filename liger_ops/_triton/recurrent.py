@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from triton import cdiv
 
-from liger_ops._triton.launch import launch
+from liger_ops._inputs import RecurrenceInputs
+from liger_ops._triton.launch import LAUNCHER, Launcher
 
 
 @triton.jit
@@ -80,18 +81,26 @@ def recurrent_kernel(
     tl.store(last + o_h, b_h, mask=m_h)
 
 
-def forward(q, k, v, g, gv, first, last, slots, scale, before=False, beta=None) -> torch.Tensor:
-    """o [N,T,HQ,V]; fills last, which may be first. slots [N] addresses both, None is one state per sequence."""
-    N, T, H, K = k.shape
-    V, G = v.shape[-1], q.shape[2] // H
-    KG = 1 if g is None or g.ndim == 3 else K
-    constants = dict(GATED=g is not None, PER_CHANNEL=KG > 1, VALUES_GATED=gv is not None)
-    constants |= dict(BEFORE=before, POOLED=slots is not None, ERASES=beta is not None)
-    q, k, v = (x.contiguous() for x in (q, k, v))
-    # What no kernel reads may be anything.
-    g, gv, beta = (q if x is None else x.float().contiguous() for x in (g, gv, beta))
-    slots = q if slots is None else slots.contiguous()
+def forward(
+    x: RecurrenceInputs,
+    last: torch.Tensor,
+    slots: torch.Tensor | None = None,
+    before: bool = False,
+    launcher: Launcher = LAUNCHER,
+) -> torch.Tensor:
+    """o [N,T,HQ,V]; fills last, which may be x.state. slots [N] addresses both, None is one state per sequence.
+
+    before: what a token reads is the state without it.
+    """
+    (N, T, H, K), V = x.k.shape, x.v.shape[-1]
+    q, k, v = (y.contiguous() for y in (x.q, x.k, x.v))
     o = v.new_empty(N, T, q.shape[2], V)
-    args = q, k, v, g, gv, beta, first, last, slots, o, scale, T, H, G, K, V, KG
-    launch(recurrent_kernel, lambda c: (N * H, cdiv(V, c.BV)), K, V, *args, **constants)
+    given = dict(q=q, k=k, v=v, first=x.state, last=last, o=o, scale=x.scale)
+    # What no kernel reads may be anything.
+    given |= {n: q if y is None else y.float().contiguous() for n, y in dict(g=x.g, gv=x.gv, beta=x.beta).items()}
+    given |= dict(slots=q if slots is None else slots.contiguous())
+    sizes = dict(T=T, H=H, G=q.shape[2] // H, K=K, V=V, KG=K if x.per_channel else 1)
+    constants = dict(GATED=x.g is not None, PER_CHANNEL=x.per_channel and K > 1, VALUES_GATED=x.gv is not None)
+    constants |= dict(BEFORE=before, POOLED=slots is not None, ERASES=x.beta is not None)
+    launcher.launch(recurrent_kernel, lambda c: (N * H, cdiv(V, c.BV)), **given, **sizes, **constants)
     return o

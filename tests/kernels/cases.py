@@ -3,11 +3,14 @@
 Shapes: B batch, T time, H key/value heads, HQ = G * H query heads, K key width, V value width, N sequences.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
 from liger_ops import naive_recurrence
+from liger_ops._inputs import RecurrenceInputs
+from liger_ops._triton.launch import LAUNCHER, Config, fill, options
 
 
 class Case(NamedTuple):
@@ -24,7 +27,7 @@ class Case(NamedTuple):
     chunk: int | None = 32
     dtype: torch.dtype = torch.float32
     lengths: tuple[int, ...] | None = None
-    piece: int = 1024
+    piece: int = LAUNCHER.piece
 
     def tensors(self) -> dict[str, torch.Tensor | None]:
         B, T = (self.B, self.T) if self.lengths is None else (1, sum(self.lengths))
@@ -41,13 +44,26 @@ class Case(NamedTuple):
         return None if self.lengths is None else torch.tensor([0, *self.lengths]).cumsum(0)
 
 
-def run(op: Any, case: Case, x: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
-    """What the module `op` (forward, backward) makes of it."""
-    op.PIECE = case.piece
-    args = x["q"], x["k"], x["v"], x["g"], x["state"], case.cu_seqlens(), case.K**-0.5, case.chunk
-    o, last = op.forward(*args)
-    found = op.backward(x["do"], x["dstate"], *args, x["g"] is not None)
-    return dict(zip(("o", "last", "q", "k", "v", "g", "state"), (o, last, *found), strict=True))
+def inputs(case: Any, x: dict[str, torch.Tensor | None]) -> RecurrenceInputs:
+    """What kernels take of the tensors of a case."""
+    given = {n: y for n, y in x.items() if n not in ("do", "dstate")}
+    return RecurrenceInputs(**given, cu_seqlens=case.cu_seqlens(), scale=case.K**-0.5, chunk=case.chunk)
+
+
+def run(op: Any, case: Any, x: dict[str, torch.Tensor | None], **launcher: Any) -> dict[str, torch.Tensor]:
+    """What the module `op` (forward, backward) makes of it: o, the last state, and gradients by name."""
+    by, given = LAUNCHER._replace(**(dict(piece=case.piece) | launcher)), inputs(case, x)
+    o, last = op.forward(given, launcher=by)
+    found = op.backward(given, x["do"], x["dstate"], x["g"] is not None, launcher=by)._asdict()
+    return dict(o=o, last=last) | {n: found[n] for n in x if n in found and found[n] is not None}
+
+
+def tuned(kernel: Any, grid: Callable, **named: Any) -> Config:
+    """Launches every configuration, as tuning does: what an earlier one wrote must not show."""
+    choices = options(kernel.fn.__name__, named["K"], named["V"], named)
+    for config in choices:
+        kernel[grid(config)](**fill(kernel, config, named))
+    return choices[-1]
 
 
 def exact(case: Case, x: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:

@@ -6,17 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from liger_ops._triton import additive, launch
-from tests.kernels.cases import Case, distances, exact, run
+from tests.kernels.cases import Case, distances, exact, inputs, run, tuned
 from tests.kernels.interpreter import mend_rounding, sanitized
 
 mend_rounding()
 BARS = dict(o=1e-6, last=1e-6, q=2e-6, k=2e-6, v=2e-6, g=1e-5, state=2e-6)
 
 
-def check(case: Case, bars=BARS):
+def check(case: Case, **launcher):
     x = case.tensors()
-    far = distances(run(additive, case, x), exact(case, x))
-    assert all(d <= bars[n] for n, d in far.items()), far
+    far = distances(run(additive, case, x, **launcher), exact(case, x))
+    assert all(d <= BARS[n] for n, d in far.items()), far
 
 
 @st.composite
@@ -124,11 +124,10 @@ def test_halves_stay_near_their_rounding_floor(gate, dtype):
 
 
 @pytest.mark.parametrize("gate", ["head", "channel"])
-def test_tf32_when_pytorch_allows_it(gate, monkeypatch):
-    monkeypatch.setattr(additive, "precision", lambda dtype: "tf32")
+def test_tf32_when_pytorch_allows_it(gate):
     case = Case(gate=gate, T=70, K=64, V=64, size=0.1, chunk=64)
     x = case.tensors()
-    far = distances(run(additive, case, x), exact(case, x))
+    far = distances(run(additive, case, x, precision=lambda dtype: "tf32"), exact(case, x))
     assert all(d <= (2e-3 if n == "g" else 5e-4) for n, d in far.items()), far
     assert far["o"] > 1e-5
 
@@ -160,25 +159,17 @@ def test_packed_split_and_permuted(gate):
     packed = {n: t if t is None or "state" in n else t.flatten(0, 1).unsqueeze(0) for n, t in x.items()}
     for n, t in run(additive, case._replace(lengths=(45, 45, 45)), packed).items():
         assert t is None or torch.equal(t.flatten(), whole[n].flatten()), n
-    args, state = (case.K**-0.5, 32), x["state"]
+    state = x["state"]
     for part in ((0, 1), (1, 20), (20, 45)):
-        piece = [x[n] if x[n] is None else x[n][:, slice(*part)] for n in ("q", "k", "v", "g")]
-        o, state = additive.forward(*piece, state, None, *args)
+        piece = inputs(case, x).in_time(lambda y, rows=slice(*part): y[:, rows])
+        o, state = additive.forward(piece._replace(state=state))
         assert distances({"o": o}, {"o": whole["o"][:, slice(*part)].double()})["o"] <= 1e-6
     assert distances({"s": state}, {"s": whole["last"].double()})["s"] <= 1e-6
 
 
 @pytest.mark.parametrize("gate", ["head", "channel"])
-def test_every_configuration_may_run_before_the_chosen_one(gate, monkeypatch):
-    """As tuning does: what an earlier one wrote must not show."""
-
-    def tuned(kernel, grid, K, V, *args, **constants):
-        for config in launch.options(kernel.fn.__name__, K, V, constants):
-            kernel[grid(config)](*args, **launch.fill(kernel, config, constants))
-        return config
-
-    monkeypatch.setattr(additive, "launch", tuned)
-    check(Case(gate=gate, K=72, V=40, G=2))
+def test_every_configuration_may_run_before_the_chosen_one(gate):
+    check(Case(gate=gate, K=72, V=40, G=2), launch=tuned)
 
 
 @pytest.mark.parametrize(("name", "size"), [("q", 1e-8), ("q", 1e2), ("k", 1e-8), ("k", 1e8), ("do", 1e4), ("do", 1e8)])

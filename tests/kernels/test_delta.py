@@ -1,6 +1,6 @@
 """The delta rule's kernels under the interpreter: against float64, between guards, split, packed, permuted."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from liger_ops import naive_delta_rule
-from liger_ops._triton import additive, delta, launch
-from tests.kernels.cases import distances
+from liger_ops._triton import delta
+from liger_ops._triton.launch import LAUNCHER
+from tests.kernels.cases import distances, inputs, run, tuned
 from tests.kernels.interpreter import mend_rounding, sanitized
 from tests.ops.test_delta_rule import keys, strengths
 from tests.strategies import decay
@@ -20,7 +21,7 @@ BARS = dict(o=5e-6, last=5e-6, q=5e-6, k=5e-6, v=5e-6, beta=5e-6, g=1e-5, state=
 
 
 class Case(NamedTuple):
-    """One draw: sizes, gate and its size, kind of keys, strength, chunk, dtype, lengths of packed sequences if any."""
+    """One draw: sizes, gate and its size, kind of keys, strength, chunk, dtype, lengths of packed sequences, pieces."""
 
     B: int = 1
     T: int = 40
@@ -35,6 +36,7 @@ class Case(NamedTuple):
     chunk: int | None = 32
     dtype: torch.dtype = torch.float32
     lengths: tuple[int, ...] | None = None
+    piece: int = LAUNCHER.piece
 
     def tensors(self) -> dict[str, torch.Tensor | None]:
         B, T = (self.B, self.T) if self.lengths is None else (1, sum(self.lengths))
@@ -50,14 +52,6 @@ class Case(NamedTuple):
         return None if self.lengths is None else torch.tensor([0, *self.lengths]).cumsum(0)
 
 
-def run(op: Any, case: Case, x: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
-    """What the module `op` (forward, backward) makes of it."""
-    args = *(x[n] for n in LEAVES), case.cu_seqlens(), case.K**-0.5, case.chunk
-    o, last = op.forward(*args)
-    found = op.backward(x["do"], x["dstate"], *args, x["g"] is not None)
-    return {n: y for n, y in zip(("o", "last", *LEAVES), (o, last, *found), strict=True) if y is not None}
-
-
 def exact(case: Case, x: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
     leaves = {n: x[n].double().requires_grad_() for n in LEAVES if x[n] is not None}
     *inputs, state = (leaves.get(n) for n in LEAVES)
@@ -66,10 +60,10 @@ def exact(case: Case, x: dict[str, torch.Tensor | None]) -> dict[str, torch.Tens
     return dict(o=o.detach(), last=last.detach(), **dict(zip(leaves, grads, strict=True)))
 
 
-def check(case: Case, bars=BARS):
+def check(case: Case, **launcher):
     x = case.tensors()
-    far = distances(run(delta, case, x), exact(case, x))
-    assert all(d <= bars[n] for n, d in far.items()), far
+    far = distances(run(delta, case, x, **launcher), exact(case, x))
+    assert all(d <= BARS[n] for n, d in far.items()), far
 
 
 @st.composite
@@ -138,12 +132,10 @@ def test_halves_stay_near_their_rounding_floor(gate, dtype, kind, strength):
 
 
 @pytest.mark.parametrize("gate", ["none", "head", "channel"])
-def test_tf32_when_pytorch_allows_it(gate, monkeypatch):
-    for module in (additive, delta):
-        monkeypatch.setattr(module, "precision", lambda dtype: "tf32")
+def test_tf32_when_pytorch_allows_it(gate):
     case = Case(gate=gate, T=70, K=64, V=64, chunk=64)
     x = case.tensors()
-    far = distances(run(delta, case, x), exact(case, x))
+    far = distances(run(delta, case, x, precision=lambda dtype: "tf32"), exact(case, x))
     assert all(d <= (2e-3 if n in ("g", "beta") else 1e-3) for n, d in far.items()), far
     assert far["o"] > 1e-5
 
@@ -174,10 +166,10 @@ def test_packed_split_and_permuted(gate):
     packed = {n: t if t is None or "state" in n else t.flatten(0, 1).unsqueeze(0) for n, t in x.items()}
     for n, t in run(delta, case._replace(lengths=(45, 45, 45)), packed).items():
         assert torch.equal(t.flatten(), whole[n].flatten()), n
-    args, state = (case.K**-0.5, 32), x["state"]
+    state = x["state"]
     for part in ((0, 1), (1, 20), (20, 45)):
-        piece = [x[n] if x[n] is None else x[n][:, slice(*part)] for n in LEAVES[:5]]
-        o, state = delta.forward(*piece, state, None, *args)
+        piece = inputs(case, x).in_time(lambda y, rows=slice(*part): y[:, rows])
+        o, state = delta.forward(piece._replace(state=state))
         assert distances({"o": o}, {"o": whole["o"][:, slice(*part)].double()})["o"] <= 1e-6
     assert distances({"s": state}, {"s": whole["last"].double()})["s"] <= 1e-6
 
@@ -196,14 +188,5 @@ def test_minus_infinity_resets(gate):
 
 
 @pytest.mark.parametrize("gate", ["head", "channel"])
-def test_every_configuration_may_run_before_the_chosen_one(gate, monkeypatch):
-    """As tuning does: what an earlier one wrote must not show."""
-
-    def tuned(kernel, grid, K, V, *args, **constants):
-        for config in launch.options(kernel.fn.__name__, K, V, constants):
-            kernel[grid(config)](*args, **launch.fill(kernel, config, constants))
-        return config
-
-    for module in (additive, delta):
-        monkeypatch.setattr(module, "launch", tuned)
-    check(Case(gate=gate, K=72, V=40, G=2))
+def test_every_configuration_may_run_before_the_chosen_one(gate):
+    check(Case(gate=gate, K=72, V=40, G=2), launch=tuned)

@@ -1,12 +1,16 @@
 """The joint softmax and the window on kernels: against PyTorch in float64, between guards, split, packed, permuted."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from liger_ops import _joint, _packed, liger_attention, sliding_window_attention
+from liger_ops import _devices, _joint, liger_attention, sliding_window_attention
+from liger_ops._inputs import AttentionInputs
 from liger_ops._triton import joint
+from liger_ops._triton.launch import LAUNCHER, launch
 from tests.kernels.cases import distances
 from tests.kernels.interpreter import mend_rounding, sanitized
 
@@ -46,19 +50,24 @@ def run_window(x, dtype=None):
     options = {n: x[n] for n in ("window", "sinks", "visible")}
     o = sliding_window_attention(*leaves.values(), **options)
     grads = torch.autograd.grad(o, list(leaves.values()), x["do"].to(o.dtype))
-    return dict(o=o.detach()) | dict(zip(leaves, grads, strict=True))
+    o = o.detach()
+    if x["visible"] is not None:
+        # What a row has that sees nothing is finite, and no more is said of it.
+        o = o * x["visible"][:, -o.shape[1] :, None, None]
+    return dict(o=o) | dict(zip(leaves, grads, strict=True))
 
 
-def on_kernels(monkeypatch):
-    """The names of the kernels that are launched from here on."""
-    names, launch = [], joint.launch
+def on_kernels(monkeypatch, **launcher):
+    """The names of the kernels that are launched from here on, by a launcher of these fields."""
+    names = []
 
-    def counted(kernel, *args, **constants):
+    def counted(kernel, grid, **named):
         names.append(kernel.fn.__name__)
-        return launch(kernel, *args, **constants)
+        return launch(kernel, grid, **named)
 
-    monkeypatch.setattr(joint, "launch", counted)
-    monkeypatch.setattr(_packed, "on_triton", lambda q: q.dtype != torch.float64)
+    by = LAUNCHER._replace(launch=counted, **launcher)
+    monkeypatch.setattr(joint, "prepare", partial(joint.prepare, launcher=by))
+    monkeypatch.setattr(_devices, "on_triton", lambda q: q.dtype != torch.float64)
     return names
 
 
@@ -96,8 +105,7 @@ def test_everything_matches_float64(drawn, piece):
     torch.manual_seed(drawn[0])
     case = make(**drawn[1])
     with pytest.MonkeyPatch.context() as patch:
-        names = on_kernels(patch)
-        patch.setattr(joint, "PIECE", piece)
+        names = on_kernels(patch, piece=piece)
         # Keys that a hidden query alone sees have no defined gradient: let none be asked for.
         if case["visible"] is not None:
             S, T = case["k"].shape[1], case["q"].shape[1]
@@ -227,9 +235,9 @@ def test_the_compiler_sees_one_op(monkeypatch):
     x = make(T=33)
     column, rest = torch.tensor([[0, 1]]), torch.arange(x["k"].shape[1])[None] > 1
     leaves = [x[n].requires_grad_() for n in LEAVES]
-    args = *leaves, column, rest, x["window"], 0.2
-    torch.library.opcheck(torch.ops.liger_ops.joint_kernels.default, args)
-    torch.library.opcheck(torch.ops.liger_ops.window_kernels.default, (*leaves[:3], column, rest, x["window"], 0.2))
+    args = *leaves[:3], column, rest, x["window"], 0.2
+    torch.library.opcheck(torch.ops.liger_ops.window_kernels.default, args)
+    torch.library.opcheck(torch.ops.liger_ops.joint_kernels.default, (*args, *leaves[3:]))
     x = {n: y.detach() if isinstance(y, torch.Tensor) else y for n, y in x.items()}
     wanted = run(x)
     compiled = torch.compile(liger_attention, fullgraph=True, backend="aot_eager")
@@ -246,4 +254,4 @@ def test_a_second_derivative_names_itself(monkeypatch):
         torch.autograd.grad(o.sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="liger_ops::window_kernels_backward"):
         torch.autograd.grad(sliding_window_attention(q, x["k"], x["v"], 5).sum(), q, create_graph=True)
-    assert _joint.on_kernels(0, 0.0, q, x["v"])
+    assert _joint.on_kernels(AttentionInputs(q, x["k"], x["v"], window=5, sinks=0, scale=1.0, softcap=0.0))

@@ -7,11 +7,12 @@ import torch
 from triton import cdiv
 from triton.runtime.interpreter import GridExecutor
 
+from liger_ops._inputs import RecurrenceInputs
 from liger_ops._triton import additive, delta, recurrent
-from liger_ops._triton.launch import Chunks, launch, make_chunks
+from liger_ops._triton.launch import LAUNCHER, Chunks, launch, make_chunks
 from liger_ops._triton.states import joins_kernel
 from tests.kernels import test_delta
-from tests.kernels.cases import Case, run
+from tests.kernels.cases import Case, inputs, run
 
 TOKENS, LENGTHS = 2**27 + 100, (20, 40)
 
@@ -53,14 +54,14 @@ def test_offsets_beyond_32_bits(gate, monkeypatch):
 
 def corrections(case, x):
     """What the delta rule's own kernels make of it: products with the inverse, states, errors."""
-    call, beta = delta._prepare(*(x[n] for n in ("q", "k", "v", "beta", "g")), case.cu_seqlens(), case.chunk)
+    call, beta = delta._prepare(inputs(case, x), LAUNCHER)
     _, m = delta._inverse(call, beta)
     rows, taken = delta._mixed(call, m, call.v, beta), delta._mixed(call, m, call.k, beta, decayed=True)
     back = delta._mixed(call, m, call.k, beta, -1.0, transposed=True, decayed=True)
-    _, e, u, last = delta._states(call, rows, taken, beta, x["state"])
-    _, w, _, first = delta._states(call, rows, back, beta, x["dstate"], x["do"].flatten(0, 1), 0.3)
-    found = dict(rows=rows, taken=taken, back=back, e=e, u=u, w=w)
-    return {n: y.unsqueeze(0) for n, y in found.items()} | dict(last=last, state=first)
+    forth = delta._states(call, rows, taken, beta, x["state"])
+    other = delta._states(call, rows, back, beta, x["dstate"], x["do"].flatten(0, 1), 0.3)
+    found = dict(rows=rows, taken=taken, back=back, e=forth.e, u=forth.u, w=other.e)
+    return {n: y.unsqueeze(0) for n, y in found.items()} | dict(last=forth.last, state=other.last)
 
 
 @pytest.mark.parametrize("gate", ["none", "head", "channel"])
@@ -89,9 +90,9 @@ def test_pieces_beyond_32_bits(reverse, monkeypatch):
 
     def run(part, total, owned):
         start, last = torch.empty_like(part), torch.empty_like(first)
-        args = part, total, first, start, last, torch.tensor(owned), 1, K, V, K
-        constants = dict(GATED=True, PER_CHANNEL=True, REVERSE=reverse)
-        launch(joins_kernel, lambda c: (2, cdiv(K, c.BK), cdiv(V, c.BV)), K, V, *args, **constants)
+        given = dict(part=part, total=total, first=first, start=start, last=last, pieces=torch.tensor(owned))
+        given |= dict(H=1, K=K, V=V, KG=K, GATED=True, PER_CHANNEL=True, REVERSE=reverse)
+        launch(joins_kernel, lambda c: (2, cdiv(K, c.BK), cdiv(V, c.BV)), **given)
         return start, last
 
     wanted, last = run(part, total, [[0, 2], [2, 2]])
@@ -105,6 +106,6 @@ def test_pools_beyond_32_bits(monkeypatch):
     monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda *_: None)
     q, k, v, state = torch.randn(1, 1, 1, K), torch.randn(1, 1, 1, K), torch.randn(1, 1, 1, V), torch.randn(1, 1, K, V)
     pool = far({ROWS - 1: state[0]})
-    o = recurrent.forward(q, k, v, None, None, pool, pool, torch.tensor([ROWS - 1]), 0.1)
-    wanted = recurrent.forward(q, k, v, None, None, state, state, torch.tensor([0]), 0.1)
+    o = recurrent.forward(RecurrenceInputs(q, k, v, state=pool, scale=0.1), pool, torch.tensor([ROWS - 1]))
+    wanted = recurrent.forward(RecurrenceInputs(q, k, v, state=state, scale=0.1), state, torch.tensor([0]))
     assert torch.equal(o, wanted) and torch.equal(pool[ROWS - 1], state[0])

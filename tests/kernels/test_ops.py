@@ -4,7 +4,9 @@ import pytest
 import torch
 
 import liger_ops
-from liger_ops import _packed, errors
+from liger_ops import _devices, errors
+from liger_ops._backend import recurrence
+from liger_ops._inputs import RecurrenceInputs
 from tests.kernels.cases import distances
 from tests.kernels.interpreter import mend_rounding, sanitized
 
@@ -41,11 +43,11 @@ OPS = {
 
 @pytest.fixture(autouse=True)
 def _pytorch_first(monkeypatch):
-    monkeypatch.setattr(_packed, "on_triton", lambda q: False)
+    monkeypatch.setattr(_devices, "on_triton", lambda q: False)
 
 
 def use_kernels(monkeypatch):
-    monkeypatch.setattr(_packed, "on_triton", lambda q: True)
+    monkeypatch.setattr(_devices, "on_triton", lambda q: True)
 
 
 def run(name, q, k, v, more, state, lengths):
@@ -157,17 +159,18 @@ def test_the_compiler_sees_one_op(gate, monkeypatch):
     args = *leaves, torch.tensor([0, 20, 20, T]), K**-0.5, None, False
     strength = torch.rand(1, T, H).requires_grad_()
     for beta in (None, strength):
-        torch.library.opcheck(torch.ops.liger_ops.packed.default, (*args[:4], None, beta, *args[4:]))
+        torch.library.opcheck(torch.ops.liger_ops.recurrence_kernels.default, (*args[:4], None, beta, *args[4:]))
     # [B,H,T,D] underneath, as most models hold them.
     turned = [x if x is None else x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in leaves]
     do, dstate = torch.randn(1, T, HQ, V), torch.randn(3, H, K, V)
     for beta in (None, strength.detach().transpose(1, 2).contiguous().transpose(1, 2)):
-        back = do, dstate, *turned[:4], None, beta, turned[4], *args[5:], gate != "none"
-        torch.library.opcheck(torch.ops.liger_ops.packed_backward.default, back, test_utils="test_faketensor")
+        back = do, dstate, gate != "none", *turned[:4], None, beta, turned[4], *args[5:]
+        torch.library.opcheck(
+            torch.ops.liger_ops.recurrence_kernels_backward.default, back, test_utils="test_faketensor"
+        )
 
     def call(*x):
-        o, last, *_ = _packed.recurrence(*x[:4], K**-0.5, x[4], cu_seqlens=x[5])
-        return o, last
+        return recurrence(RecurrenceInputs(*x[:4], state=x[4], cu_seqlens=x[5], scale=K**-0.5))
 
     wanted, found = call(*args[:6]), torch.compile(call, fullgraph=True, backend="aot_eager")(*args[:6])
     assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
@@ -190,7 +193,7 @@ def test_a_second_derivative_names_itself(monkeypatch):
     use_kernels(monkeypatch)
     q, k, v = (torch.randn(1, T, n, K).requires_grad_() for n in (HQ, H, H))
     o, _ = liger_ops.chunk_linear_attn(q, k, v, normalize=False)
-    with pytest.raises(RuntimeError, match="liger_ops::packed_backward"):
+    with pytest.raises(RuntimeError, match="liger_ops::recurrence_kernels_backward"):
         torch.autograd.grad(o.sum(), q, create_graph=True)
 
 
@@ -242,11 +245,11 @@ def test_both_gates_token_by_token(per_head, monkeypatch):
     wanted = liger_ops.naive_recurrence(*(x.double() for x in (q, k, v, g)), None, state.double(), gv=gv.double())
     use_kernels(monkeypatch)
     with torch.no_grad(), sanitized():
-        found = _packed.recurrence(q, k, v, g, K**-0.5, state, gv=gv)
+        found = recurrence(RecurrenceInputs(q, k, v, g, gv, state=state, scale=K**-0.5))
     for x, y in zip(found, wanted, strict=True):
         assert (x - y).norm() <= 1e-6 * y.norm()
     leaves = [x.requires_grad_() for x in (q, k, v, g, gv)]
-    o, _ = _packed.recurrence(*leaves[:4], K**-0.5, state, gv=leaves[4])
+    o, _ = recurrence(RecurrenceInputs(*leaves, state=state, scale=K**-0.5))
     assert all(x.isfinite().all() for x in torch.autograd.grad(o.sum(), leaves))
 
 

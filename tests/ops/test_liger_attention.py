@@ -11,7 +11,7 @@ from liger_ops import (
     naive_sliding_window_attention,
     sliding_window_attention,
 )
-from liger_ops._torch import window as blocked
+from liger_ops._torch.attention import window as blocked
 from tests.ops.test_window import distance
 
 NAMES = ("q", "k", "v", "q_log", "k_log", "g", "mix")

@@ -50,7 +50,7 @@ def matrices(x: torch.Tensor) -> torch.Tensor:
     return (x.flatten(3, 4) if x.ndim == 6 else x).flatten(0, 2)
 
 
-def scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+def causal_products(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """[N,B,H,G,C,C], zero where a key comes after its query, whatever was there: infinite, not a number."""
     return torch.bmm(matrices(q), matrices(k).transpose(1, 2)).view(*q.shape[:5], -1).tril_()
 

@@ -7,8 +7,10 @@ from typing import NamedTuple
 
 import torch
 
-from liger_ops._torch.chunks import chunks, fill, matrices, outermost, packed, rows, scores, states
-from liger_ops._torch.decay import FACTORABLE, factor, margin, running, unit
+from liger_ops._inputs import RecurrenceInputs
+from liger_ops._torch.decay import factor, margin, running, unit
+from liger_ops._torch.in_place.chunks import causal_products, chunks, fill, matrices, outermost, packed, rows, states
+from liger_ops.limits import FACTORABLE
 
 
 class Fall(NamedTuple):
@@ -61,7 +63,7 @@ def factored(q: torch.Tensor, k: torch.Tensor, fall: torch.Tensor, half: float, 
     of_q, of_k = unit(q, half), unit(k, half)
     q = torch.mul(q, (fall if of_q == 1.0 else fall / of_q).unsqueeze(3), out=q.new_empty(q.shape))
     k = torch.div(k, fall if of_k == 1.0 else fall * of_k, out=k.new_empty(k.shape))
-    a = scores(q, k)
+    a = causal_products(q, k)
     if half != 1.0:
         a[..., :early] /= half
         a *= of_q * of_k
@@ -78,7 +80,7 @@ def weights(sums: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _per_head(q, k, g):
     """Scores, and the queries, keys and factors that `states` and the state before a chunk want."""
     q, k = packed(q), packed(k)
-    a = scores(q, k)
+    a = causal_products(q, k)
     if g is None:
         return a, q, k, None
     sums = running(outermost(g))
@@ -114,20 +116,20 @@ def _per_channel(q, k, g):
     return a, q_start, k_end, (last if half == 1.0 else last / half).transpose(3, 4)
 
 
-def forward(chunk, scale, state, out, q, k, v, g) -> torch.Tensor | None:
+def forward(x: RecurrenceInputs, chunk: int, out: torch.Tensor) -> torch.Tensor | None:
     """Fills out [B,T,HQ,V] and returns the state after the last token; None, and nothing done, for strong decays."""
-    (_, T, H, _), per_channel = k.shape, g is not None and g.ndim == 4
+    T, H = x.k.shape[1:3]
     # Two chunks at once, each with decays of its own, have half as many states.
-    C = rows(2 * chunk if per_channel else chunk, T)
-    q, k, v, g = (x if x is None else chunks(x, C) for x in (q.unflatten(2, (H, -1)), k, v, g))
-    q, k, v = (outermost(x) for x in (q, k, v))
-    found = (_per_channel if per_channel else _per_head)(q, k, g)
+    C = rows(2 * chunk if x.per_channel else chunk, T)
+    q, k, v = (outermost(chunks(y, C)) for y in (x.q.unflatten(2, (H, -1)), x.k, x.v))
+    g = None if x.g is None else chunks(x.g, C)
+    found = (_per_channel if x.per_channel else _per_head)(q, k, g)
     if found is None:
         return None
     a, q, k, keep = found
     v = packed(v)
-    around = states(k, v, keep, state)
+    around = states(k, v, keep, x.state)
     o = torch.bmm(matrices(a), matrices(v)).baddbmm_(matrices(q), matrices(around[:-1]))
-    fill(out.unflatten(2, (H, -1)), o.view(*q.shape[:5], -1), scale)
+    fill(out.unflatten(2, (H, -1)), o.view(*q.shape[:5], -1), x.scale)
     # A copy, so that the states of all chunks may go.
     return around[-1].clone()

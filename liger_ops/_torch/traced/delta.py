@@ -11,7 +11,7 @@ u. Within a chunk u_i needs u_j of earlier rows only, (I + A) u = beta (v - k h)
 import torch
 
 from liger_ops._torch.decay import Decay, make_decay
-from liger_ops._torch.scores import score_pairs
+from liger_ops._torch.traced.pairs import decayed_products
 
 
 def _corrected(
@@ -24,7 +24,7 @@ def _corrected(
     """
     dtype, weight = k.dtype, beta.double().unsqueeze(-1)
     k, decay = k.double(), make_decay(g if g is None else g.double())
-    a = score_pairs(k.unsqueeze(4), k, decay).squeeze(4).tril(-1) * weight
+    a = decayed_products(k.unsqueeze(4), k, decay).squeeze(4).tril(-1) * weight
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device).expand_as(a)
     inverse = torch.linalg.solve_triangular(a, eye, upper=False, unitriangular=True) * weight.transpose(-1, -2)
     return (inverse @ v.double()).to(dtype), (inverse @ (k if decay is None else k * decay.start)).to(dtype)
@@ -57,13 +57,3 @@ def enter(
     """As `additive.enter`, behind the corrected values: k [B,H,N,C,K], v [B,H,N,C,V], beta and g like them."""
     u, taken = _corrected(k, v, beta, g)
     return _through(k, u, taken, decay, state)
-
-
-def step(q, k, v, beta, g, state):
-    """One token: q [B,HQ,K], k [B,H,K], v [B,H,V], beta [B,H], g like beta or k or None, state [B,H,K,V]."""
-    if g is not None:
-        state = state * (g.unsqueeze(-1) if g.ndim == 3 else g[..., None, None]).exp()
-    k = k.unsqueeze(-2)
-    u = beta[..., None, None] * (v.unsqueeze(-2) - k @ state)
-    state = state + k.transpose(-1, -2) * u
-    return (q.unflatten(1, (k.shape[1], -1)) @ state).flatten(1, 2), state

@@ -28,7 +28,7 @@ def _causal(q: torch.Tensor) -> torch.Tensor:
     return torch.ones(q.shape[3], q.shape[3], dtype=q.dtype, device=q.device).tril()
 
 
-def score_pairs(q: torch.Tensor, k: torch.Tensor, decay: Decay | None) -> torch.Tensor:
+def decayed_products(q: torch.Tensor, k: torch.Tensor, decay: Decay | None) -> torch.Tensor:
     """q [B,H,N,C,G,K], k [B,H,N,C,K] -> decayed causal scores [B,H,N,C,G,C]."""
     causal = _causal(q)
     if decay is None or decay.sums.shape[-1] == 1:
@@ -42,7 +42,7 @@ def score_pairs(q: torch.Tensor, k: torch.Tensor, decay: Decay | None) -> torch.
     return torch.einsum("bhncgk,bhncjk->bhncgj", q, decayed) * causal.unsqueeze(1)
 
 
-def scores(
+def decayed_scores(
     q: torch.Tensor, k: torch.Tensor, decay: Decay | None, gain: torch.Tensor | float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q [B,H,N,C,G,K], which it may change, k [B,H,N,C,K], gain a number or [H,1,1,G,1], a factor on q.
@@ -50,7 +50,7 @@ def scores(
     Returns the decayed causal scores [B,H,N,C,G,C] and the queries as the state before the chunk sees them.
     """
     if decay is None or torch.is_grad_enabled() or decay.rise is None:
-        a = _times(score_pairs(q, k, decay), gain)
+        a = _times(decayed_products(q, k, decay), gain)
         return a, _times(q, gain if decay is None else decay.start.unsqueeze(4) * gain)
     # The same to a rounding, with one pass over the queries.
     of_q, of_k = unit(q, decay.half), unit(k, decay.half)

@@ -8,11 +8,12 @@ A segment of rows at a time, all heads together; a head's key blocks overlap in 
 import math
 from collections.abc import Callable
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from liger_ops._inputs import AttentionInputs, work_dtype
 from liger_ops._torch.layout import divide, full_precision, head_major, head_major_ones, pack, unpack
 from liger_ops._torch.segments import Plan, define
 
@@ -31,6 +32,11 @@ class Sinks(NamedTuple):
     k: torch.Tensor
     v: torch.Tensor
     column: torch.Tensor
+
+
+def by_name(sinks: Sinks) -> dict[str, torch.Tensor]:
+    """As ops take them."""
+    return dict(sink_k=sinks.k, sink_v=sinks.v, sink_column=sinks.column)
 
 
 class Window(NamedTuple):
@@ -162,9 +168,35 @@ def rows_at_once(q: torch.Tensor, reach: int, size: int) -> int:
     return torch.sym_max(floats // (q.shape[0] * q.shape[2] * reach * size), 1) * size
 
 
-def _segment(near, first, scale, softcap, with_lse, rows, state, out, q, k, v, sink_k, sink_v, sink_column, rest):
-    """Rows of `window_attention`'s arguments; the state is nothing."""
-    window, (T, H) = Window(rest, near(), first + rows.start, scale, softcap), (q.shape[1], k.shape[2])
+def look(
+    near: Callable[[], torch.Tensor],
+    first: int,
+    scale: float,
+    softcap: float,
+    rest: torch.Tensor,
+    rows: slice,
+) -> Window:
+    """What the window shows of some rows of an op, whose first query stands at key `first`."""
+    return Window(rest, near(), first + rows.start, scale, softcap)
+
+
+def _segment(
+    rows: slice,
+    state: torch.Tensor,
+    out: torch.Tensor | None,
+    *,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sink_k: torch.Tensor,
+    sink_v: torch.Tensor,
+    sink_column: torch.Tensor,
+    rest: torch.Tensor,
+    view: Callable[[torch.Tensor, slice], Window],
+    with_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of `window_attention`; the state is nothing."""
+    window, T, H = view(rest, rows), q.shape[1], k.shape[2]
     C = len(window.near)
     k, v = head_major(k, -T % C), head_major_ones(v, -T % C)
     weights = weigh(pack(q, H, C), k, Sinks(sink_k, sink_v, sink_column), window)
@@ -179,13 +211,28 @@ def _segment(near, first, scale, softcap, with_lse, rows, state, out, q, k, v, s
     return out, state
 
 
-def _plan(q, k, v, sink_k, sink_v, sink_column, rest, state, window, scale, softcap, with_lse):
+def windowed_plan(
+    segment: Callable[..., Any], block: int, width: int, given: dict[str, Any], reach: dict[str, tuple[int, int] | None]
+) -> Plan:
+    """A plan of an op over windows: segment(rows, state, out, view=, **inputs) on blocks of queries.
+
+    given: the op's arguments by name, without any that only the segment knows; reach as `Plan` has it, of those beside
+    keys and sinks.
+    """
+    inputs = dict(given)
+    state, window, scale, softcap = (inputs.pop(n) for n in ("state", "window", "scale", "softcap"))
+    q, k = inputs["q"], inputs["k"]
     first, window = k.shape[1] - q.shape[1], torch.sym_min(window, k.shape[1])
-    body = partial(_segment, lazy_near(q, window, BLOCK), first, scale, softcap, with_lse)
     # Keys from `window` before a query on; where it is not among them, it and what it sees begin further back.
-    keys, step = (first - window, first), rows_at_once(q, window + BLOCK, BLOCK)
-    inputs, reach = [q, k, v, sink_k, sink_v, sink_column, rest], [(0, 0), keys, keys, None, None, None, keys]
-    return Plan(body, step, v.shape[-1] + with_lse, state, inputs, reach)
+    keys = first - window, first
+    reach = reach | dict(k=keys, v=keys, rest=keys, sink_k=None, sink_v=None, sink_column=None)
+    body = partial(segment, view=partial(look, lazy_near(q, window, block), first, scale, softcap))
+    return Plan(body, rows_at_once(q, window + block, block), width, state, inputs, reach)
+
+
+def _plan(*, with_lse: bool, **given) -> Plan:
+    width = given["v"].shape[-1] + with_lse
+    return windowed_plan(partial(_segment, with_lse=with_lse), BLOCK, width, given, {})
 
 
 _window = define(
@@ -197,25 +244,17 @@ _window = define(
 
 
 @full_precision
-def window_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    window: int,
-    sinks: int,
-    scale: float,
-    softcap: float,
-    visible: torch.Tensor | None,
-    with_lse: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """q [B,T,HQ,D], k [B,S,H,D], v [B,S,H,V], visible [B,S] bool -> o [B,T,HQ,V], lse [B,T,HQ] in float32 or None."""
-    dtype, (B, T) = q.dtype, q.shape[:2]
-    work = torch.float64 if dtype == torch.float64 else torch.float32
+def window_attention(x: AttentionInputs, with_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """o [B,T,HQ,V] in the dtype of q, and lse [B,T,HQ] in float32 or None."""
+    dtype, (B, T) = x.q.dtype, x.q.shape[:2]
+    work = work_dtype(x.q)
     if T == 0 or B == 0:
-        return q.new_zeros(*q.shape[:3], v.shape[-1]), q.new_zeros(q.shape[:3], dtype=work) if with_lse else None
-    q, k, v = q.to(work), k.to(work), v.to(work)
-    held, rest = take_sinks(k, v, sinks, visible)
-    o, _, _ = _window(q, k, v, *held, rest, q.new_zeros(0), window, scale, softcap, with_lse)
+        lse = x.q.new_zeros(x.q.shape[:3], dtype=work) if with_lse else None
+        return x.q.new_zeros(*x.q.shape[:3], x.v.shape[-1]), lse
+    q, k, v = x.q.to(work), x.k.to(work), x.v.to(work)
+    held, rest = take_sinks(k, v, x.sinks, x.visible)
+    more = dict(window=x.window, scale=x.scale, softcap=x.softcap, with_lse=with_lse)
+    o, _ = _window(q=q, k=k, v=v, **by_name(held), rest=rest, state=q.new_zeros(0), **more)
     if not with_lse:
         return o.to(dtype), None
     return o[..., :-1].to(dtype, copy=True, memory_format=torch.contiguous_format), o[..., -1].contiguous()

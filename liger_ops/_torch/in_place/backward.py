@@ -8,9 +8,10 @@ state behind.
 import torch
 import torch.nn.functional as F
 
-from liger_ops._torch.chunks import chunks, fill, matrices, outermost, packed, rows, scores, states
+from liger_ops._inputs import Gradients, RecurrenceInputs
 from liger_ops._torch.decay import factor, running
-from liger_ops._torch.forward import factored, make_fall, weights
+from liger_ops._torch.in_place.chunks import causal_products, chunks, fill, matrices, outermost, packed, rows, states
+from liger_ops._torch.in_place.forward import factored, make_fall, weights
 
 
 def _values(a, do, k, later):
@@ -30,7 +31,7 @@ def _before(x: torch.Tensor) -> torch.Tensor:
 def _per_head(q, k, v, g, do, state, dlast, gate):
     """Gradients of q, k, v, g, if it is wanted, and of the state before."""
     q, k = packed(q), packed(k)
-    a, read, end, keep, k_end = scores(q, k), do, None, None, k
+    a, read, end, keep, k_end = causal_products(q, k), do, None, None, k
     if g is not None:
         sums = running(outermost(g))
         last = sums[..., -1:]
@@ -42,7 +43,7 @@ def _per_head(q, k, v, g, do, state, dlast, gate):
     dstates = states(q, read, keep, dlast, reverse=True)
     later = dstates[1:]
     dv = _values(a, do, k_end, later)
-    da = scores(do, v)
+    da = causal_products(do, v)
     dq = torch.bmm(matrices(read), matrices(before).transpose(1, 2))
     dk = torch.bmm(matrices(v), matrices(later).transpose(1, 2)).view(k.shape)
     dk = dk if end is None else dk.mul_(end)
@@ -70,7 +71,7 @@ def _per_channel(q, k, v, g, do, state, dlast, gate):
         return None
     fall, half, _ = found
     a, q_fall, k_rise, of_q, of_k = factored(q, k, fall, half)
-    da = scores(do, v)
+    da = causal_products(do, v)
     own = da.diagonal(dim1=4, dim2=5).unsqueeze(-1).clone()
     da = matrices(da.tril_(-1))
     # No bit depends on the powers of two, which keep small numbers from underflow until they are divided out.
@@ -96,22 +97,26 @@ def _per_channel(q, k, v, g, do, state, dlast, gate):
     return dq, dk, dv, dg, dstates[0]
 
 
-def backward(chunk, scale, state, do, dlast, grads, q, k, v, g) -> torch.Tensor | None:
-    """Fills those of grads, like q, k, v and g, that are not None, and returns the gradient of state.
+def backward(
+    x: RecurrenceInputs, chunk: int, do: torch.Tensor, dlast: torch.Tensor, grads: Gradients
+) -> torch.Tensor | None:
+    """Fills those of grads, of q, k, v and g, that are not None, and returns the gradient of the state before.
 
     do [B,T,HQ,V], dlast [B,H,K,V]. None, and nothing done, for strong decays.
     """
-    T, H = k.shape[1:3]
-    q, do = (x.unflatten(2, (H, -1)) for x in (q, do))
-    q, k, v, g, do = (x if x is None else chunks(x, rows(chunk, T)) for x in (q, k, v, g, do))
-    q, k, v, do = (outermost(x) for x in (q, k, v, do))
-    do = torch.mul(do, scale, out=do.new_empty(do.shape))
-    run = _per_channel if g is not None and g.ndim == 5 else _per_head
-    found = run(q, k, packed(v), g, do, state, dlast, grads[3] is not None)
+    T, H = x.k.shape[1:3]
+    C = rows(chunk, T)
+    q, k, v, do = (outermost(chunks(y, C)) for y in (x.q.unflatten(2, (H, -1)), x.k, x.v, do.unflatten(2, (H, -1))))
+    g = None if x.g is None else chunks(x.g, C)
+    do = torch.mul(do, x.scale, out=do.new_empty(do.shape))
+    run = _per_channel if x.per_channel else _per_head
+    found = run(q, k, packed(v), g, do, x.state, dlast, grads.g is not None)
     if found is None:
         return None
     dq, dk, dv, dg, dstate = found
-    for grad, x in zip(grads, (dq, dk, dv.view(v.shape), dg), strict=True):
+    if grads.q is not None:
+        fill(grads.q.unflatten(2, (H, -1)), dq)
+    for grad, new in ((grads.k, dk), (grads.v, dv.view(v.shape)), (grads.g, dg)):
         if grad is not None:
-            fill(grad.unflatten(2, (H, -1)) if x.ndim == 6 else grad, x)
+            fill(grad, new)
     return dstate.clone()
