@@ -47,6 +47,7 @@ def joint(x: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
     """o [B,T,HQ,V] in the dtype of q, and the state after the T tokens [B,H,M,V+1]."""
     (B, T, HQ, _), V = x.q.shape, x.v.shape[-1]
     if T == 0 or B == 0:
+        assert x.state is not None
         return x.v.new_zeros(B, T, HQ, V), x.state
     if T == 1 and not torch.is_grad_enabled():
         return joint_in_pytorch.joint_step(x)

@@ -180,7 +180,9 @@ def check_state(
 
 def check_parts(state: object, shapes: dict[str, tuple[int, ...]], k: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """initial_state is a tuple or list of floating tensors of these names and shapes, on the device of k."""
-    if not isinstance(state, (tuple, list)) or len(state) != len(shapes):
+    if not isinstance(state, (tuple, list)):
+        fail("initial_state", f"({', '.join(shapes)})", type(state).__name__)
+    if len(state) != len(shapes):
         fail("initial_state", f"({', '.join(shapes)})", f"{type(state).__name__} of {len(state)}")
     for (name, shape), x in zip(shapes.items(), state, strict=True):
         check_tensor(f"initial_state, {name}", x)

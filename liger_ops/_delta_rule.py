@@ -90,14 +90,14 @@ def run_delta_rule(
         for name, given in (("A_log", A_log), ("dt_bias", dt_bias), ("lower_bound", lower_bound)):
             if given is not None:
                 errors.fail(name, "None without use_gate_in_kernel", given if name == "lower_bound" else "a tensor")
-    beta = _strength(beta, use_beta_sigmoid_in_kernel, allow_neg_eigval, v)
+    strength = _strength(beta, use_beta_sigmoid_in_kernel, allow_neg_eigval, v)
     _checks.check_decay(g, k, ranks, gate_name)
-    _checks.check_strength(beta, v)
-    errors.check_cu_seqlens(cu_seqlens, *q.shape[:2], cu_seqlens_cpu, max_seqlen)
+    _checks.check_strength(strength, v)
+    errors.check_cu_seqlens(cu_seqlens, q.shape[0], q.shape[1], cu_seqlens_cpu, max_seqlen)
     state = _checks.keys_first(initial_state, state_v_first)
     _checks.check_chunk_size(chunk_size)
     x = RecurrenceInputs(
-        q, k, v, g, None, beta, state, cu_seqlens, scale=scale, chunk=chunk_size, unit=use_qk_l2norm_in_kernel
+        q, k, v, g, None, strength, state, cu_seqlens, scale=scale, chunk=chunk_size, unit=use_qk_l2norm_in_kernel
     )
     _checks.check_state(state, x.sequences, k, v.shape[-1])
     if x.unit and not _devices.on_triton(q):

@@ -37,7 +37,7 @@ def _run(
     _checks.check_decay(g, k, (rank,))
     _checks.check_decay(g_gamma, k, (1,), "g_gamma")
     _checks.check_decay(gv, v, (4,), "gv")
-    errors.check_cu_seqlens(cu_seqlens, *q.shape[:2], cu_seqlens_cpu, max_seqlen)
+    errors.check_cu_seqlens(cu_seqlens, q.shape[0], q.shape[1], cu_seqlens_cpu, max_seqlen)
     if g_gamma is not None:
         fixed = g_gamma.expand(k.shape[:3])
         g = fixed if g is None else g + fixed

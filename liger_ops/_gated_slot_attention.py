@@ -64,12 +64,11 @@ def chunk_gsa(
     _checks.check_qkv(q, k, v)
     _checks.check_like("s", s, k, "H, M")
     _checks.check_decay(g, s, (4,))
-    errors.check_cu_seqlens(cu_seqlens, *q.shape[:2], cu_seqlens_cpu, max_seqlen)
+    errors.check_cu_seqlens(cu_seqlens, q.shape[0], q.shape[1], cu_seqlens_cpu, max_seqlen)
     N, (H, K), M = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, k.shape[2:], s.shape[-1]
-    if initial_state is None:
-        state = None, None
-    else:
-        state = _checks.check_parts(initial_state, dict(hk=(N, H, K, M), hv=(N, H, M, v.shape[-1])), k)
+    first = None, None
+    if initial_state is not None:
+        first = _checks.check_parts(initial_state, dict(hk=(N, H, K, M), hv=(N, H, M, v.shape[-1])), k)
     _checks.check_chunk_size(chunk_size)
     if checkpoint_level not in (0, 1, 2):
         errors.fail("checkpoint_level", "0, 1 or 2", repr(checkpoint_level))
@@ -85,8 +84,9 @@ def chunk_gsa(
         o, hv = recurrence(x._replace(chunk=chunk_size))
         return o, (hk, hv)
 
-    o, state = in_order(core, dict(q=q, k=k, v=v, s=s, g=g), state, cu_seqlens, reverse)
-    return o.to(q.dtype), state if output_final_state else (None, None)
+    tensors = dict(q=q, k=k, v=v, s=s, g=g)
+    o, (hk, hv) = in_order(core, tensors, first, cu_seqlens, reverse)
+    return o.to(q.dtype), (hk, hv) if output_final_state else (None, None)
 
 
 def _running_softmax(
@@ -127,8 +127,19 @@ def fused_recurrent_gsa(
     max_seqlen: int | None = None,
 ) -> tuple[torch.Tensor, SlotState | tuple[None, None]]:
     """`chunk_gsa` for few tokens; reverse runs time backwards."""
-    options = dict(cu_seqlens=cu_seqlens, reverse=reverse, max_seqlen=max_seqlen)
-    return chunk_gsa(q, k, v, s, g, scale, initial_state, output_final_state, **options)
+    return chunk_gsa(
+        q,
+        k,
+        v,
+        s,
+        g,
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        cu_seqlens=cu_seqlens,
+        reverse=reverse,
+        max_seqlen=max_seqlen,
+    )
 
 
 @keywords()
@@ -163,7 +174,7 @@ def chunk_lightnet(
         ValueError: names the argument, what was expected and what was given.
     """
     _checks.check_qkv(q, k, v)
-    errors.check_cu_seqlens(cu_seqlens, *q.shape[:2], None, max_seqlen)
+    errors.check_cu_seqlens(cu_seqlens, q.shape[0], q.shape[1], None, max_seqlen)
     N, (H, K) = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, k.shape[2:]
     work = work_dtype(q)
     if initial_state is None:
@@ -176,12 +187,23 @@ def chunk_lightnet(
     (z,) = _checks.check_parts((z,), dict(z=(N, 1, H, K)), k)
     bounds = cu_seqlens if cu_seqlens is None else cu_seqlens.to(k.device)
     weights, g, z = _running_softmax(k.to(work), z.to(work), bounds)
-    options = dict(state_v_first=state_v_first, cu_seqlens=bounds, chunk_size=chunk_size, max_seqlen=max_seqlen)
-    o, h = chunk_gla(q.to(work), weights, v.to(work), g, scale, h, output_final_state, **options)
+    o, h = chunk_gla(
+        q.to(work),
+        weights,
+        v.to(work),
+        g,
+        scale=scale,
+        initial_state=h,
+        output_final_state=output_final_state,
+        state_v_first=state_v_first,
+        cu_seqlens=bounds,
+        chunk_size=chunk_size,
+        max_seqlen=max_seqlen,
+    )
     return o.to(q.dtype), (h, z) if output_final_state else (None, None)
 
 
-@keywords("max_seqlen")
+@keywords()
 def fused_recurrent_lightnet(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -191,7 +213,9 @@ def fused_recurrent_lightnet(
     output_final_state: bool = False,
     state_v_first: bool = False,
     cu_seqlens: torch.Tensor | None = None,
-    **options,
+    *,
+    max_seqlen: int | None = None,
 ) -> tuple[torch.Tensor, LightNetState]:
     """`chunk_lightnet` for few tokens."""
-    return chunk_lightnet(q, k, v, scale, initial_state, output_final_state, state_v_first, cu_seqlens, **options)
+    flags = output_final_state, state_v_first, cu_seqlens
+    return chunk_lightnet(q, k, v, scale, initial_state, *flags, max_seqlen=max_seqlen)

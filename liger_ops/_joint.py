@@ -44,17 +44,18 @@ def _wanted(x: KernelAttentionInputs) -> list[str]:
     return [n for n in _DIFFERENTIABLE if getattr(x, n) is not None]
 
 
-def _like(x: torch.Tensor) -> torch.Tensor:
+def _like(x: torch.Tensor | None) -> torch.Tensor:
+    assert x is not None
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _backward(
-    x: KernelAttentionInputs, do: torch.Tensor, dstate: torch.Tensor | None, found: tuple[torch.Tensor | None, ...]
+    x: KernelAttentionInputs, do: torch.Tensor, dstate: torch.Tensor | None, **found: torch.Tensor
 ) -> list[torch.Tensor]:
-    """The gradients that are `_wanted`; found is o, the last state or None, top and lse."""
+    """The gradients that are `_wanted`; found are o, top and lse."""
     from liger_ops._triton import joint
 
-    grads = joint.backward(joint.prepare(x), x.state, do, dstate, joint.Outputs(*found))
+    grads = joint.backward(joint.prepare(x), x.state, do, dstate, joint.Outputs(last=None, **found))
     return [getattr(grads, n).to(getattr(x, n).dtype) for n in _wanted(x)]
 
 
@@ -82,7 +83,7 @@ def _(*inputs):
     schema=f"(Tensor do, Tensor dstate, Tensor o, Tensor top, Tensor lse, {_JOINT}) -> Tensor[]",
 )
 def _joint_backward(do, dstate, o, top, lse, *inputs):
-    return _backward(KernelAttentionInputs(*inputs), do, dstate, (o, None, top, lse))
+    return _backward(KernelAttentionInputs(*inputs), do, dstate, o=o, top=top, lse=lse)
 
 
 @_joint_backward.register_fake
@@ -112,7 +113,7 @@ def _(*inputs):
     schema=f"(Tensor do, Tensor o, Tensor lse, {_WINDOW}) -> Tensor[]",
 )
 def _window_backward(do, o, lse, *inputs):
-    return _backward(KernelAttentionInputs(*inputs), do, None, (o, None, lse, lse))
+    return _backward(KernelAttentionInputs(*inputs), do, None, o=o, top=lse, lse=lse)
 
 
 @_window_backward.register_fake

@@ -35,6 +35,7 @@ def _strength(beta: torch.Tensor | None, long_k: torch.Tensor) -> torch.Tensor:
 
 
 def _forward(x: RecurrenceInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    assert x.state is not None
     both = x.g is not None and x.gv is not None
     few = x.gv is None and x.cu_seqlens is None and x.q.shape[1] <= FEW_TOKENS and x.k.shape[-1] <= WIDEST_KEY
     if both or few:
@@ -54,6 +55,7 @@ def _forward(x: RecurrenceInputs) -> tuple[torch.Tensor, torch.Tensor]:
 @recurrence_kernels.register_fake
 def _(*inputs):
     x = RecurrenceInputs(*inputs)
+    assert x.state is not None
     last = torch.empty_like(x.state, memory_format=torch.contiguous_format)
     return x.v.new_empty(*x.q.shape[:3], x.v.shape[-1]), last
 
@@ -90,12 +92,14 @@ def _delta_backward(x: RecurrenceInputs, do: torch.Tensor, dstate: torch.Tensor,
     long_q, long_k = length(x.q), length(x.k)
     strength = _strength(x.beta, long_k)
     found = delta.backward(x._replace(v=x.v * long_k, beta=strength), do / long_q, dstate, gate, torch.float32)
+    dq, dk, dv, dbeta = found.q, found.k, found.v, found.beta
+    assert x.beta is not None and dq is not None and dk is not None and dv is not None and dbeta is not None
     # An output is linear in its query, so that q dq is what the query's length would have.
-    dq = torch.addcmul(found.q, x.q.float(), (x.q * found.q).sum(-1, keepdim=True) / long_q.square(), value=-1)
-    dlength = (found.v * x.v).sum(-1, keepdim=True) - 2 * (found.beta * strength).unsqueeze(-1) / long_k
-    dk = torch.addcmul(found.k, x.k.float(), dlength / long_k)
-    dbeta = found.beta / long_k.squeeze(-1).square()
-    dv = (found.v * long_k).to(x.v.dtype)
+    dq = torch.addcmul(dq, x.q.float(), (x.q * dq).sum(-1, keepdim=True) / long_q.square(), value=-1)
+    dlength = (dv * x.v).sum(-1, keepdim=True) - 2 * (dbeta * strength).unsqueeze(-1) / long_k
+    dk = torch.addcmul(dk, x.k.float(), dlength / long_k)
+    dbeta = dbeta / long_k.squeeze(-1).square()
+    dv = (dv * long_k).to(x.v.dtype)
     return found._replace(q=dq.to(x.q.dtype), k=dk.to(x.k.dtype), v=dv, beta=dbeta.to(x.beta.dtype))
 
 

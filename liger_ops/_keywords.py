@@ -65,8 +65,8 @@ def _check_hint(name: str, given: Any) -> None:
         wanted, why = _ABSENT[name]
         if given is not wanted:
             errors.fail(name, f"{wanted} ({why})", type(given).__name__ if wanted is None else repr(given))
-    elif name == "disable_recompute" and not isinstance(given, bool):
-        errors.fail(name, "True or False", repr(given))
+    elif name == "disable_recompute":
+        errors.check_flag(name, given)
     elif name == "chunk_indices" and given is not None:
         errors.check_tensor(name, given)
         if given.ndim != 2 or given.shape[-1] != 2 or given.dtype not in (torch.int32, torch.int64):

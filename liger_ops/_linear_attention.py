@@ -85,11 +85,14 @@ def fused_recurrent_linear_attn(
     max_seqlen: int | None = None,
 ) -> tuple[torch.Tensor, LinearState]:
     """`chunk_linear_attn` for few tokens; reverse runs time backwards."""
-    state = initial_state
-    if normalize and state is not None:
+    if isinstance(initial_state, torch.Tensor | None) and not (normalize and initial_state is not None):
+        state = initial_state
+    elif not normalize:
+        errors.fail("initial_state", "a tensor without normalize", type(initial_state).__name__)
+    else:
         _checks.check_qkv(q, k, v)
         N, (H, K) = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, k.shape[2:]
-        h, z = _checks.check_parts(state, dict(h=(N, H, K, v.shape[-1]), z=(N, 1, H, K)), k)
+        h, z = _checks.check_parts(initial_state, dict(h=(N, H, K, v.shape[-1]), z=(N, 1, H, K)), k)
         state = torch.cat([h, z.squeeze(1).unsqueeze(-1)], -1)
     o, state = fused_recurrent_simple_gla(
         q,

@@ -121,7 +121,7 @@ def mlstm(
     _checks.check_qkv(q, k, v)
     _checks.check_decay(f, k, (3,), "f")
     _checks.check_input_gate(i, k)
-    errors.check_cu_seqlens(cu_seqlens, *q.shape[:2], None, max_seqlen)
+    errors.check_cu_seqlens(cu_seqlens, q.shape[0], q.shape[1], None, max_seqlen)
     _checks.check_chunk_size(chunk_size)
     scale = _checks.as_scale(scale, q.shape[-1])
     work = work_dtype(q)

@@ -51,7 +51,7 @@ def chunk_rwkv6(
     _checks.check_qkv(r, k, v, query="r")
     _checks.check_decay(w, k, (4,), "w")
     _checks.check_bonus(u, r)
-    errors.check_cu_seqlens(cu_seqlens, *r.shape[:2], cu_seqlens_cpu, max_seqlen)
+    errors.check_cu_seqlens(cu_seqlens, r.shape[0], r.shape[1], cu_seqlens_cpu, max_seqlen)
     _checks.check_state(initial_state, r.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, k, v.shape[-1])
     _checks.check_chunk_size(chunk_size)
     scale = _checks.as_scale(scale, r.shape[-1])
@@ -98,5 +98,16 @@ def fused_recurrent_rwkv6(
     max_seqlen: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`chunk_rwkv6` for few tokens; reverse runs time backwards."""
-    options = dict(reverse=reverse, max_seqlen=max_seqlen)
-    return chunk_rwkv6(r, k, v, w, u, scale, initial_state, output_final_state, cu_seqlens, **options)
+    return chunk_rwkv6(
+        r,
+        k,
+        v,
+        w,
+        u,
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        cu_seqlens=cu_seqlens,
+        reverse=reverse,
+        max_seqlen=max_seqlen,
+    )

@@ -4,7 +4,7 @@ Shapes: B batch, T time, H heads, N sequences.
 """
 
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch.utils._pytree import tree_map
@@ -23,7 +23,7 @@ def _turned(state: State) -> State:
 def in_order(
     core: Callable[..., tuple[torch.Tensor, State]],
     tensors: Mapping[str, torch.Tensor | None],
-    state: State,
+    state: Any,
     cu_seqlens: torch.Tensor | None,
     reverse: bool = False,
 ) -> tuple[torch.Tensor, State]:

@@ -31,7 +31,7 @@ def naive_recurrence(
         v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
     B, T, HQ, K = q.shape
     H, V = v.shape[-2:]
-    scale = K**-0.5 if scale is None else scale
+    scale = float(K**-0.5) if scale is None else scale
     if g is None:
         decay = q.new_ones(1, 1, 1, 1).expand(B, T, H, 1)
     elif g.ndim == 1:
@@ -73,7 +73,7 @@ def naive_delta_rule(
     [B,T,max(HQ,H),V] and the final state.
     """
     (B, T, HQ, K), (H, V) = q.shape, v.shape[-2:]
-    scale = K**-0.5 if scale is None else scale
+    scale = float(K**-0.5) if scale is None else scale
     k = k.repeat_interleave(H // k.shape[2], 2)
     q = q.repeat_interleave(max(1, H // HQ), 2).unflatten(2, (H, -1))
     g = q.new_zeros(B, T, H, 1) if g is None else g
@@ -108,7 +108,7 @@ def naive_rwkv6(
     r [B,T,HQ,K], k and w [B,T,H,K], v [B,T,H,V], u [HQ,K] -> o [B,T,HQ,V], state [B,H,K,V].
     """
     (B, T, HQ, K), (H, V) = r.shape, v.shape[2:]
-    G, scale = HQ // H, K**-0.5 if scale is None else scale
+    G, scale = HQ // H, float(K**-0.5) if scale is None else scale
     h, outputs = r.new_zeros(B, H, K, V) if initial_state is None else initial_state.to(r.dtype), []
     for t in range(T):
         kv = k[:, t, :, :, None] * v[:, t, :, None, :]
@@ -155,7 +155,7 @@ def naive_lightnet(
     the final (h, z).
     """
     (B, T, HQ, K), (H, V) = q.shape, v.shape[2:]
-    scale, weights, outputs = K**-0.5 if scale is None else scale, k.exp(), []
+    scale, weights, outputs = float(K**-0.5) if scale is None else scale, k.exp(), []
     h, z = (q.new_zeros(B, H, K, V), q.new_full((B, 1, H, K), -torch.inf)) if initial_state is None else initial_state
     total = z.squeeze(1).exp()
     for t in range(T):
@@ -210,7 +210,7 @@ def naive_sliding_window_attention(
     q [B,T,HQ,K], k [B,T,H,K], v [B,T,H,V] -> [B,T,HQ,V].
     """
     T, groups = q.shape[1], q.shape[2] // k.shape[2]
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     i, j = torch.arange(T)[:, None], torch.arange(T)[None]
     seen = (j <= i) & ((i - j < window) | (j < sinks))
     k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
@@ -241,7 +241,7 @@ def naive_liger_attention(
     number or [HQ] -> [B,T,HQ,V].
     """
     (B, T, HQ, D), (H, V), M = q.shape, v.shape[2:], q_log.shape[-1]
-    G, scale = HQ // H, D**-0.5 if scale is None else scale
+    G, scale = HQ // H, float(D**-0.5) if scale is None else scale
     gain = (mix if isinstance(mix, torch.Tensor) else q.new_tensor(mix)).expand(HQ).view(HQ, 1)
     ones = torch.cat([v, torch.ones_like(v[..., :1])], -1)
     h, outputs = q.new_zeros(B, H, M, V + 1), []

@@ -49,20 +49,24 @@ def between(sums: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return factor(torch.where(later, log, 0.0), dtype)
 
 
+class Apart(NamedTuple):
+    """Factors that multiply operands apart: fall, half times the decay from the start, and rise, its inverse."""
+
+    fall: torch.Tensor
+    rise: torch.Tensor
+    half: float
+
+
 class Decay(NamedTuple):
     """Running sums [B,H,N,C,1 or K] and what they amount to: factors from the chunk's start to a row and from a row
-    to its end, both like the sums, and over the whole chunk, [B,H,N,1 or K].
-
-    fall, which is start * half, and rise, its inverse, may multiply operands apart; None where they may not.
+    to its end, both like the sums, and over the whole chunk, [B,H,N,1 or K]; apart is None where decays may not.
     """
 
     sums: torch.Tensor
     start: torch.Tensor
     end: torch.Tensor
     total: torch.Tensor
-    fall: torch.Tensor | None = None
-    rise: torch.Tensor | None = None
-    half: float = 1.0
+    apart: Apart | None = None
 
 
 def margin(lowest: float) -> float:
@@ -98,4 +102,5 @@ def make_decay(g: torch.Tensor | None) -> Decay | None:
     near, half = start.to(g.dtype), margin(lowest)
     # In float64, where no gradient times half overflows.
     fall = near if half == 1.0 else (start * half).to(g.dtype)
-    return Decay(sums, near, end, near[:, :, :, -1], fall, (start * half).reciprocal().to(g.dtype), half)
+    apart = Apart(fall, (start * half).reciprocal().to(g.dtype), half)
+    return Decay(sums, near, end, near[:, :, :, -1], apart)

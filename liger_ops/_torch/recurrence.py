@@ -44,9 +44,8 @@ def _segment(
     T, H = x.q.shape[1], x.k.shape[2]
     C = chunks.rows(chunk_size(x), T)
     N, short = -(-T // C), -T % C
-    k, v, g, gv, beta = (
-        None if y is None else head_major(y, short).unflatten(2, (N, C)) for y in (x.k, x.v, x.g, x.gv, x.beta)
-    )
+    k, v = (head_major(y, short).unflatten(2, (N, C)) for y in (x.k, x.v))
+    g, gv, beta = (None if y is None else head_major(y, short).unflatten(2, (N, C)) for y in (x.g, x.gv, x.beta))
     decay, decay_v = make_decay(g), make_decay(gv)
     if beta is None:
         before, last = additive.enter(k, v, decay, state, decay_v)
@@ -84,9 +83,11 @@ _recurrence = define("recurrence", SCHEMA, _plan)
 @full_precision
 def recurrence(x: RecurrenceInputs) -> tuple[torch.Tensor, torch.Tensor]:
     """o [B,T,HQ,V] in the dtype of v, and the last state [N,H,K,V], in float32 (float64 for float64 inputs)."""
+    found, bounds = None, x.cu_seqlens
     # Neither traced nor fake: where the values of cu_seqlens can be seen.
-    seen = type(x.cu_seqlens) is torch.Tensor and not torch.compiler.is_compiling()
-    if seen and (found := side_by_side(x.cu_seqlens, _SHORT)):
+    if bounds is not None and type(bounds) is torch.Tensor and not torch.compiler.is_compiling():
+        found = side_by_side(bounds, _SHORT)
+    if found:
         # A zero key writes nothing, a zero log decay keeps everything: a row's end changes no state.
         rows, place = found
         o, state = recurrence(x.in_time(rows)._replace(cu_seqlens=None))

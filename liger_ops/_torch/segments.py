@@ -69,12 +69,11 @@ class Plan(NamedTuple):
         return self.state if self.cu_seqlens is None else self.state[:1]
 
     def segments(self) -> list[Segment]:
-        packed = self.cu_seqlens is not None
-        bounds = self.cu_seqlens.tolist() if packed else [0, self.q.shape[1]]
+        bounds = [0, self.q.shape[1]] if self.cu_seqlens is None else self.cu_seqlens.tolist()
         return [
             Segment(
                 slice(start, min(start + self.step, end)),
-                slice(n, n + 1) if packed else slice(None),
+                slice(None) if self.cu_seqlens is None else slice(n, n + 1),
                 start == begin,
                 start + self.step >= end,
             )

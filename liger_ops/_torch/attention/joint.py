@@ -62,7 +62,8 @@ def _segment(
         enters = F.pad(rest[:, :T], (0, short)).view(B, 1, -1, 1)
         k_far = k_far * enters.to(k.dtype)
         g = None if g is None else g.masked_fill(~(enters if g.ndim == 4 else enters.squeeze(-1)), 0.0)
-    k_far, v_far, g = (x if x is None else x.contiguous().unflatten(2, (N, C)) for x in (k_far, v[:, :, : N * C], g))
+    k_far, v_far = (x.contiguous().unflatten(2, (N, C)) for x in (k_far, v[:, :, : N * C]))
+    g = None if g is None else g.contiguous().unflatten(2, (N, C))
     decay = make_decay(g)
     before, state = enter(k_far, v_far, decay, state)
     # In units of the window's largest weight, which keeps both factors inside float32.

@@ -8,7 +8,7 @@ A segment of rows at a time, all heads together; a head's key blocks overlap in 
 import math
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -85,8 +85,8 @@ def take_sinks(
     S, H = k.shape[1:3]
     column, rest = find_sinks(k, count, visible)
     index = column.clamp(max=S - 1)[:, :, None, None].expand(-1, -1, H, -1)
-    picked = (x.gather(1, index.expand(-1, -1, -1, x.shape[-1])).transpose(1, 2) for x in (k, v))
-    return Sinks(*picked, column), rest
+    sink_k, sink_v = (x.gather(1, index.expand(-1, -1, -1, x.shape[-1])).transpose(1, 2) for x in (k, v))
+    return Sinks(sink_k, sink_v, column), rest
 
 
 def _masks(window: Window, sinks: Sinks, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -165,7 +165,7 @@ def attend(weights: Weights, v: torch.Tensor, sink_v: torch.Tensor) -> torch.Ten
 def rows_at_once(q: torch.Tensor, reach: int, size: int) -> int:
     """How many of the queries q [B,T,HQ,D] a segment takes: a multiple of `size`, whose scores fit a core's cache."""
     floats = _SCORES * (_ON_GPU if q.is_cuda else 1)
-    return torch.sym_max(floats // (q.shape[0] * q.shape[2] * reach * size), 1) * size
+    return cast(int, torch.sym_max(floats // (q.shape[0] * q.shape[2] * reach * size), 1)) * size
 
 
 def look(
@@ -222,12 +222,12 @@ def windowed_plan(
     inputs = dict(given)
     state, window, scale, softcap = (inputs.pop(n) for n in ("state", "window", "scale", "softcap"))
     q, k = inputs["q"], inputs["k"]
-    first, window = k.shape[1] - q.shape[1], torch.sym_min(window, k.shape[1])
+    first, window = k.shape[1] - q.shape[1], cast(int, torch.sym_min(window, k.shape[1]))
     # Keys from `window` before a query on; where it is not among them, it and what it sees begin further back.
     keys = first - window, first
-    reach = reach | dict(k=keys, v=keys, rest=keys, sink_k=None, sink_v=None, sink_column=None)
+    reaches = {**reach, "k": keys, "v": keys, "rest": keys, "sink_k": None, "sink_v": None, "sink_column": None}
     body = partial(segment, view=partial(look, lazy_near(q, window, block), first, scale, softcap))
-    return Plan(body, rows_at_once(q, window + block, block), width, state, inputs, reach)
+    return Plan(body, rows_at_once(q, window + block, block), width, state, inputs, reaches)
 
 
 def _plan(*, with_lse: bool, **given) -> Plan:

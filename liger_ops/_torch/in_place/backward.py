@@ -48,7 +48,7 @@ def _per_head(q, k, v, g, do, state, dlast, gate):
     dk = torch.bmm(matrices(v), matrices(later).transpose(1, 2)).view(k.shape)
     dk = dk if end is None else dk.mul_(end)
     dg = None
-    if gate:
+    if gate and keep is not None:
         pairs = (da * a).sum(3)
         C = pairs.shape[-1]
         earlier = torch.ones(C, C, dtype=pairs.dtype, device=pairs.device).triu_(1)
@@ -117,6 +117,6 @@ def backward(
     if grads.q is not None:
         fill(grads.q.unflatten(2, (H, -1)), dq)
     for grad, new in ((grads.k, dk), (grads.v, dv.view(v.shape)), (grads.g, dg)):
-        if grad is not None:
+        if grad is not None and new is not None:
             fill(grad, new)
     return dstate.clone()

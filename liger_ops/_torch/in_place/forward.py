@@ -118,6 +118,7 @@ def _per_channel(q, k, g):
 
 def forward(x: RecurrenceInputs, chunk: int, out: torch.Tensor) -> torch.Tensor | None:
     """Fills out [B,T,HQ,V] and returns the state after the last token; None, and nothing done, for strong decays."""
+    assert x.state is not None
     T, H = x.k.shape[1:3]
     # Two chunks at once, each with decays of its own, have half as many states.
     C = rows(2 * chunk if x.per_channel else chunk, T)

@@ -21,13 +21,14 @@ def read(a: torch.Tensor, v: torch.Tensor, q: torch.Tensor, before: torch.Tensor
         return o.view(*q.shape[:5], -1)
     start = decay.start.unsqueeze(4)
     o = (q.flatten(3, 4) @ before).view(*q.shape[:5], -1) * start
-    if decay.rise is None:
+    if decay.apart is None:
         return o + torch.einsum("bhncgj,bhncjv,bhnjv->bhncgv", a, between(decay.sums, v.dtype), v)
     own = a.diagonal(dim1=3, dim2=5).transpose(-1, -2)
     strict = a * torch.ones(a.shape[3], a.shape[3], dtype=a.dtype, device=a.device).tril(-1).unsqueeze(1)
-    of_v = unit(v, decay.half)
-    earlier = (strict.flatten(3, 4) @ (v * (decay.rise / of_v))).view_as(o)
-    return o + earlier * (decay.fall * of_v).unsqueeze(4) + own.unsqueeze(-1) * v.unsqueeze(4)
+    fall, rise, half = decay.apart
+    of_v = unit(v, half)
+    earlier = (strict.flatten(3, 4) @ (v * (rise / of_v))).view_as(o)
+    return o + earlier * (fall * of_v).unsqueeze(4) + own.unsqueeze(-1) * v.unsqueeze(4)
 
 
 def _one_by_one(added: torch.Tensor, keep: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,7 +55,7 @@ def enter(
     added = k.transpose(-1, -2) @ (v if decay_v is None else v * decay_v.end)
     B, H, N, K, V = added.shape
     if decay_v is not None or (decay is not None and decay.total.shape[-1] > 1):
-        keep = 1.0 if decay is None else decay.total.unsqueeze(-1)
+        keep = added.new_ones(()) if decay is None else decay.total.unsqueeze(-1)
         keep = keep if decay_v is None else keep * decay_v.total.unsqueeze(-2)
         return _one_by_one(added, keep, state)
     total = added.new_zeros(B, H, N) if decay is None else decay.sums[:, :, :, -1, 0]

@@ -34,9 +34,10 @@ def decayed_products(q: torch.Tensor, k: torch.Tensor, decay: Decay | None) -> t
     if decay is None or decay.sums.shape[-1] == 1:
         weights = causal if decay is None else between(decay.sums.squeeze(-1), q.dtype).tril()
         return _times((q.flatten(3, 4) @ k.transpose(-1, -2)).view(*q.shape[:5], -1), weights.unsqueeze(-2))
-    if decay.rise is not None:
-        of_q, of_k = unit(q, decay.half), unit(k, decay.half)
-        a = (q * (decay.fall / of_q).unsqueeze(4)).flatten(3, 4) @ (k * (decay.rise / of_k)).transpose(-1, -2)
+    if decay.apart is not None:
+        fall, rise, half = decay.apart
+        of_q, of_k = unit(q, half), unit(k, half)
+        a = (q * (fall / of_q).unsqueeze(4)).flatten(3, 4) @ (k * (rise / of_k)).transpose(-1, -2)
         return _factored((q * k.unsqueeze(4)).sum(-1), a * (of_q * of_k))
     decayed = between(decay.sums, q.dtype) * k.unsqueeze(3)
     return torch.einsum("bhncgk,bhncjk->bhncgj", q, decayed) * causal.unsqueeze(1)
@@ -49,14 +50,15 @@ def decayed_scores(
 
     Returns the decayed causal scores [B,H,N,C,G,C] and the queries as the state before the chunk sees them.
     """
-    if decay is None or torch.is_grad_enabled() or decay.rise is None:
+    if decay is None or torch.is_grad_enabled() or decay.apart is None:
         a = _times(decayed_products(q, k, decay), gain)
         return a, _times(q, gain if decay is None else decay.start.unsqueeze(4) * gain)
     # The same to a rounding, with one pass over the queries.
-    of_q, of_k = unit(q, decay.half), unit(k, decay.half)
-    q.mul_((decay.fall / of_q).unsqueeze(4) * gain)
-    a = (q.flatten(3, 4) @ (k * (decay.rise / of_k)).transpose(-1, -2)).view(*q.shape[:5], -1)
-    if decay.half != 1.0:
-        a, q = a.mul_(of_q * of_k), q.div_(decay.half / of_q)
+    fall, rise, half = decay.apart
+    of_q, of_k = unit(q, half), unit(k, half)
+    q.mul_((fall / of_q).unsqueeze(4) * gain)
+    a = (q.flatten(3, 4) @ (k * (rise / of_k)).transpose(-1, -2)).view(*q.shape[:5], -1)
+    if half != 1.0:
+        a, q = a.mul_(of_q * of_k), q.div_(half / of_q)
     # What lies above the diagonal may be infinite.
     return a.masked_fill_(_causal(q).unsqueeze(1) == 0, 0.0), q
