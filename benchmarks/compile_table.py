@@ -103,8 +103,8 @@ def _joint(q, k, v, g) -> None:
     state = torch.empty(B, H, K, V + 1)
     for given in (far, None):
         call = joint.prepare(q[:, 64:], k, v, given, column, rest, 64, 0.1)
-        o, last, top, lse = joint.forward(call, state)
-        joint.backward(call, state, o, last, o, top, lse)
+        o, last, top, lse, h, z = joint.forward(call, state)
+        joint.backward(call, h, z, o, last, o, top, lse)
 
 
 def _kinds(args: tuple) -> list[torch.dtype]:

@@ -14,8 +14,10 @@ import importlib
 import json
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +42,8 @@ class Setting(NamedTuple):
     small: bool
 
 
+# Processes that wait for their turn, and seconds that one may have alone.
+_AHEAD, _LONGEST = 5, 90
 Rows = Iterator[tuple[str, dict[str, Any]]]
 
 
@@ -63,6 +67,7 @@ def _joint(job: str, at: Setting) -> Rows:
 
 def _kernels(_: str, at: Setting) -> Rows:
     yield f"at {at.lengths[-1]}", joint.kernels(at.lengths[-1], at.heads, at.device)
+    yield f"of the host at {at.lengths[0]}", joint.host(at.lengths[0], at.heads, at.device)
 
 
 def _ops(name: str, at: Setting) -> Rows:
@@ -114,7 +119,8 @@ SECTIONS = {
     "kernels": Section(30, lambda _: ["joint"], _kernels),
     "ops": Section(120, lambda _: list(OPS), _ops, compiled=True),
     "whole": Section(90, lambda _: ["checks", "prefill", "decode", "training"], _whole),
-    "joint-tune": Section(180, tune.jobs, tune.run, compiled=True),
+    "joint-check": Section(120, tune.jobs, lambda job, at: iter([(job, tune.check(job, at))]), alone=False),
+    "joint-tune": Section(180, tune.jobs, lambda job, at: iter([(job, tune.time(job, at))])),
     "fla": Section(200, lambda _: [n for n in reversed(OPS) if OPS[n].fla], _fla, compiled=True),
 }
 DEFAULT = ("floors", "errors", "joint", "kernels", "ops", "whole", "fla")
@@ -170,21 +176,21 @@ class Run:
             self.report.fail("compilation", f"{section} {job}", str(fault)[-200:])
 
     def alone(self, section: str, jobs: list[str], ready: dict[str, Future], until: float) -> None:
-        """One at a time, while the next one imports what it needs."""
-        following = self.worker(section, jobs[0])
+        """One at a time, while the next ones import what they need."""
+        waiting: deque[Worker] = deque()
         for i, job in enumerate(jobs):
-            worker, following = following, None
+            ahead = jobs[i + len(waiting) : i + _AHEAD]
+            waiting.extend(self.worker(section, following) for following in ahead)
+            worker = waiting.popleft()
             try:
                 if job in ready:
                     ready[job].result(timeout=max(until - time.monotonic(), 0.01))
-            except TimeoutError:
+            except FutureTimeout:
                 self.report.fail(section, job, "its kernels were not compiled in time")
                 worker.stop()
-                following = self.worker(section, jobs[i + 1]) if i + 1 < len(jobs) else None
                 continue
-            if i + 1 < len(jobs):
-                following = self.worker(section, jobs[i + 1])
-            self.listen(worker, section, job, until)
+            # What hangs costs no other its time.
+            self.listen(worker, section, job, min(until, time.monotonic() + _LONGEST))
 
     def everything(self, chosen: list[str], names: list[str]) -> None:
         begun, jobs = {}, {}

@@ -3,6 +3,7 @@
 Shapes: B batch, T time, HQ query heads, H key/value heads, D width of everything.
 """
 
+import cProfile
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.cases import Heads
-from benchmarks.timing import milliseconds, replayed, timed
+from benchmarks.timing import calls, milliseconds, replayed, timed
 from liger_ops import liger_attention, sliding_window_attention
 
 WINDOW, WIDE, SINKS = 64, 4096, 4
@@ -139,6 +140,18 @@ TIMED: dict[str, Callable[[int, Heads, torch.device, int], dict[str, float]]] = 
     "liger_attention, replayed": functools.partial(_liger, replayed),
     f"window {WINDOW}, replayed": functools.partial(_window, WINDOW, SINKS, replayed),
 }
+
+
+def host(T: int, heads: Heads, device: torch.device) -> dict[str, float]:
+    """Milliseconds of the host in one forward and backward, where they go, and how often."""
+    x = inputs(heads.HQ, heads.H, T, WINDOW, SINKS, True, 0, heads.D, device=device, dtype=torch.bfloat16)
+    both, count = calls(liger_attention, [], x)["both_ms"], 10
+    both()
+    profile = cProfile.Profile()
+    profile.runcall(lambda: [both() for _ in range(count)])
+    spent = sorted(profile.getstats(), key=lambda entry: -entry.inlinetime)[:24]
+    named = {(x.code if isinstance(x.code, str) else f"{x.code.co_filename[-40:]} {x.code.co_name}"): x for x in spent}
+    return {f"{n} x{x.callcount / count:g}": 1e3 * x.inlinetime / count for n, x in named.items()}
 
 
 def kernels(T: int, heads: Heads, device: torch.device) -> dict[str, float]:

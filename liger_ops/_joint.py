@@ -47,8 +47,8 @@ def _joint(
     rest: torch.Tensor,
     window: int,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """o, the last state, and per row the largest score nearby and the log of all weights, to base 2."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """o, the last state, of every row the largest score nearby and the log of all weights, to base 2, and h and z."""
     from liger_ops._triton import joint
 
     return joint.forward(joint.prepare(q, k, v, (q_log, k_log, g, mix), column, rest, window, scale), state)
@@ -58,7 +58,10 @@ def _joint(
 def _(q, k, v, q_log, k_log, g, mix, state, column, rest, window, scale):
     row = q.new_empty(q.shape[:3], dtype=torch.float32)
     last = torch.empty_like(state, memory_format=torch.contiguous_format)
-    return q.new_empty(*q.shape[:3], v.shape[-1]), last, row, torch.empty_like(row)
+    halves = q.dtype == torch.bfloat16
+    shape = q.shape[0] * -(-q.shape[1] // (64 if halves else 32)), *state.shape[1:3]
+    h, z = state.new_empty(*shape, v.shape[-1], dtype=q.dtype if halves else torch.float32), state.new_empty(shape)
+    return q.new_empty(*q.shape[:3], v.shape[-1]), last, row, torch.empty_like(row), h, z
 
 
 @torch.library.custom_op("liger_ops::joint_kernels_backward", mutates_args=())
@@ -72,12 +75,13 @@ def _joint_backward(
     k_log: torch.Tensor,
     g: torch.Tensor | None,
     mix: torch.Tensor,
-    state: torch.Tensor,
     column: torch.Tensor,
     rest: torch.Tensor,
     o: torch.Tensor,
     top: torch.Tensor,
     lse: torch.Tensor,
+    h: torch.Tensor,
+    z: torch.Tensor,
     window: int,
     scale: float,
 ) -> list[torch.Tensor]:
@@ -85,13 +89,13 @@ def _joint_backward(
     from liger_ops._triton import joint
 
     call = joint.prepare(q, k, v, (q_log, k_log, g, mix), column, rest, window, scale)
-    *found, dg, dmix, dfirst = joint.backward(call, state, do, dstate, o, top, lse)
+    *found, dg, dmix, dfirst = joint.backward(call, h, z, do, dstate, o, top, lse)
     return [*found, dmix, dfirst] + ([] if g is None else [dg.to(g.dtype)])
 
 
 @_joint_backward.register_fake
-def _(do, dstate, q, k, v, q_log, k_log, g, mix, state, column, rest, o, top, lse, window, scale):
-    given = q, k, v, q_log, k_log, mix, state, *(() if g is None else (g,))
+def _(do, dstate, q, k, v, q_log, k_log, g, mix, column, rest, o, top, lse, h, z, window, scale):
+    given = q, k, v, q_log, k_log, mix, dstate, *(() if g is None else (g,))
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in given]
 
 
@@ -101,13 +105,19 @@ def _refuse_twice(name: str) -> None:
 
 
 def _setup(ctx, inputs, output):
-    *tensors, ctx.window, ctx.scale = inputs
-    o, _, top, lse = output
-    ctx.save_for_backward(*tensors, o, top, lse)
+    *tensors, state, column, rest, ctx.window, ctx.scale = inputs
+    o, _, *kept = output
+    ctx.save_for_backward(*tensors, column, rest, o, *kept)
+    ctx.shape = state.shape
+    # Zeros for what nobody differentiates are as many as the states.
+    ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, do, dstate, *_):
     _refuse_twice("joint_kernels")
+    o, mix = ctx.saved_tensors[9], ctx.saved_tensors[6]
+    do = torch.zeros_like(o) if do is None else do
+    dstate = mix.new_zeros(ctx.shape) if dstate is None else dstate
     grads = _joint_backward(do, dstate, *ctx.saved_tensors, ctx.window, ctx.scale)
     *found, dmix, dfirst = grads[:7]
     return *found, grads[7] if len(grads) > 7 else None, dmix, dfirst, None, None, None, None
@@ -129,7 +139,7 @@ def _window(
     """o, and of every row the log of all weights, to base 2."""
     from liger_ops._triton import joint
 
-    o, _, _, lse = joint.forward(joint.prepare(q, k, v, None, column, rest, window, scale), None)
+    o, _, _, lse, *_ = joint.forward(joint.prepare(q, k, v, None, column, rest, window, scale), None)
     return o, lse
 
 
@@ -154,7 +164,7 @@ def _window_backward(
     """Gradients of q, k and v."""
     from liger_ops._triton import joint
 
-    return joint.backward(joint.prepare(q, k, v, None, column, rest, window, scale), None, do, None, o, lse, lse)
+    return joint.backward(joint.prepare(q, k, v, None, column, rest, window, scale), q, q, do, None, o, lse, lse)
 
 
 @_window_backward.register_fake

@@ -4,6 +4,7 @@ Shapes: B batch, T queries, S keys, HQ = G * H query heads, H key/value heads, D
 W window, P sinks, C rows of a chunk.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,10 @@ from liger_ops._triton.launch import Chunks, Pieces, block, equal_chunks, launch
 
 # Query heads of a group, if it is even, that one program takes.
 _TOGETHER = {"joint_kernel": 2, "queries_kernel": 1}
+# Keys that one program takes of a window's, and chunks of them that an inner step of a wide window does.
+_KEYS, _STEP, _WIDE = 64, 1, 512
+# Whether what is near in the chunk that leaves has a product of its own.
+_APART = False
 # Chunks of queries whose sums for the sinks one program makes.
 _SUMMED = 8
 
@@ -72,7 +77,7 @@ def prepare(q, k, v, far, column, rest, window, scale) -> Call:
     q, k, v, column, rest = (x.contiguous() for x in (q, k, v, column, rest.view(torch.int8)))
     where, gated = equal_chunks(B, T, C, q.device), far is not None and far[2] is not None
     few = far is not None and B * H <= CHAINS and 2 * PIECE <= T
-    pieces = make_pieces(where.sequences, B * T, PIECE, C) if few else None
+    pieces = _equal_pieces(B, T, PIECE, C, q.device) if few else None
     # With tf32, Triton 3.6 lets Hopper's matrix units read beyond a kernel's shared memory.
     how = precision(q.dtype) if q.dtype == torch.bfloat16 else "ieee"
     constants = dict(C=C, PER_CHANNEL=False, GATED=gated, FAR=far is not None, PRECISION=how)
@@ -84,6 +89,17 @@ def prepare(q, k, v, far, column, rest, window, scale) -> Call:
         factors = _decays(g, where.chunks, constants) if gated else (k_log,) * 3
         far = Far(q_log.contiguous(), k_log.contiguous(), mix.contiguous(), *factors)
     return Call(q, k, v, column, rest, far, where, pieces, window, scale, constants)
+
+
+def _equal_pieces(B, T, most, C, device) -> Pieces:
+    """The pieces of B sequences of T tokens; kept as `equal_chunks` are."""
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return (_kept_pieces.__wrapped__ if capturing else _kept_pieces)(B, T, most, C, device)
+
+
+@functools.lru_cache(64)
+def _kept_pieces(B, T, most, C, device) -> Pieces:
+    return make_pieces(equal_chunks(B, T, C, device).sequences, B * T, most, C)
 
 
 def _decays(g, table, constants) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -128,18 +144,19 @@ def _states(x: Call, logs, v, rows, first, reverse) -> tuple[torch.Tensor, torch
     return h, z, last
 
 
-def _by_heads(x: Call, kernel, *args) -> None:
+def _by_heads(x: Call, kernel, *args, **constants) -> None:
     """Launches a kernel for every chunk and head of the query, or two heads where registers allow it."""
     (H, G), (_, M, V) = x.heads, x.widths
     heads = 1 if G % 2 or x.constants["PRECISION"] == "ieee" else _TOGETHER[kernel.fn.__name__]
     count = H * G // heads * len(x.chunks.chunks)
-    launch(kernel, lambda _: (count,), M, V, *args, **x.constants, HEADS=heads)
+    launch(kernel, lambda _: (count,), M, V, *args, **x.constants, **constants, HEADS=heads)
 
 
-def forward(x: Call, state) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def forward(x: Call, state) -> tuple[torch.Tensor, ...]:
     """o [B,T,HQ,V], the last state [B,H,M,V+1], and of every row the largest score nearby and the log of all weights.
 
-    Logs to base 2 [B,T,HQ]. Without a far part the state stays as it is.
+    Logs to base 2 [B,T,HQ]. Then the states h and z that chunks start from, for the backward pass. Without a far part
+    the state stays as it is and there are none.
     """
     o = x.q.new_empty(*x.q.shape[:3], x.v.shape[3])
     top, lse = (x.q.new_empty(x.q.shape[:3], dtype=torch.float32) for _ in range(2))
@@ -147,53 +164,51 @@ def forward(x: Call, state) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, t
     far = x.far
     args = x.q, x.k, x.v, far.q_log, far.k_log, far.to, far.e, h, z, x.rest, x.column, far.mix, o, top, lse
     sizes = x.scale, *x.lengths, *x.heads, *x.widths, x.column.shape[1]
-    _by_heads(x, joint_outputs.joint_kernel, *args, *sizes)
-    return o, last, top, lse
+    step = _STEP if x.window >= _WIDE and x.constants["PRECISION"] != "ieee" else 1
+    _by_heads(x, joint_outputs.joint_kernel, *args, *sizes, STEP=step, APART=_APART)
+    return o, last, top, lse, h, z
 
 
-def backward(x: Call, state, do, dstate, o, top, lse) -> list[torch.Tensor | None]:
+def backward(x: Call, h, z, do, dstate, o, top, lse) -> list[torch.Tensor | None]:
     """The gradients of q, k, v and, with a far part, of q_log, k_log, g or None, mix and state."""
-    do = do.contiguous()
-    delta = _delta(o, do)
-    rows = top, lse, delta
-    dk, dv = _near(x, lse, delta, do)
+    do, far = do.contiguous(), x.constants["FAR"]
+    rows = top, lse, torch.empty_like(lse)
+    dq, dq_log, d_mix, d_to = _queries(x, h, z, rows, o.contiguous(), do)
+    dk, dv = _near(x, *rows[1:], do)
     if x.column.shape[1]:
-        _sinks(x, lse, delta, do, dk, dv)
-    if not x.constants["FAR"]:
-        return [_queries(x, x.q, x.q, rows, do)[0], dk, dv]
-    h, z, _ = make_states(x, state)
+        _sinks(x, *rows[1:], do, dk, dv)
+    if not far:
+        return [dq, dk, dv]
     dh, dz, dfirst = _states(x, x.far.q_log, do, rows, dstate.contiguous(), True)
-    dq, dq_log, d_mix, d_to = _queries(x, h, z, rows, do)
     dk_log, d_behind, straddle = _far_keys(x, h, z, dh, dz, rows, do)
     within = _far_values(x, dh, rows, do, dv)
     dg = _gates(x, d_to, d_behind, straddle, within) if x.constants["GATED"] else None
     return [dq, dk, dv, dq_log, dk_log, dg, d_mix.sum((0, 1)), dfirst]
 
 
-def _delta(o, do) -> torch.Tensor:
-    delta, C, V = o.new_empty(o.shape[:3], dtype=torch.float32), 32, o.shape[3]
-    args, constants = (o.contiguous(), do, delta, delta.numel(), V), dict(C=C, PER_CHANNEL=False)
-    launch(joint_gradients.delta_kernel, lambda _: (cdiv(delta.numel(), C),), V, V, *args, **constants)
-    return delta
+def _queries(x: Call, h, z, rows, o, do) -> tuple[torch.Tensor, ...]:
+    """dq, dq_log and, of each row [B,T,HQ], the gradient of its mix and of the log of what the state gives it.
 
-
-def _queries(x: Call, h, z, rows, do) -> tuple[torch.Tensor, ...]:
-    """dq, dq_log and, of each row [B,T,HQ], the gradient of its mix and of the log of what the state gives it."""
+    It also fills the third of the rows, delta.
+    """
+    top, lse, delta = rows
     far, dq = x.far, torch.empty_like(x.q)
     dq_log = torch.empty_like(far.q_log) if x.constants["FAR"] else dq
-    d_mix, d_to = (torch.empty_like(rows[0]) for _ in range(2))
-    args = x.q, x.k, x.v, far.q_log, far.k_log, far.to, far.e, h, z, x.rest, x.column, far.mix, *rows, do
+    d_mix, d_to = (torch.empty_like(lse) for _ in range(2))
+    args = x.q, x.k, x.v, far.q_log, far.k_log, far.to, far.e, h, z, x.rest, x.column, far.mix, top, lse, o, do
     sizes = x.scale, *x.lengths, *x.heads, *x.widths, x.column.shape[1]
-    _by_heads(x, joint_gradients.queries_kernel, *args, dq, dq_log, d_mix, d_to, *sizes)
+    _by_heads(x, joint_gradients.queries_kernel, *args, delta, dq, dq_log, d_mix, d_to, *sizes)
     return dq, dq_log, d_mix, d_to
 
 
 def _near(x: Call, lse, delta, do) -> tuple[torch.Tensor, torch.Tensor]:
     """dk and dv of the keys of windows; 0 for the others."""
-    (H, G), (D, _, V), (B, S), C = x.heads, x.widths, x.k.shape[:2], x.constants["C"]
+    (H, G), (D, _, V), (B, S) = x.heads, x.widths, x.k.shape[:2]
+    keys = _KEYS if x.constants["PRECISION"] != "ieee" else x.constants["C"]
     dk, dv = torch.empty_like(x.k), torch.empty_like(x.v)
     args = x.q, x.k, x.v, x.rest, lse, delta, do, dk, dv, x.scale, *x.lengths, H, G, D, V
-    launch(joint_gradients.near_kernel, lambda _: (H * B * cdiv(S, C),), D, V, *args, **x.constants)
+    constants = dict(x.constants, C=keys)
+    launch(joint_gradients.near_kernel, lambda _: (H * B * cdiv(S, keys),), keys, V, *args, **constants)
     return dk, dv
 
 
