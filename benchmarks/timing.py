@@ -48,13 +48,14 @@ def calls(op: Callable, args: list, more: dict[str, Any]) -> dict[str, Callable[
     return dict(forward_ms=forward, both_ms=both)
 
 
+def in_a_row(call: Callable[[], Any], device: torch.device, rounds: int) -> float:
+    """The mean of some calls in a row, of which the median counts."""
+    return milliseconds(lambda: [call() for _ in range(ROW)] and None, device, rounds) / ROW
+
+
 def timed(op: Callable, args: list, more: dict[str, Any], device: torch.device, rounds: int) -> dict[str, float]:
-    """Of forward, and of forward with backward: means of some calls in a row, of which the median counts."""
-
-    def in_a_row(call: Callable[[], Any]) -> Callable[[], None]:
-        return lambda: [call() for _ in range(ROW)] and None
-
-    return {n: milliseconds(in_a_row(call), device, rounds) / ROW for n, call in calls(op, args, more).items()}
+    """Of forward, and of forward with backward."""
+    return {n: in_a_row(call, device, rounds) for n, call in calls(op, args, more).items()}
 
 
 def replayed(op: Callable, args: list, more: dict[str, Any], device: torch.device, rounds: int) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Processes that measure and say so in JSON, a line a row: what breaks one of them costs its own rows only."""
 
+import contextlib
 import json
 import queue
 import subprocess
@@ -27,8 +28,10 @@ class Worker:
         self._lines.put(None)
 
     def tell(self, line: str = "") -> None:
-        self._process.stdin.write(line + "\n")
-        self._process.stdin.flush()
+        # Of one that is gone already, `heard` says why.
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
 
     def heard(self, seconds: float) -> Any:
         """The next row; an error that says why if there will be none."""

@@ -3,11 +3,13 @@
 Shapes: B batch, T queries, S keys, HQ query heads, H key/value heads, D width, M features, V value width, P sinks.
 """
 
+import functools
 import math
 
 import torch
 
 from liger_ops import _checks, _packed
+from liger_ops._torch.window import find_sinks
 
 # What one program holds of a query and a value, and of sinks beside the window.
 _WIDEST, _MOST_SINKS = 128, 16
@@ -31,6 +33,22 @@ def on_kernels(sinks: int, softcap: float, q: torch.Tensor, v: torch.Tensor, *fe
     coarse = all(x.dtype != torch.float64 for x in features)
     narrowest = min(*widths, *(x.shape[-1] for x in features))
     return _packed.on_triton(q) and fits and coarse and _is_seen(q.device, narrowest)
+
+
+def find_keys(k: torch.Tensor, sinks: int, visible: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """`find_sinks`; kept for the next call where all keys are visible, nobody writes to it."""
+    B, S = k.shape[:2]
+    # Neither what is traced or captured, whose tensors hold nothing yet.
+    plain = visible is None and type(k) is torch.Tensor and not torch.compiler.is_compiling()
+    if not plain or (k.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return find_sinks(k, sinks, visible)
+    return _plain_keys(B, S, sinks, k.device, torch.is_inference_mode_enabled())
+
+
+@functools.lru_cache(64)
+def _plain_keys(B: int, S: int, sinks: int, device: torch.device, _: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    # What is made in inference mode may not be saved outside of it.
+    return find_sinks(torch.empty(B, S, 0, device=device), sinks, None)
 
 
 @torch.library.custom_op("liger_ops::joint_kernels", mutates_args=())

@@ -8,7 +8,7 @@ import torch
 from liger_ops import _checks, _joint, errors
 from liger_ops._packed import default_chunk
 from liger_ops._torch.joint import joint, joint_step
-from liger_ops._torch.window import find_sinks, take_sinks
+from liger_ops._torch.window import take_sinks
 
 
 def liger_attention(
@@ -86,7 +86,8 @@ def liger_attention(
         return o.unsqueeze(1).to(dtype), state if output_final_state else None
     per_channel = g is not None and g.ndim == 4
     if _joint.on_kernels(sinks, softcap, q, v, q_log) and not per_channel:
-        o, state = _joint.joint(q, k, v, q_log, k_log, g, mix, state, *find_sinks(k, sinks, visible), window, scale)
+        keys = _joint.find_keys(k, sinks, visible)
+        o, state = _joint.joint(q, k, v, q_log, k_log, g, mix, state, *keys, window, scale)
         return o, state if output_final_state else None
     q, k, v, q_log, k_log, g = (None if x is None else x.to(work) for x in (q, k, v, q_log, k_log, g))
     held, rest = take_sinks(k, v, sinks, visible)

@@ -6,7 +6,7 @@ Shapes: B batch, T queries, S keys (the queries are the last T of them), HQ quer
 import torch
 
 from liger_ops import _checks, _joint, errors
-from liger_ops._torch.window import find_sinks, window_attention
+from liger_ops._torch.window import window_attention
 
 
 def sliding_window_attention(
@@ -47,7 +47,7 @@ def sliding_window_attention(
     _checks.check_visible(visible, k)
     scale, softcap = _checks.as_scale(scale, q.shape[-1]), _checks.as_softcap(softcap)
     if _joint.on_kernels(sinks, softcap, q, v) and not (return_lse and torch.is_grad_enabled()):
-        o, lse = _joint.window(q, k, v, *find_sinks(k, sinks, visible), window, scale)
+        o, lse = _joint.window(q, k, v, *_joint.find_keys(k, sinks, visible), window, scale)
     else:
         o, lse = window_attention(q, k, v, window, sinks, scale, softcap, visible, return_lse)
     return (o, lse) if return_lse else o
