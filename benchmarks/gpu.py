@@ -123,8 +123,8 @@ SECTIONS = {
     "joint": Section(150, _joint_jobs, _joint, compiled=True),
     "kernels": Section(30, lambda _: ["joint"], _kernels),
     "ops": Section(120, lambda _: list(OPS), _ops, compiled=True),
-    "whole": Section(90, lambda _: ["checks", "prefill", "decode", "training"], _whole),
-    "joint-check": Section(120, tune.jobs, lambda job, at: iter([(job, tune.check(job, at))]), alone=False),
+    "whole": Section(110, lambda _: ["checks", "prefill", "decode", "training"], _whole),
+    "joint-check": Section(150, tune.jobs, lambda job, at: iter([(job, tune.check(job, at))]), alone=False),
     "joint-tune": Section(180, tune.jobs, lambda job, at: iter([(job, tune.time(job, at))])),
     "fla": Section(200, lambda _: [n for n in reversed(OPS) if OPS[n].fla], _fla, compiled=True),
 }

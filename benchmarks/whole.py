@@ -22,7 +22,9 @@ def llama(at: Any, **sizes: int) -> LlamaForCausalLM:
     full = dict(hidden_size=at.heads.HQ * at.heads.D, intermediate_size=3584 * at.heads.HQ * at.heads.D // 1024)
     full |= dict(num_attention_heads=at.heads.HQ, num_key_value_heads=at.heads.H, head_dim=at.heads.D)
     config = LlamaConfig(**(full | dict(num_hidden_layers=LAYERS, vocab_size=512) | sizes))
-    return LlamaForCausalLM(config).to(at.device).eval()
+    # Where it is made, its weights are drawn: fast on a GPU.
+    with at.device:
+        return LlamaForCausalLM(config).eval()
 
 
 def checks(at: Any) -> dict[str, Any]:
