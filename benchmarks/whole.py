@@ -59,7 +59,9 @@ def in_turns(runs: dict[str, Callable[[], Any]], at: Any) -> dict[str, float]:
 
 
 def _models(at: Any) -> dict[str, LlamaForCausalLM]:
-    return dict(original=llama(at).to(torch.bfloat16), linear=liger_models.linearize(llama(at)).to(torch.bfloat16))
+    ids = torch.randint(1, 512, (4, 128), device=at.device)
+    linear = liger_models.linearize(llama(at), calibration=ids)
+    return dict(original=llama(at).to(torch.bfloat16), linear=linear.to(torch.bfloat16))
 
 
 def prefill(at: Any) -> dict[str, float]:
