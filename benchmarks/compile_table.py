@@ -94,7 +94,7 @@ def _joint(x: RecurrenceInputs, by: launching.Launcher) -> None:
     for given in (window._replace(**far), window):
         call = joint.prepare(given, by)
         found = joint.forward(call, given.state)
-        joint.backward(call, given.state, found.o, found.last, found)
+        joint.backward(call, found.o, found.last, found)
 
 
 def _variant(kernel: Any, named: dict[str, Any]) -> tuple:

@@ -1,231 +1,255 @@
-"""The kernels on a GPU: right against float64, then timed beside flash-linear-attention, SDPA and a copy; writes JSON.
+"""The kernels on a GPU: right against float64 first, then timed beside others and the machine's floors; writes JSON.
 
-python -m benchmarks.gpu --out benchmarks/results/ops-gpu.json
+python -m benchmarks.gpu --out benchmarks/results/gpu.json --only floors errors joint ops
 
-Shapes: B batch, T time, HQ query heads, H key/value heads, D width. Where fla is installed, it gets its heads repeated.
+Every row has a process of its own: rows of `errors` run side by side, those with times alone and one after the other,
+their kernels compiled beforehand. Each section ends when its time is up; what is missing then says why, under `failed`.
+`--device cpu --small` rehearses it. Where fla is installed, it gets its heads repeated.
+
+Shapes: B batch, T time, HQ query heads, H key/value heads, D width.
 """
 
 import argparse
-import importlib.metadata
-import importlib.util
+import importlib
 import json
-import statistics
+import os
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 import liger_ops
-
-HQ, H, D, SLOTS = 32, 8, 128, 64
-
-
-class Op(NamedTuple):
-    """What an op takes besides q, k and v (B, T, heads, tensor options -> arguments), and where fla keeps its own."""
-
-    more: Callable[..., dict]
-    fla: str | None
-    first: str = "qkv"
+from benchmarks import cases, compiled, joint, timing, tune
+from benchmarks.cases import OPS, Heads
+from benchmarks.report import Report, describe
+from benchmarks.workers import Worker, say
 
 
-def decay(*shape: int, **options: Any) -> torch.Tensor:
-    return -torch.rand(*shape, **options) / 16
+class Setting(NamedTuple):
+    """Where and how large everything is measured."""
+
+    device: torch.device
+    heads: Heads
+    batch: int
+    length: int
+    lengths: list[int]
+    rounds: int
+    small: bool
 
 
-def erasing(*shape: int, **options: Any) -> dict[str, Any]:
-    return dict(beta=torch.rand(*shape, **options), use_qk_l2norm_in_kernel=True)
+# Processes that wait for their turn, and seconds that one may have alone.
+_AHEAD, _LONGEST = 5, 90
+Rows = Iterator[tuple[str, dict[str, Any]]]
 
 
-OPS = {
-    "chunk_gla": Op(lambda B, T, n, **x: dict(g=decay(B, T, n, D, **x)), "fla.ops.gla"),
-    "fused_recurrent_gla": Op(lambda B, T, n, **x: dict(gk=decay(B, T, n, D, **x)), "fla.ops.gla"),
-    "chunk_simple_gla": Op(lambda B, T, n, **x: dict(g=decay(B, T, n, **x)), "fla.ops.simple_gla"),
-    "fused_recurrent_simple_gla": Op(lambda B, T, n, **x: dict(g=decay(B, T, n, **x)), "fla.ops.simple_gla"),
-    "chunk_retention": Op(lambda *_, **x: {}, "fla.ops.retention"),
-    "chunk_lightning_attn": Op(lambda *_, **x: dict(layer_idx=1, num_layers=4), "fla.ops.lightning_attn"),
-    "chunk_linear_attn": Op(lambda *_, **x: dict(normalize=False), "fla.ops.linear_attn"),
-    "chunk_hgrn2": Op(lambda B, T, n, **x: dict(g=decay(B, T, n, D, **x)), None, "qv"),
-    "chunk_rwkv6": Op(lambda B, T, n, **x: dict(w=decay(B, T, n, D, **x), u=torch.ones(HQ, D, **x)), "fla.ops.rwkv6"),
-    "chunk_gsa": Op(
-        lambda B, T, n, **x: dict(s=torch.randn(B, T, n, SLOTS, **x), g=decay(B, T, n, SLOTS, **x)), "fla.ops.gsa"
-    ),
-    "chunk_delta_rule": Op(lambda B, T, n, **x: erasing(B, T, n, **x), "fla.ops.delta_rule"),
-    "chunk_gated_delta_rule": Op(
-        lambda B, T, n, **x: dict(g=decay(B, T, n, **x)) | erasing(B, T, n, **x), "fla.ops.gated_delta_rule"
-    ),
-    "chunk_kda": Op(lambda B, T, n, **x: dict(g=decay(B, T, n, D, **x)) | erasing(B, T, n, **x), "fla.ops.kda"),
-    "mlstm": Op(lambda B, T, n, **x: dict(i=torch.randn(B, T, n, **x), f=decay(B, T, n, **x)), None),
+def _floors(_: str, at: Setting) -> Rows:
+    yield from timing.floors(at.device, at.rounds, at.small).items()
+
+
+def _errors(job: str, at: Setting) -> Rows:
+    name, kind = job.rsplit(" ", 1)
+    dtype = getattr(torch, kind)
+    if name in OPS:
+        yield job, cases.errors(name, 64 if at.small else 1024, dtype, at.device, at.heads)
+    else:
+        yield job, joint.errors(name, dtype, at.device, at.heads.D)
+
+
+def _joint(job: str, at: Setting) -> Rows:
+    name, T = job.rsplit(" at ", 1)
+    yield job, joint.TIMED[name](int(T), at.heads, at.device, at.rounds)
+
+
+def _kernels(_: str, at: Setting) -> Rows:
+    yield f"at {at.lengths[-1]}", joint.kernels(at.lengths[-1], at.heads, at.device)
+    yield f"of the host at {at.lengths[0]}", joint.host(at.lengths[0], at.heads, at.device)
+
+
+def _ops(name: str, at: Setting) -> Rows:
+    args, more = cases.inputs(at.batch, at.length, name, False, at.heads, device=at.device, dtype=torch.bfloat16)
+    yield name, timing.timed(getattr(liger_ops, name), args, more, at.device, at.rounds)
+
+
+def _fla(name: str, at: Setting) -> Rows:
+    compiled.tune_quickly()
+    op = getattr(importlib.import_module(OPS[name].fla), name)
+    args, more = cases.inputs(at.batch, at.length, name, True, at.heads, device=at.device, dtype=torch.bfloat16)
+    # It refuses some backward passes on some versions of Triton.
+    for kind, call in timing.calls(op, args, more).items():
+        yield f"{name} {kind}", {kind: timing.in_a_row(call, at.device, at.rounds)}
+
+
+def _whole(name: str, at: Setting) -> Rows:
+    # It alone needs transformers.
+    from benchmarks import whole
+
+    yield name, getattr(whole, name)(at)
+
+
+class Section(NamedTuple):
+    """Seconds it may take, the names of its jobs, how one runs, whether alone, and whether kernels compile before."""
+
+    seconds: float
+    jobs: Callable[[Setting], list[str]]
+    run: Callable[[str, Setting], Rows]
+    alone: bool = True
+    compiled: bool = False
+
+
+def _error_jobs(_: Setting) -> list[str]:
+    found = [f"{name} {kind}" for name in joint.CASES for kind in ("bfloat16", "float32", "float16")]
+    return found + [f"{name} {kind}" for name in OPS for kind in ("bfloat16", "float32")]
+
+
+def _has_compiled(job: str) -> bool:
+    """Whether others compile what it runs, or nobody does."""
+    return any(word in job for word in ("replayed", "copy", "sdpa"))
+
+
+def _joint_jobs(at: Setting) -> list[str]:
+    names = [n for n in joint.TIMED if at.device.type == "cuda" or "replayed" not in n]
+    # The long ones first: they are what is asked for.
+    return [f"{name} at {T}" for T in reversed(at.lengths) for name in names]
+
+
+SECTIONS = {
+    "floors": Section(20, lambda _: ["machine"], _floors),
+    "errors": Section(150, _error_jobs, _errors, alone=False),
+    "joint": Section(150, _joint_jobs, _joint, compiled=True),
+    "kernels": Section(30, lambda _: ["joint"], _kernels),
+    "ops": Section(120, lambda _: list(OPS), _ops, compiled=True),
+    "whole": Section(110, lambda _: ["checks", "prefill", "decode", "training"], _whole),
+    "joint-check": Section(150, tune.jobs, lambda job, at: iter([(job, tune.check(job, at))]), alone=False),
+    "joint-tune": Section(180, tune.jobs, lambda job, at: iter([(job, tune.time(job, at))])),
+    "fla": Section(200, lambda _: [n for n in reversed(OPS) if OPS[n].fla], _fla, compiled=True),
 }
+DEFAULT = ("floors", "errors", "joint", "kernels", "ops", "whole", "fla")
 
 
-def inputs(B: int, T: int, name: str, repeated: bool, **options: Any) -> tuple[list, dict]:
-    """q, k, v (or q, v) and the op's own arguments; repeated as an op without grouped heads wants them."""
-    torch.manual_seed(0)
-    tensors = {x: torch.randn(B, T, n, D, **options) for x, n in (("q", HQ), ("k", H), ("v", H))}
-    more = OPS[name].more(B, T, H, **options)
-
-    def repeat(n: str, x: Any) -> Any:
-        return x if n in "qu" or not isinstance(x, torch.Tensor) else x.repeat_interleave(HQ // H, 2)
-
-    if repeated:
-        tensors, more = ({n: repeat(n, x) for n, x in given.items()} for given in (tensors, more))
-    return [tensors[x] for x in OPS[name].first], more
-
-
-def milliseconds(run: Callable[[], Any], device: torch.device, rounds: int) -> float:
-    """Median of single runs, by events where there are any."""
-    run()
-    times = []
-    for _ in range(rounds):
-        if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-        else:
-            begin = time.perf_counter()
-            run()
-            times.append(1e3 * (time.perf_counter() - begin))
-    return statistics.median(times)
+def work(section: str, job: str, at: Setting, only_compile: bool) -> None:
+    """In a process of its own: rows on its output, after a line on its input."""
+    if section == "fla":
+        importlib.import_module(OPS[job].fla)
+    torch.zeros(1, device=at.device)
+    input()
+    if only_compile and "flex" not in job:
+        # Fewer sequences than are timed, for many do so at once, but as many kinds of kernels.
+        compiled.launch_nothing(threads=4)
+        at = at._replace(batch=min(at.batch, 5), rounds=1)
+    if only_compile:
+        at = at._replace(rounds=1)
+    for name, row in SECTIONS[section].run(job, at):
+        say(dict(name=name, row=row))
 
 
-def _tensors(named: dict[str, Any]) -> dict[str, torch.Tensor]:
-    return {n: x for n, x in named.items() if isinstance(x, torch.Tensor)}
+class Run:
+    """What one command measures: its processes, its report, its end."""
 
+    def __init__(self, report: Report, arguments: list[str], at: Setting, seconds: float, workers: int):
+        self.report, self.arguments, self.at = report, arguments, at
+        self.end, self.pool = time.monotonic() + seconds, ThreadPoolExecutor(workers)
 
-def _leaves(named: dict[str, Any], dtype: torch.dtype | None = None) -> dict[str, Any]:
-    return named | {n: x.detach().to(dtype or x.dtype).requires_grad_() for n, x in _tensors(named).items()}
+    def worker(self, section: str, job: str, *more: str) -> Worker:
+        return Worker(["-m", "benchmarks.gpu", *self.arguments, "--job", section, job, *more])
 
+    def listen(self, worker: Worker, section: str, job: str, until: float) -> None:
+        worker.tell()
+        try:
+            for said in worker.rows(until - time.monotonic()):
+                self.report.add(section, said["name"], said["row"])
+        except (RuntimeError, TimeoutError, OSError) as fault:
+            self.report.fail(section, job, str(fault))
 
-def timed(op: Callable, args: list, more: dict, device: torch.device, rounds: int) -> dict[str, float]:
-    """Forward, and forward with backward of every argument."""
-    with torch.no_grad():
-        forward = milliseconds(lambda: op(*args, **more), device, rounds)
-    leaves, named = [x.detach().requires_grad_() for x in args], _leaves(more)
-    weight = torch.randn_like(op(*leaves, **named)[0])
+    def beside(self, section: str, job: str, until: float) -> None:
+        """One of several at once."""
+        if time.monotonic() > until:
+            self.report.fail(section, job, "no time left")
+            return
+        self.listen(self.worker(section, job), section, job, until)
 
-    def both() -> None:
-        torch.autograd.grad(op(*leaves, **named)[0], [*leaves, *_tensors(named).values()], weight)
+    def compile(self, section: str, job: str) -> None:
+        worker = self.worker(section, job, "--only-compile")
+        worker.tell()
+        try:
+            list(worker.rows(self.end - time.monotonic()))
+        except (RuntimeError, TimeoutError, OSError) as fault:
+            self.report.fail("compilation", f"{section} {job}", str(fault)[-200:])
 
-    return dict(forward_ms=forward, both_ms=milliseconds(both, device, rounds))
-
-
-def errors(name: str, T: int, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """Relative distance of output and gradients from the same op in float64, which PyTorch runs."""
-    args, more = inputs(1, T, name, False, device=device, dtype=torch.float32)
-    found, op = {}, getattr(liger_ops, name)
-    for kind in (dtype, torch.float64):
-        leaves = [x.to(dtype).to(kind).requires_grad_() for x in args]
-        # Gates stay as fine as they are given, what the state is made of does not.
-        named = more | {n: x.to(dtype) for n, x in more.items() if n == "s"}
-        named = _leaves(named, torch.float64) if kind == torch.float64 else _leaves(named)
-        o, last = op(*leaves, **named, output_final_state=True)
-        last = last[0] if isinstance(last, tuple) else last
-        weights = torch.linspace(-1, 1, o.numel(), device=device).view(o.shape).to(o.dtype)
-        tensors = _tensors(named)
-        grads = torch.autograd.grad((o, last), [*leaves, *tensors.values()], (weights, torch.ones_like(last)))
-        found[kind] = dict(zip(["o", "last", *OPS[name].first, *tensors], [o, last, *grads], strict=True))
-    far = {n: (x.double() - found[torch.float64][n]).norm() for n, x in found[dtype].items()}
-    return {n: (x / found[torch.float64][n].norm()).item() for n, x in far.items()}
-
-
-def theirs(name: str) -> Callable | None:
-    """fla's op of the same name, if it is installed."""
-    try:
-        return OPS[name].fla and getattr(importlib.import_module(OPS[name].fla), name)
-    except ImportError:
-        return None
-
-
-def copy_floor(args: list, device: torch.device, rounds: int) -> float:
-    """Milliseconds to read q, k and v and to write an output of the size of q, by copies."""
-    pairs = [(x, torch.empty_like(x)) for x in args]
-    return milliseconds(lambda: [y.copy_(x) for x, y in pairs], device, rounds)
-
-
-def measure(T: int, tokens: int, dtype: torch.dtype, device: torch.device, rounds: int) -> dict[str, Any]:
-    """Every op at one length, the batch such that there are `tokens` in all."""
-    B, row = max(tokens // T, 1), {}
-    options = dict(device=device, dtype=dtype)
-    for name in OPS:
-        args, more = inputs(B, T, name, False, **options)
-        row[name] = timed(getattr(liger_ops, name), args, more, device, rounds)
-        if other := theirs(name):
-            args, more = inputs(B, T, name, True, **options)
+    def alone(self, section: str, jobs: list[str], ready: dict[str, Future], until: float) -> None:
+        """One at a time, while the next ones import what they need."""
+        waiting: deque[Worker] = deque()
+        for i, job in enumerate(jobs):
+            ahead = jobs[i + len(waiting) : i + _AHEAD]
+            waiting.extend(self.worker(section, following) for following in ahead)
+            worker = waiting.popleft()
             try:
-                row[f"fla {name}"] = timed(other, args, more, device, rounds)
-            except RuntimeError as refused:
-                # It knows versions of Triton that get a backward wrong.
-                print(f"fla {name}: {refused}")
-    q, k, v = (x.transpose(1, 2) for x in inputs(B, T, "chunk_gla", False, **options)[0])
+                if job in ready:
+                    ready[job].result(timeout=max(until - time.monotonic(), 0.01))
+            except FutureTimeout:
+                self.report.fail(section, job, "its kernels were not compiled in time")
+                worker.stop()
+                continue
+            # What hangs costs no other its time.
+            self.listen(worker, section, job, min(until, time.monotonic() + _LONGEST))
 
-    def sdpa(q, k, v):
-        return (F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),)
+    def everything(self, chosen: list[str], names: list[str]) -> None:
+        begun, jobs = {}, {}
+        for section in chosen:
+            found = SECTIONS[section].jobs(self.at)
+            jobs[section] = [job for job in found if not names or any(n in job for n in names)]
+        for section in chosen:
+            if not SECTIONS[section].alone:
+                until = min(self.end, time.monotonic() + SECTIONS[section].seconds)
+                begun[section] = {job: self.pool.submit(self.beside, section, job, until) for job in jobs[section]}
+        ready = {
+            section: {j: self.pool.submit(self.compile, section, j) for j in jobs[section] if not _has_compiled(j)}
+            for section in chosen
+            if SECTIONS[section].compiled and self.at.device.type == "cuda"
+        }
+        for rows in begun.values():
+            for future in rows.values():
+                future.result()
+        for section in chosen:
+            if SECTIONS[section].alone and jobs[section]:
+                begin = time.monotonic()
+                until = min(self.end, begin + SECTIONS[section].seconds)
+                self.alone(section, jobs[section], ready.get(section, {}), until)
+                self.report.add("seconds", section, round(time.monotonic() - begin, 1))
+        self.pool.shutdown(cancel_futures=True)
 
-    row["sdpa"] = timed(sdpa, [q, k, v], {}, device, rounds)
-    row["copy"] = dict(forward_ms=copy_floor([q, k, v], device, rounds))
-    return row
 
-
-def describe(device: torch.device) -> dict[str, Any]:
-    """A result without numbers yet."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    triton = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None
-    return dict(device=name, torch=torch.__version__, triton=triton, shape=dict(HQ=HQ, H=H, D=D), errors={}, ms={})
-
-
-def print_table(result: dict[str, Any]) -> None:
-    """Milliseconds of forward / forward with backward, a row an op, a column a length."""
-    lengths = list(result["ms"])
-    print("| op | " + " | ".join(lengths) + " |\n" + "|---" * (1 + len(lengths)) + "|")
-    for name in result["ms"][lengths[0]]:
-        cells = [" / ".join(f"{x:.3f}" for x in result["ms"][T][name].values()) for T in lengths]
-        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
-
-
-def plot(result: dict[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    lengths = list(result["ms"])
-    for axis, kind in zip(axes, ("forward_ms", "both_ms"), strict=True):
-        for name in result["ms"][lengths[0]]:
-            if kind in result["ms"][lengths[0]][name]:
-                axis.loglog([int(T) for T in lengths], [result["ms"][T][name][kind] for T in lengths], "o-", label=name)
-        axis.set(xlabel="tokens", ylabel="ms", title="forward" if kind == "forward_ms" else "forward and backward")
-    axes[1].legend(fontsize=7)
-    figure.savefig(path, dpi=120)
+def parse() -> tuple[argparse.Namespace, Setting]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(DEFAULT), help="sections")
+    parser.add_argument("--names", nargs="+", default=[], help="rows that hold one of these alone")
+    parser.add_argument("--seconds", type=float, default=540, help="of all sections")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--small", action="store_true", help="sizes for a rehearsal")
+    parser.add_argument("--workers", type=int, default=max((os.cpu_count() or 3) - 2, 1), help="processes at once")
+    parser.add_argument("--job", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--only-compile", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    sizes = (Heads(4, 2, 64), 1, 128, [128]) if args.small else (Heads(), 8, 4096, [4096, 32768])
+    return args, Setting(torch.device(args.device), *sizes, args.rounds, args.small)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384, 32768])
-    parser.add_argument("--tokens", type=int, default=32768, help="batch times length")
-    parser.add_argument("--rounds", type=int, default=30)
-    args = parser.parse_args()
-    device = torch.device(args.device)
-    result = describe(device)
-    for dtype in (torch.float32, torch.bfloat16):
-        for op in OPS:
-            key = f"{op} {dtype}".replace("torch.", "")
-            result["errors"][key] = errors(op, min(args.lengths), dtype, device)
-            print(key, {n: f"{x:.1e}" for n, x in result["errors"][key].items()}, flush=True)
-    for T in args.lengths:
-        result["ms"][str(T)] = measure(T, args.tokens, torch.bfloat16, device, args.rounds)
-    print_table(result)
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
-        plot(result, args.out.with_suffix(".png"))
+    args, at = parse()
+    if args.job:
+        work(*args.job, at, args.only_compile)
+        return
+    shape = dict(at.heads._asdict(), B=at.batch, T=at.length, joint=dict(B=1, T=at.lengths), dtype="bfloat16")
+    report = Report(describe(at.device) | dict(shape=shape), args.out)
+    arguments = ["--device", args.device, "--rounds", str(args.rounds), *(["--small"] if args.small else [])]
+    Run(report, arguments, at, args.seconds, args.workers).everything(args.only, args.names)
+    print(json.dumps(dict(failed=report.found["failed"]), indent=1))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from liger_ops._inputs import AttentionInputs, RecurrenceInputs
 from liger_ops._kernels import recurrence_kernels
 from liger_ops._norms import length
 from liger_ops._torch.attention import joint as joint_in_pytorch
-from liger_ops._torch.attention.window import find_sinks, window_attention
+from liger_ops._torch.attention.window import window_attention
 from liger_ops._torch.layout import full_precision
 from liger_ops._torch.recurrence import recurrence as in_pytorch
 from liger_ops.limits import WIDEST_KEY
@@ -39,7 +39,7 @@ def _is_served(x: RecurrenceInputs) -> bool:
 def window(x: AttentionInputs, with_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """o [B,T,HQ,V] in the dtype of q, and lse [B,T,HQ] in float32 or float64, or None."""
     if _joint.on_kernels(x) and not (with_lse and torch.is_grad_enabled()):
-        return _joint.window(x, *find_sinks(x.k, x.sinks, x.visible))
+        return _joint.window(x, *_joint.find_keys(x))
     return window_attention(x, with_lse)
 
 
@@ -52,5 +52,5 @@ def joint(x: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
     if T == 1 and not torch.is_grad_enabled():
         return joint_in_pytorch.joint_step(x)
     if _joint.on_kernels(x) and not (x.g is not None and x.g.ndim == 4):
-        return _joint.joint(x, *find_sinks(x.k, x.sinks, x.visible))
+        return _joint.joint(x, *_joint.find_keys(x))
     return joint_in_pytorch.joint(x)

@@ -3,12 +3,14 @@
 Shapes: B batch, T queries, S keys, HQ query heads, H key/value heads, D width, M features, V value width, P sinks.
 """
 
+import functools
 import math
 
 import torch
 
 from liger_ops import _checks, _devices
 from liger_ops._inputs import AttentionInputs, KernelAttentionInputs
+from liger_ops._torch.attention.window import find_sinks
 
 # What one program holds of a query and a value, and of sinks beside the window.
 _WIDEST, _MOST_SINKS = 128, 16
@@ -34,6 +36,22 @@ def on_kernels(x: AttentionInputs) -> bool:
     return _devices.on_triton(x.q) and fits and coarse and _is_seen(x.q.device, narrowest)
 
 
+def find_keys(x: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """`find_sinks`; kept for the next call where all keys are visible, nobody writes to it."""
+    # Neither what is traced or captured, whose tensors hold nothing yet.
+    plain = x.visible is None and type(x.k) is torch.Tensor and not torch.compiler.is_compiling()
+    if not plain or (x.k.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return find_sinks(x.k, x.sinks, x.visible)
+    B, S = x.k.shape[:2]
+    return _plain_keys(B, S, x.sinks, x.k.device, torch.is_inference_mode_enabled())
+
+
+@functools.lru_cache(64)
+def _plain_keys(B: int, S: int, sinks: int, device: torch.device, _: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    # What is made in inference mode may not be saved outside of it.
+    return find_sinks(torch.empty(B, S, 0, device=device), sinks, None)
+
+
 # `KernelAttentionInputs` as ops of torch.library take them: of the window alone, and with what left it.
 _WINDOW = "Tensor q, Tensor k, Tensor v, Tensor column, Tensor rest, int window, float scale"
 _JOINT = _WINDOW + ", Tensor q_log, Tensor k_log, Tensor? g, Tensor mix, Tensor state"
@@ -52,18 +70,20 @@ def _like(x: torch.Tensor | None) -> torch.Tensor:
 def _backward(
     x: KernelAttentionInputs, do: torch.Tensor, dstate: torch.Tensor | None, **found: torch.Tensor
 ) -> list[torch.Tensor]:
-    """The gradients that are `_wanted`; found are o, top and lse."""
+    """The gradients that are `_wanted`; found are o, top, lse, h and z."""
     from liger_ops._triton import joint
 
-    grads = joint.backward(joint.prepare(x), x.state, do, dstate, joint.Outputs(last=None, **found))
+    grads = joint.backward(joint.prepare(x), do, dstate, joint.Outputs(last=None, **found))
     return [getattr(grads, n).to(getattr(x, n).dtype) for n in _wanted(x)]
 
 
 @torch.library.custom_op(
-    "liger_ops::joint_kernels", mutates_args=(), schema=f"({_JOINT}) -> (Tensor, Tensor, Tensor, Tensor)"
+    "liger_ops::joint_kernels",
+    mutates_args=(),
+    schema=f"({_JOINT}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _joint(*inputs):
-    """o, the last state, and per row the largest score nearby and the log of all weights, to base 2."""
+    """o, the last state, of every row the largest score nearby and the log of all weights, to base 2, and h and z."""
     from liger_ops._triton import joint
 
     x = KernelAttentionInputs(*inputs)
@@ -74,20 +94,23 @@ def _joint(*inputs):
 def _(*inputs):
     x = KernelAttentionInputs(*inputs)
     row = x.q.new_empty(x.q.shape[:3], dtype=torch.float32)
-    return x.q.new_empty(*x.q.shape[:3], x.v.shape[-1]), _like(x.state), row, torch.empty_like(row)
+    last, halves = _like(x.state), x.q.dtype == torch.bfloat16
+    shape = x.q.shape[0] * -(-x.q.shape[1] // (64 if halves else 32)), *last.shape[1:3]
+    h = last.new_empty(*shape, x.v.shape[-1], dtype=x.q.dtype if halves else torch.float32)
+    return x.q.new_empty(*x.q.shape[:3], x.v.shape[-1]), last, row, torch.empty_like(row), h, last.new_empty(shape)
 
 
 @torch.library.custom_op(
     "liger_ops::joint_kernels_backward",
     mutates_args=(),
-    schema=f"(Tensor do, Tensor dstate, Tensor o, Tensor top, Tensor lse, {_JOINT}) -> Tensor[]",
+    schema=f"(Tensor do, Tensor dstate, Tensor o, Tensor top, Tensor lse, Tensor h, Tensor z, {_JOINT}) -> Tensor[]",
 )
-def _joint_backward(do, dstate, o, top, lse, *inputs):
-    return _backward(KernelAttentionInputs(*inputs), do, dstate, o=o, top=top, lse=lse)
+def _joint_backward(do, dstate, o, top, lse, h, z, *inputs):
+    return _backward(KernelAttentionInputs(*inputs), do, dstate, o=o, top=top, lse=lse, h=h, z=z)
 
 
 @_joint_backward.register_fake
-def _(do, dstate, o, top, lse, *inputs):
+def _(do, dstate, o, top, lse, h, z, *inputs):
     x = KernelAttentionInputs(*inputs)
     return [_like(getattr(x, n)) for n in _wanted(x)]
 
@@ -113,7 +136,8 @@ def _(*inputs):
     schema=f"(Tensor do, Tensor o, Tensor lse, {_WINDOW}) -> Tensor[]",
 )
 def _window_backward(do, o, lse, *inputs):
-    return _backward(KernelAttentionInputs(*inputs), do, None, o=o, top=lse, lse=lse)
+    x = KernelAttentionInputs(*inputs)
+    return _backward(x, do, None, o=o, top=lse, lse=lse, h=x.q, z=x.q)
 
 
 @_window_backward.register_fake
@@ -143,11 +167,16 @@ def _differentiate(name, ctx, run):
 
 
 def _setup_joint(ctx, inputs, output):
-    o, _, top, lse = output
-    _save(ctx, inputs, (o, top, lse))
+    o, _, *kept = output
+    _save(ctx, inputs, (o, *kept))
+    # Zeros for what nobody differentiates are as many as the states.
+    ctx.set_materialize_grads(False)
 
 
 def _differentiate_joint(ctx, do, dstate, *_):
+    held = ctx.saved_tensors
+    do = torch.zeros_like(held[len(ctx.names)]) if do is None else do
+    dstate = torch.zeros_like(held[ctx.names.index("state")]) if dstate is None else dstate
     return _differentiate("joint_kernels", ctx, lambda found, x: _joint_backward(do, dstate, *found, *x))
 
 

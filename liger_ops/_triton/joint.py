@@ -4,6 +4,7 @@ Shapes: B batch, T queries, S keys, HQ = G * H query heads, H key/value heads, D
 W window, P sinks, C rows of a chunk.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,6 +28,10 @@ from liger_ops._triton.launch import (
 
 # Query heads of a group, if it is even, that one program takes.
 _TOGETHER = {"joint_kernel": 2, "queries_kernel": 1}
+# Keys that one program takes of a window's, and chunks of them that an inner step of a wide window does.
+_KEYS, _STEP, _WIDE = 64, 1, 512
+# Whether what is near in the chunk that leaves has a product of its own.
+_APART = False
 # Chunks of queries whose sums for the sinks one program makes.
 _SUMMED = 8
 
@@ -103,12 +108,17 @@ class States(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """o [B,T,HQ,V], the last state [B,H,M,V+1], top and lse as `Rows` has them."""
+    """o [B,T,HQ,V], the last state [B,H,M,V+1], top and lse as `Rows` has them, h and z as `States`.
+
+    Without a far part there are no states, and h and z are anything.
+    """
 
     o: torch.Tensor
     last: torch.Tensor | None
     top: torch.Tensor
     lse: torch.Tensor
+    h: torch.Tensor
+    z: torch.Tensor
 
 
 class Gradients(NamedTuple):
@@ -130,7 +140,7 @@ def prepare(x: KernelAttentionInputs, launcher: Launcher = LAUNCHER) -> Call:
     q, k, v, column, rest = (y.contiguous() for y in (x.q, x.k, x.v, x.column, x.rest.view(torch.int8)))
     where = equal_chunks(B, T, C, q.device)
     few = x.q_log is not None and B * k.shape[2] <= CHAINS and 2 * launcher.piece <= T
-    pieces = make_pieces(where.sequences, B * T, launcher.piece, C) if few else None
+    pieces = _equal_pieces(B, T, launcher.piece, C, q.device) if few else None
     # With tf32, Triton 3.6 lets Hopper's matrix units read beyond a kernel's shared memory.
     how = launcher.precision(q.dtype) if q.dtype == torch.bfloat16 else "ieee"
     constants = dict(C=C, PER_CHANNEL=False, GATED=x.g is not None, FAR=x.q_log is not None, PRECISION=how)
@@ -141,6 +151,17 @@ def prepare(x: KernelAttentionInputs, launcher: Launcher = LAUNCHER) -> Call:
     logs = [y.contiguous() for y in (x.q_log, x.k_log, x.mix)]
     factors = [x.k_log] * 3 if x.g is None else _decays(call, x.g)
     return call._replace(far=Far(*logs, *factors))
+
+
+def _equal_pieces(batch: int, length: int, most: int, C: int, device: torch.device) -> Pieces:
+    """The pieces of `batch` sequences of one length; kept as `equal_chunks` are."""
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return (_kept_pieces.__wrapped__ if capturing else _kept_pieces)(batch, length, most, C, device)
+
+
+@functools.lru_cache(64)
+def _kept_pieces(batch: int, length: int, most: int, C: int, device: torch.device) -> Pieces:
+    return make_pieces(equal_chunks(batch, length, C, device).sequences, batch * length, most, C)
 
 
 def _decays(x: Call, g) -> list[torch.Tensor]:
@@ -194,54 +215,49 @@ def forward(x: Call, state: torch.Tensor | None) -> Outputs:
     o = x.q.new_empty(*x.q.shape[:3], x.v.shape[3])
     top, lse = (x.q.new_empty(x.q.shape[:3], dtype=torch.float32) for _ in range(2))
     h, z, last = make_states(x, state) if x.has_far else (x.q, x.q, state)
-    _by_heads(x, joint_outputs.joint_kernel, h=h, z=z, o=o, top=top, lse=lse)
-    return Outputs(o, last, top, lse)
+    step = _STEP if x.window >= _WIDE and x.constants["PRECISION"] != "ieee" else 1
+    _by_heads(x, joint_outputs.joint_kernel, h=h, z=z, o=o, top=top, lse=lse, STEP=step, APART=_APART)
+    return Outputs(o, last, top, lse, h, z)
 
 
-def backward(
-    x: Call, state: torch.Tensor | None, do: torch.Tensor, dstate: torch.Tensor | None, found: Outputs
-) -> Gradients:
+def backward(x: Call, do: torch.Tensor, dstate: torch.Tensor | None, found: Outputs) -> Gradients:
     """do and dstate are the gradients of what `forward` has found."""
     do = do.contiguous()
-    rows = Rows(found.top, found.lse, _delta(x, found.o, do))
+    rows = Rows(found.top, found.lse, torch.empty_like(found.lse))
+    dq, dq_log, d_mix, d_to = _queries(x, found, rows, do)
     dk, dv = _near(x, rows, do)
     if x.column.shape[1]:
         _sinks(x, rows, do, dk, dv)
     if not x.has_far:
-        return Gradients(_queries(x, x.q, x.q, rows, do)[0], dk, dv)
-    h, z, _ = make_states(x, state)
+        return Gradients(dq, dk, dv)
     back = _states(x, x.far.q_log, do, rows, dstate.contiguous(), True)
-    dq, dq_log, d_mix, d_to = _queries(x, h, z, rows, do)
-    dk_log, d_behind, straddle = _far_keys(x, States(h, z, back.last), back, rows, do)
+    dk_log, d_behind, straddle = _far_keys(x, found, back, rows, do)
     within = _far_values(x, back.h, rows, do, dv)
     dg = _gates(x, d_to, d_behind, straddle, within) if x.constants["GATED"] else None
     return Gradients(dq, dk, dv, dq_log, dk_log, dg, d_mix.sum((0, 1)), back.last)
 
 
-def _delta(x: Call, o, do) -> torch.Tensor:
-    delta, C = o.new_empty(o.shape[:3], dtype=torch.float32), 32
-    N, V = delta.numel(), o.shape[3]
-    given = dict(o=o.contiguous(), do=do, delta=delta, N=N, K=V, C=C)
-    x.launch(joint_gradients.delta_kernel, (cdiv(N, C),), **given)
-    return delta
+def _queries(x: Call, found: Outputs, rows: Rows, do) -> tuple[torch.Tensor, ...]:
+    """dq, dq_log and, of each row [B,T,HQ], the gradient of its mix and of the log of what the state gives it.
 
-
-def _queries(x: Call, h, z, rows: Rows, do) -> tuple[torch.Tensor, ...]:
-    """dq, dq_log and, of each row [B,T,HQ], the gradient of its mix and of the log of what the state gives it."""
+    It also fills rows.delta.
+    """
     dq = torch.empty_like(x.q)
     dq_log = torch.empty_like(x.far.q_log) if x.has_far else dq
     d_mix, d_to = (torch.empty_like(rows.top) for _ in range(2))
-    given = dict(h=h, z=z, do=do, dq=dq, dq_log=dq_log, d_mix=d_mix, d_to=d_to) | rows._asdict()
+    given = dict(o=found.o.contiguous(), do=do, h=found.h, z=found.z) | rows._asdict()
+    given |= dict(dq=dq, dq_log=dq_log, d_mix=d_mix, d_to=d_to)
     _by_heads(x, joint_gradients.queries_kernel, **given)
     return dq, dq_log, d_mix, d_to
 
 
 def _near(x: Call, rows: Rows, do) -> tuple[torch.Tensor, torch.Tensor]:
     """dk and dv of the keys of windows; 0 for the others."""
-    (B, S, H, D), C = x.k.shape, x.constants["C"]
+    B, S, H, _ = x.k.shape
+    keys = _KEYS if x.constants["PRECISION"] != "ieee" else x.constants["C"]
     dk, dv = torch.empty_like(x.k), torch.empty_like(x.v)
-    given = dict(do=do, dk=dk, dv=dv, K=D) | rows._asdict()
-    x.launch(joint_gradients.near_kernel, (H * B * cdiv(S, C),), **given)
+    given = dict(do=do, dk=dk, dv=dv, C=keys, K=keys) | rows._asdict()
+    x.launch(joint_gradients.near_kernel, (H * B * cdiv(S, keys),), **given)
     return dk, dv
 
 
@@ -259,12 +275,12 @@ def _sinks(x: Call, rows: Rows, do, dk, dv) -> None:
         grad.scatter_add_(1, index.expand(-1, -1, -1, new.shape[3]), new)
 
 
-def _far_keys(x: Call, before: States, back: States, rows: Rows, do) -> tuple[torch.Tensor, ...]:
+def _far_keys(x: Call, found: Outputs, back: States, rows: Rows, do) -> tuple[torch.Tensor, ...]:
     """dk_log, and of the logs of what rows leave in the state [B,T,H], and of what stays in it [chunks,H]."""
     B, T, H, M = x.far.k_log.shape
     dk_log, d_behind = torch.empty_like(x.far.k_log), do.new_empty(cdiv(M, 16), B, T, H, dtype=torch.float32)
     straddle = d_behind.new_empty(cdiv(M, 16), x.count, H)
-    given = dict(h=before.h, z=before.z, dh=back.h, dz=back.z, do=do) | rows._asdict()
+    given = dict(h=found.h, z=found.z, dh=back.h, dz=back.z, do=do) | rows._asdict()
     given |= dict(dk_log=dk_log, d_behind=d_behind, straddle=straddle)
     kernel = joint_far_gradients.far_keys_kernel
     config = x.launch(kernel, lambda c: (cdiv(M, c.BK) * H * x.count,), **given)

@@ -12,16 +12,6 @@ from liger_ops._triton.tiles import dot, load_rows, offsets, store_rows
 
 
 @triton.jit
-def delta_kernel(o, do, delta, N, V, C: tl.constexpr, BV: tl.constexpr):
-    """Products of the rows of o and do [N,V]."""
-    i_n, o_r, o_v = tl.program_id(0).to(tl.int64) * C, tl.arange(0, C), tl.arange(0, BV)
-    m_r = i_n + o_r < N
-    b_o = load_rows(o, i_n, 0, 1, V, o_r, o_v, m_r).to(tl.float32)
-    b_do = load_rows(do, i_n, 0, 1, V, o_r, o_v, m_r).to(tl.float32)
-    tl.store(delta + i_n + o_r, tl.sum(b_o * b_do, 1), mask=m_r)
-
-
-@triton.jit
 def queries_kernel(
     q,
     k,
@@ -37,8 +27,9 @@ def queries_kernel(
     mix,
     top,
     lse,
-    delta,
+    o,
     do,
+    delta,
     dq,
     dq_log,
     d_mix,
@@ -63,8 +54,8 @@ def queries_kernel(
     GATED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dq [B,T,HQ,D], dq_log [B,T,HQ,M] and, of each row [B,T,HQ], the gradient of its mix, and of the log of what the
-    state gives it.
+    """dq [B,T,HQ,D], dq_log [B,T,HQ,M] and, of each row [B,T,HQ], delta = do . o, the gradient of its mix, and of the
+    log of what the state gives it.
     """
     _, i_p, i_c = program(1, H * G // HEADS)
     i_q, HQ = i_p * HEADS, H * G
@@ -81,7 +72,10 @@ def queries_kernel(
     b_q = load_rows(q, i_row, o_q, HQ, D, o_t, o_d, m_t)
     b_do = load_rows(do, i_row, o_q, HQ, V, o_t, o_v, m_t)
     b_lse = tl.load(lse + o_row, mask=m_t, other=0.0)[:, None]
-    b_delta = tl.load(delta + o_row, mask=m_t, other=0.0)[:, None]
+    b_out = load_rows(o, i_row, o_q, HQ, V, o_t, o_v, m_t)
+    b_delta = tl.sum(b_out.to(tl.float32) * b_do.to(tl.float32), 1)
+    tl.store(delta + o_row, b_delta, mask=m_t)
+    b_delta = b_delta[:, None]
     b_dq = tl.zeros([HEADS * C, BD], tl.float32)
     if BP > 0:
         o_p = tl.arange(0, BP)
@@ -166,20 +160,21 @@ def near_kernel(
     D,
     V,
     C: tl.constexpr,
+    BK: tl.constexpr,
     BD: tl.constexpr,
     BV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dk [B,S,H,D] and dv [B,S,H,V] of C keys from all queries that have them in their window."""
+    """dk [B,S,H,D] and dv [B,S,H,V] of C keys from all queries that have them in their window, BK at a time."""
     _, i_h, i_c = program(1, H)
     HQ = H * G
     i_b, i_s, n = place(S, i_c, C)
-    o_r, o_d, o_v = tl.arange(0, C), tl.arange(0, BD), tl.arange(0, BV)
+    o_r, o_b, o_d, o_v = tl.arange(0, C), tl.arange(0, BK), tl.arange(0, BD), tl.arange(0, BV)
     m_r = load_rest(rest, i_b, i_s, S, o_r)
     # The first query that has the first of the keys.
     i_first = i_s - (S - T)
-    i_low = tl.maximum(0, -i_first // C)
-    n_t = tl.maximum(tl.minimum((C + W - 2) // C + 1, tl.cdiv(T - i_first, C)) - i_low, 0)
+    i_low = tl.maximum(0, -i_first // BK)
+    n_t = tl.maximum(tl.minimum((C + W - 2) // BK + 1, tl.cdiv(T - i_first, BK)) - i_low, 0)
     low: tl.constexpr = tl.bfloat16 if v.dtype.element_ty == tl.bfloat16 else tl.float32
 
     b_k = load_rows(k, i_b * S + i_s, i_h, H, D, o_r, o_d, m_r)
@@ -187,14 +182,14 @@ def near_kernel(
     b_dk = tl.zeros([C, BD], tl.float32)
     b_dv = tl.zeros([C, BV], tl.float32)
     for j in range(n_t * G):
-        i_t, i_q = i_first + (i_low + j // G) * C, i_h * G + j % G
-        m_t = (i_t + o_r >= 0) & (i_t + o_r < T)
-        b_q = load_rows(q, i_b * T + i_t, i_q, HQ, D, o_r, o_d, m_t)
-        b_do = load_rows(do, i_b * T + i_t, i_q, HQ, V, o_r, o_v, m_t)
-        o_row = (i_b * T + i_t + o_r) * HQ + i_q
+        i_t, i_q = i_first + (i_low + j // G) * BK, i_h * G + j % G
+        m_t = (i_t + o_b >= 0) & (i_t + o_b < T)
+        b_q = load_rows(q, i_b * T + i_t, i_q, HQ, D, o_b, o_d, m_t)
+        b_do = load_rows(do, i_b * T + i_t, i_q, HQ, V, o_b, o_v, m_t)
+        o_row = (i_b * T + i_t + o_b) * HQ + i_q
         b_lse = tl.load(lse + o_row, mask=m_t, other=0.0)
         b_delta = tl.load(delta + o_row, mask=m_t, other=0.0)
-        o_back = (i_t - i_first + o_r)[None, :] - o_r[:, None]
+        o_back = (i_t - i_first + o_b)[None, :] - o_r[:, None]
         m_near = (o_back >= 0) & (o_back < W) & m_t[None, :] & m_r[:, None]
         b_p = dot(b_k, tl.trans(b_q), PRECISION) * (scale * LOG2) - b_lse[None, :]
         b_p = tl.exp2(tl.where(m_near, b_p, MASKED))

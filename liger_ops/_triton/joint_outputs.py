@@ -48,12 +48,12 @@ def see(
     """What `attend` makes of the keys o_s of a chunk; EDGE: some are near to some rows only."""
     m_r = load_rest(rest, i_b, i_s, S, o_s)
     b_k = load_rows(k, i_b * S + i_s, i_h, H, D, o_s, o_d, m_r)
-    b_s = dot(b_q, tl.trans(b_k), PRECISION) * (scale * LOG2)
-    m_s = m_r[None, :]
+    # In one step with the scale, where a choice would take another.
+    b_s = dot(b_q, tl.trans(b_k), PRECISION) * (scale * LOG2) + tl.where(m_r, 0.0, MASKED)[None, :]
     if EDGE:
-        m_s = m_s & is_near(o_t, o_s, W)
+        b_s = tl.where(is_near(o_t, o_s, W), b_s, MASKED)
     b_v = load_rows(v, i_b * S + i_s, i_h, H, V, o_s, o_v, m_r)
-    return attend(tl.where(m_s, b_s, MASKED), b_v, b_o, b_l, b_top, PRECISION)
+    return attend(b_s, b_v, b_o, b_l, b_top, PRECISION)
 
 
 @triton.jit
@@ -85,6 +85,8 @@ def joint_kernel(
     P,
     C: tl.constexpr,
     HEADS: tl.constexpr,
+    STEP: tl.constexpr,
+    APART: tl.constexpr,
     BD: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
@@ -96,6 +98,9 @@ def joint_kernel(
     """q [B,T,HQ,D], k [B,S,H,D], v [B,S,H,V], q_log [B,T,HQ,M], k_log [B,T,H,M] of the keys that leave, their factors
     to [B,T,H] and e [B,T,H,C], h [chunks,H,M,V], z [chunks,H,M], rest [B,S], column [B,P], mix [HQ] -> o [B,T,HQ,V]
     and, [B,T,HQ], the largest score nearby and the log of all weights.
+
+    STEP: chunks of keys at a time that every row has near. APART: a product of its own for what is near in the chunk
+    that leaves, which then takes no registers while its features are summed.
     """
     _, i_p, i_c = program(1, H * G // HEADS)
     i_q, HQ = i_p * HEADS, H * G
@@ -122,10 +127,12 @@ def joint_kernel(
         b_sv = load_rows(v, i_b * S, i_h, H, V, b_column, o_v, m_p)
         b_o, b_l, b_top = attend(tl.where(m_s, b_ss, MASKED), b_sv, b_o, b_l, b_top, PRECISION)
     # Ahead of the first key there is nothing to see.
-    i_low = 1 if FAR else tl.maximum(0, -i_s // C)
-    # Blocks from here on are beyond the reach of some rows.
-    i_edge = tl.maximum((W + 1) // C, tl.maximum(i_low, 1))
-    for i in range(tl.maximum(i_low, 1), i_edge):
+    i_low = 0 if FAR else tl.maximum(0, -i_s // C)
+    # Blocks from here on are beyond the reach of some rows, or too few for a step.
+    i_whole = tl.maximum(i_low, 1)
+    n_steps = tl.maximum((W + 1) // C - i_whole, 0) // STEP
+    i_edge = i_whole + n_steps * STEP
+    for i in range(n_steps):
         b_o, b_l, b_top = see(
             b_q,
             k,
@@ -139,7 +146,7 @@ def joint_kernel(
             H,
             D,
             V,
-            i * C + o_r,
+            (i_whole + i * STEP) * C + tl.arange(0, STEP * C),
             o_t,
             o_d,
             o_v,
@@ -150,7 +157,7 @@ def joint_kernel(
             False,
             PRECISION,
         )
-    for i in range(i_low if FAR else tl.minimum(i_low, 1), (C - 1 + W) // C + 2 - i_edge):
+    for i in range(1 if FAR and not APART else tl.minimum(i_low, 1), (C - 1 + W) // C + 2 - i_edge):
         o_s = tl.where(i == 0, 0, i_edge + i - 1) * C + o_r
         b_o, b_l, b_top = see(
             b_q,
@@ -177,18 +184,19 @@ def joint_kernel(
             PRECISION,
         )
     if FAR:
-        # Rows above the diagonal are near, the others far: they share one product with the values.
         m_r = load_rest(rest, i_b, i_s, S, o_r)
         m_far = o_r[None, :] <= o_t[:, None]
-        b_k = load_rows(k, i_b * S + i_s, i_h, H, D, o_r, o_d, m_r)
-        b_s = dot(b_q, tl.trans(b_k), PRECISION) * (scale * LOG2)
-        b_s = tl.where(is_near(o_t, o_r, W) & m_r[None, :], b_s, MASKED)
-        b_new = tl.maximum(b_top, tl.max(b_s, 1))
-        b_less = tl.exp2(b_top - b_new)
-        b_top = b_new
-        b_w = tl.exp2(b_s - b_top[:, None])
-        b_o *= b_less[:, None]
-        b_l *= b_less
+        if not APART:
+            # Rows above the diagonal are near, the others far: they share one product with the values.
+            b_k = load_rows(k, i_b * S + i_s, i_h, H, D, o_r, o_d, m_r)
+            b_s = dot(b_q, tl.trans(b_k), PRECISION) * (scale * LOG2)
+            b_s = tl.where(is_near(o_t, o_r, W) & m_r[None, :], b_s, MASKED)
+            b_new = tl.maximum(b_top, tl.max(b_s, 1))
+            b_less = tl.exp2(b_top - b_new)
+            b_top = b_new
+            b_w = tl.exp2(b_s - b_top[:, None])
+            b_o *= b_less[:, None]
+            b_l *= b_less
         b_mix = tl.load(mix + o_q)
         b_a = tl.zeros([HEADS * C, C], tl.float32)
         if GATED:
@@ -210,10 +218,12 @@ def joint_kernel(
         if GATED:
             m_e = m_far & m_t[:, None]
             b_a *= tl.load(e + offsets(i_row, i_h, H, C, o_t, o_r), mask=m_e, other=0.0)
-        b_w += tl.where(m_far, b_a, 0.0)
-        b_l += tl.sum(b_w, 1)
+        b_a = tl.where(m_far, b_a, 0.0)
+        if not APART:
+            b_a += b_w
+        b_l += tl.sum(b_a, 1)
         b_v = load_rows(v, i_b * S + i_s, i_h, H, V, o_r, o_v, m_r)
-        b_o += dot(b_w.to(low), b_v, PRECISION)
+        b_o += dot(b_a.to(low), b_v, PRECISION)
     store_rows(o, b_o / b_l[:, None], i_row, o_q, HQ, V, o_t, o_v, m_t)
     o_row = (i_row + o_t) * HQ + o_q
     tl.store(top + o_row, b_top, mask=m_t)

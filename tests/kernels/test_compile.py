@@ -19,7 +19,7 @@ def table(tmp_path_factory):
 
 # The joint softmax, on Hopper alone; what it spills costs less than what else it would take.
 JOINT = "joint_kernel", "far_states_kernel", "queries_kernel", "near_kernel", "far_keys_kernel", "far_values_kernel"
-JOINT += "sinks_kernel", "delta_kernel"
+JOINT += ("sinks_kernel",)
 
 
 def test_every_kernel_compiles_for_every_target(table):
@@ -45,6 +45,5 @@ def test_no_float_atomics(table):
 def test_products_run_on_matrix_units(table):
     """Exact float32 has none on NVIDIA's; a single token is no matrix, nor are sums, nor a state as a whole."""
     without = "recurrent_kernel", "joins_kernel", "decays_kernel", "own_scores_kernel", "own_gradients_kernel"
-    without += ("delta_kernel",)
     wanted = [row for row in table if row["dtype"] == "bfloat16" and row["kernel"] not in without]
     assert [row for row in wanted if not row["matrix_instructions"]] == []

@@ -1,0 +1,41 @@
+"""The benchmarks' own machinery, at sizes for a rehearsal on the CPU."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(module, path, *arguments):
+    command = [sys.executable, "-m", f"benchmarks.{module}", "--out", str(path), "--rounds", "2", *arguments]
+    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL, timeout=300)
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_a_row_that_breaks_costs_no_other(tmp_path):
+    names = "--names", "machine", "chunk_linear_attn", "copy of", "one head each bfloat16"
+    sections = "--only", "floors", "errors", "joint", "fla", "ops"
+    found = run("gpu", tmp_path / "gpu.json", "--device", "cpu", "--small", *sections, *names)
+    assert found["floors"]["bfloat16 product"]["teraflops"] > 0
+    assert found["errors"]["one head each bfloat16"]["same bits"]
+    assert found["errors"]["chunk_linear_attn float32"]["o"] < 1e-6
+    assert found["joint"]["copy of q, k and v at 128"]["forward_ms"] > 0
+    # It asks for a GPU, if it is there at all.
+    assert "fla" in found["failed"]["fla chunk_linear_attn"]
+    assert 0 < found["ops"]["chunk_linear_attn"]["forward_ms"] < found["ops"]["chunk_linear_attn"]["both_ms"]
+
+
+def test_what_has_no_time_left_says_so(tmp_path):
+    sections = "--only", "errors", "floors", "--names", "machine", "mlstm"
+    found = run("gpu", tmp_path / "gpu.json", "--device", "cpu", "--small", "--seconds", "0", *sections)
+    assert set(found["failed"]) == {"errors mlstm bfloat16", "errors mlstm float32", "floors machine"}
+    assert all(why == "no time left" for why in found["failed"].values())
+
+
+def test_two_checkouts_are_timed_in_turns(tmp_path):
+    names = "--names", "chunk_linear_attn", "--only", "1x512 forward"
+    found = run("versions", tmp_path / "versions.json", "--against", str(ROOT), *names)
+    row = found["ratios"]["chunk_linear_attn 1x512 forward"]
+    assert row["low"] <= row["ratio"] <= row["high"] and row["old_ms"] > 0
