@@ -41,9 +41,14 @@ class Case(NamedTuple):
         return None if self.lengths is None else torch.tensor([0, *self.lengths]).cumsum(0)
 
 
+def cut(op: Any, piece: int) -> None:
+    """Long sequences in pieces of so many tokens, from here on."""
+    op.PIECE = piece
+
+
 def run(op: Any, case: Case, x: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
     """What the module `op` (forward, backward) makes of it."""
-    op.PIECE = case.piece
+    cut(op, case.piece)
     args = x["q"], x["k"], x["v"], x["g"], x["state"], case.cu_seqlens(), case.K**-0.5, case.chunk
     o, last = op.forward(*args)
     found = op.backward(x["do"], x["dstate"], *args, x["g"] is not None)
