@@ -177,26 +177,26 @@ def check_pool(kind: str) -> None:
 
 
 _ADDITIVE = [
-    Case(gate="none", T=19, chunk=16, G=2),
-    Case(gate="head", T=19, chunk=16, G=2),
-    Case(gate="channel", T=19, chunk=16, size=0.1),
+    Case(gate="none", T=17, chunk=16, H=2),
+    Case(gate="head", T=19, chunk=16, H=2, G=2),
+    Case(gate="channel", T=17, chunk=16, size=0.1, G=2),
     Case(gate="channel", T=19, chunk=16, size=30.0),
     Case(gate="channel", T=36, chunk=32, size=1.0, H=2),
     Case(gate="channel", T=40, chunk=32, size=7.5, H=2),
     *test_additive.CLEAN,
 ]
 _DELTA = [
-    test_delta.Case(gate="none", T=19, chunk=16),
+    test_delta.Case(gate="none", T=17, chunk=16),
     test_delta.Case(gate="head", T=19, chunk=16, G=2),
     test_delta.Case(gate="channel", T=19, chunk=16, H=2),
     test_delta.Case(gate="head", T=35, chunk=32),
     *test_delta.CLEAN,
 ]
 _JOINT = [
-    dict(T=19, W=5, G=1, sinks=0, V=16, D=16, M=16),
+    dict(T=19, W=5, H=2, G=1, sinks=0, V=16, D=16, M=16),
     dict(T=20, W=5, G=1, sinks=2, hidden=7),
     dict(T=35, W=40, G=1, sinks=1, ahead=2, gate=False),
-    dict(T=33, W=70, G=1, V=16, D=16, M=16),
+    dict(T=33, W=70, G=1, V=72, D=16, M=16),
     dict(T=35, W=9, H=2, G=2, M=40, hidden=3, D=12, V=18),
     dict(T=66, W=35, G=1, sinks=3, ahead=1),
     *test_joint.CLEAN[::2],
@@ -224,6 +224,6 @@ CHECKS: list[Callable[[], None]] = [
     *(partial(check_delta, case) for case in _DELTA),
     partial(check_tf32, Case(gate="head", T=36, chunk=32, G=2)),
     *(partial(check_joint, alone, **sizes) for sizes in _JOINT for alone in (True, False)),
-    partial(check_joint, False, 32, T=66, W=5, G=1),
+    partial(check_joint, False, 64, T=130, W=5, G=1, D=16, V=16, M=16, sinks=0),
     *(partial(check_joint, alone, **_HALF) for alone in (True, False)),
 ]

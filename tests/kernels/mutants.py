@@ -192,15 +192,22 @@ def body(kernel: ast.FunctionDef) -> list[ast.stmt]:
     return kernel.body[ast.get_docstring(kernel) is not None :]
 
 
-def _nodes(node: ast.AST, statement: int) -> Iterator[tuple[ast.AST, ast.AST, str, int | None, int]]:
-    """In the order of the source, every node below one: its parent, field and place there, and its statement's line."""
+def _nodes(
+    node: ast.AST, statement: int, bare: bool = False
+) -> Iterator[tuple[ast.AST, ast.AST, str, int | None, int]]:
+    """In the order of the source, every node below one: its parent, field and place there, and its statement's line.
+
+    Of the condition of an `if`, what is in calls alone: by what it is that a branch merely saves work, none can tell.
+    """
     for field, value in ast.iter_fields(node):
         for place, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
             if not isinstance(child, ast.AST) or _is_idle(child):
                 continue
             line = child.lineno if isinstance(child, ast.stmt) else statement
-            yield child, node, field, place, line
-            yield from _nodes(child, line)
+            condition = (bare or (isinstance(node, ast.If) and field == "test")) and not isinstance(child, ast.Call)
+            if not condition:
+                yield child, node, field, place, line
+            yield from _nodes(child, line, condition)
 
 
 def _is_idle(node: ast.AST) -> bool:
