@@ -101,6 +101,8 @@ def check_tf32(case: Case) -> None:
 def _joint(alone: bool, sizes: tuple):
     torch.manual_seed(0)
     x = test_joint.make(**dict(sizes))
+    # What is far must not fade before it is read.
+    x["g"] = None if x["g"] is None else 0.1 * x["g"]
     if x["visible"] is not None:
         x["do"] *= _asked(x)
     return x, _run_joint(alone, x, torch.float64)
@@ -125,7 +127,7 @@ def check_joint(alone: bool, piece: int = 1024, **sizes) -> None:
     if "dtype" not in sizes:
         return test_joint.check(found, true, 2e-6)
     floor = distances({n: y.to(sizes["dtype"]) for n, y in true.items()}, true)
-    _within(distances(found, true), {n: 4 * y for n, y in floor.items()} | {"mix": 1e-2})
+    _within(distances(found, true), {n: 3 * y for n, y in floor.items()})
 
 
 def check_tokens(gate: str, values: bool, beta: bool) -> None:
