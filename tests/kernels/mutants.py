@@ -156,7 +156,7 @@ def otherwise(node):
 
 def shortened(node):
     """A loop without its last turn."""
-    if not isinstance(node, ast.For):
+    if not isinstance(node, ast.For) or not isinstance(node.iter, ast.Call):
         return None
     *start, stop = node.iter.args
     end = ast.BinOp(stop, ast.Sub(), ast.Constant(1))
@@ -197,7 +197,7 @@ def _nodes(
 ) -> Iterator[tuple[ast.AST, ast.AST, str, int | None, int]]:
     """In the order of the source, every node below one: its parent, field and place there, and its statement's line.
 
-    Of the condition of an `if`, what is in calls alone: by what it is that a branch merely saves work, none can tell.
+    Of the condition of an `if`, only what is in calls: a branch taken without need may do nothing but work.
     """
     for field, value in ast.iter_fields(node):
         for place, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
@@ -275,9 +275,7 @@ def spread(found: list[Site], share: int) -> list[Site]:
         return zlib.crc32(":".join(map(str, site)).encode())
 
     chosen = {site for site in found if key(site) % share == 0}
-    for field in ("kernel", "operator"):
-        groups: dict[tuple, list[Site]] = {}
-        for site in found:
-            groups.setdefault((site.file, site.kernel) if field == "kernel" else (site.operator,), []).append(site)
-        chosen |= {min(group, key=key) for group in groups.values()}
+    for kind in (lambda site: site[:2], lambda site: site.operator):
+        # The least of each kind is put there last.
+        chosen |= set({kind(site): site for site in sorted(found, key=key, reverse=True)}.values())
     return sorted(chosen)
