@@ -52,9 +52,11 @@ def _within(far: dict[str, float], bars: dict[str, float]) -> None:
 
 
 @functools.cache
-def _drawn(case: Case | test_delta.Case):
+def _drawn(case: Case | test_delta.Case, least: float = 0.0):
     torch.manual_seed(0)
     x = case.tensors()
+    if least:
+        x["g"] -= least
     return x, (test_delta if isinstance(case, test_delta.Case) else cases).exact(case, x)
 
 
@@ -78,8 +80,9 @@ def check_dot(a: torch.dtype, b: torch.dtype, precision: str, bar: float) -> Non
     _within(distances(dict(c=c), dict(c=true)), dict(c=bar))
 
 
-def check_additive(case: Case, bars=test_additive.BARS) -> None:
-    x, true = _drawn(case)
+def check_additive(case: Case, bars=test_additive.BARS, least: float = 0.0) -> None:
+    """Every gate as strong as `least` at least."""
+    x, true = _drawn(case, least)
     with sanitized():
         found = cases.run(_module("additive"), case, x)
     _within(distances(found, true), bars)
@@ -182,9 +185,9 @@ _ADDITIVE = [
     Case(gate="none", T=17, chunk=16, H=2),
     Case(gate="head", T=19, chunk=16, H=2, G=2),
     Case(gate="channel", T=17, chunk=16, size=0.1, G=2),
-    Case(gate="channel", T=19, chunk=16, size=30.0),
+    Case(gate="channel", T=32, chunk=16, K=72, V=16, size=30.0),
     Case(gate="channel", T=36, chunk=32, size=1.0, H=2),
-    Case(gate="channel", T=40, chunk=32, size=7.5, H=2),
+    Case(gate="channel", T=40, chunk=32, size=8.4, H=2),
     *test_additive.CLEAN,
 ]
 _DELTA = [
@@ -196,7 +199,7 @@ _DELTA = [
 ]
 _JOINT = [
     dict(T=19, W=5, H=2, G=1, sinks=0, V=16, D=16, M=16),
-    dict(T=20, W=5, G=1, sinks=2, hidden=7),
+    dict(T=20, W=5, G=1, sinks=2, hidden=7, B=2, M=72),
     dict(T=35, W=40, G=1, sinks=1, ahead=2, gate=False),
     dict(T=33, W=70, G=1, V=72, D=16, M=16),
     dict(T=35, W=9, H=2, G=2, M=40, hidden=3, D=12, V=18),
@@ -224,8 +227,11 @@ CHECKS: list[Callable[[], None]] = [
     *(partial(check_pool, kind) for kind in ("", "gv", "u", "beta")),
     *(partial(check_additive, case) for case in _ADDITIVE),
     *(partial(check_delta, case) for case in _DELTA),
+    partial(check_additive, Case(gate="head", T=19, chunk=16, size=15.0), least=15.0),
     partial(check_tf32, Case(gate="head", T=36, chunk=32, G=2)),
     *(partial(check_joint, alone, **sizes) for sizes in _JOINT for alone in (True, False)),
     partial(check_joint, False, 64, T=130, W=5, G=1, D=16, V=16, M=16, sinks=0),
+    # Fewer keys than a window reaches back to.
+    partial(check_joint, True, T=40, W=20, G=1, ahead=-20, B=2, sinks=1),
     *(partial(check_joint, alone, **_HALF) for alone in (True, False)),
 ]
