@@ -1,6 +1,6 @@
 """Faults seeded into the kernels, one at a time: what the checks must notice.
 
-Which are tried is a fixed choice from all; LIGER_MUTANTS=all tries every one, in half an hour.
+Which are tried is a fixed choice from all; LIGER_MUTANTS=all tries every one, in half an hour on two cores.
 """
 
 import ast
