@@ -119,12 +119,12 @@ def _joint_jobs(at: Setting) -> list[str]:
 
 SECTIONS = {
     "floors": Section(20, lambda _: ["machine"], _floors),
-    "errors": Section(150, _error_jobs, _errors, alone=False),
+    "errors": Section(180, _error_jobs, _errors, alone=False),
     "joint": Section(150, _joint_jobs, _joint, compiled=True),
     "kernels": Section(30, lambda _: ["joint"], _kernels),
     "ops": Section(120, lambda _: list(OPS), _ops, compiled=True),
     "whole": Section(110, lambda _: ["checks", "prefill", "decode", "training"], _whole),
-    "joint-check": Section(150, tune.jobs, lambda job, at: iter([(job, tune.check(job, at))]), alone=False),
+    "joint-check": Section(180, tune.jobs, lambda job, at: iter([(job, tune.check(job, at))]), alone=False),
     "joint-tune": Section(180, tune.jobs, lambda job, at: iter([(job, tune.time(job, at))])),
     "fla": Section(200, lambda _: [n for n in reversed(OPS) if OPS[n].fla], _fla, compiled=True),
 }

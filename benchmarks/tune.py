@@ -156,5 +156,5 @@ def time(name: str, at: Any) -> dict[str, float]:
     with torch.profiler.profile() as profile:
         for _ in range(count):
             calls["both_ms"]()
-    spent = [row.self_device_time_total for row in profile.key_averages() if candidate.kernel in row.key]
+    spent = [row.self_device_time_total for row in profile.key_averages() if row.key.startswith(candidate.kernel)]
     return {"ms": sum(spent) / 1e3 / count}

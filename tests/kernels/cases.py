@@ -4,6 +4,7 @@ Shapes: B batch, T time, H key/value heads, HQ = G * H query heads, K key width,
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -56,6 +57,11 @@ def run(op: Any, case: Any, x: dict[str, torch.Tensor | None], **launcher: Any) 
     o, last = op.forward(given, launcher=by)
     found = op.backward(given, x["do"], x["dstate"], x["g"] is not None, launcher=by)._asdict()
     return dict(o=o, last=last) | {n: found[n] for n in x if n in found and found[n] is not None}
+
+
+def cut(module: Any, piece: int) -> None:
+    """Long sequences in pieces of so many tokens, wherever the module `prepare`s them from here on."""
+    module.prepare = partial(module.prepare, launcher=LAUNCHER._replace(piece=piece))
 
 
 def tuned(kernel: Any, grid: Callable, **named: Any) -> Config:

@@ -5,14 +5,16 @@ from functools import partial
 import pytest
 import torch
 from triton import cdiv
-from triton.runtime.interpreter import GridExecutor
+from triton.runtime.interpreter import GridExecutor, interpreter_builder
 
-from liger_ops._inputs import RecurrenceInputs
-from liger_ops._triton import additive, delta, recurrent
+from liger_ops._inputs import KernelAttentionInputs, RecurrenceInputs
+from liger_ops._torch.attention.window import find_sinks
+from liger_ops._triton import additive, delta, joint, recurrent
 from liger_ops._triton.launch import LAUNCHER, Chunks, launch, make_chunks
 from liger_ops._triton.states import joins_kernel
 from tests.kernels import test_delta
 from tests.kernels.cases import Case, inputs, run
+from tests.kernels.test_joint import make
 
 TOKENS, LENGTHS = 2**27 + 100, (20, 40)
 
@@ -109,3 +111,71 @@ def test_pools_beyond_32_bits(monkeypatch):
     o = recurrent.forward(RecurrenceInputs(q, k, v, state=pool, scale=0.1), pool, torch.tensor([ROWS - 1]))
     wanted = recurrent.forward(RecurrenceInputs(q, k, v, state=state, scale=0.1), state, torch.tensor([0]))
     assert torch.equal(o, wanted) and torch.equal(pool[ROWS - 1], state[0])
+
+
+ROW, WIDTH = 30, 32
+SEQUENCES = 2**31 // (ROW * WIDTH) + 2
+
+
+def first_and_last(monkeypatch):
+    """From here on only programs of the first and last of SEQUENCES equal sequences run."""
+    call, shift = GridExecutor.__call__, [0, 0]
+
+    def few(self, *args, **kwargs):
+        grid, own = self.grid, self.grid[0] // SEQUENCES + 2
+        shift[:] = (own, grid[0] - 2 * own) if grid[0] > SEQUENCES // 64 else (grid[0], 0)
+        self.grid = (min(grid[0], 2 * own) if shift[1] else grid[0], *grid[1:])
+        return call(self, *args, **kwargs)
+
+    def place(x, y, z):
+        interpreter_builder.grid_idx = (x if x < shift[0] else x + shift[1], y, z)
+
+    monkeypatch.setattr(GridExecutor, "__call__", few)
+    monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda *_: None)
+    monkeypatch.setattr(interpreter_builder, "set_grid_idx", place)
+
+
+class Kept:
+    """A gradient to which the sinks' is added, seen alone: what a whole one would touch is too much."""
+
+    dtype = torch.float32
+
+    def scatter_add_(self, _, index, new):
+        self.new = new
+
+
+def joint_kernels(x):
+    """What each of the kernels of the joint softmax makes of it, by rows of the batch."""
+    given = {n: x[n] for n in ("q", "k", "v", "rest", "q_log", "k_log", "g", "mix", "state")}
+    call = joint.prepare(KernelAttentionInputs(**given, column=x["sinks"], window=5, scale=0.2))
+    found, do = joint.forward(call, x["state"]), x["do"]
+    rows = joint.Rows(found.top, found.lse, torch.empty_like(found.lse))
+    dq, dq_log, d_mix, d_to = joint._queries(call, found, rows, do)
+    back = joint._states(call, call.far.q_log, do, rows, x["dstate"], True)
+    dk, dv = joint._near(call, rows, do)
+    dk_log, d_behind, straddle = joint._far_keys(call, found, back, rows, do)
+    within = joint._far_values(call, back.h, rows, do, dv)
+    held = Kept(), Kept()
+    joint._sinks(call, rows, do, *held)
+    found = *found, rows.delta, *back, dq, dq_log, d_mix, dk, dv, dk_log, *(y.new for y in held)
+    return found if x["g"] is None else (*found, d_to, d_behind, straddle, within)
+
+
+@pytest.mark.parametrize("gate", [False, True])
+def test_the_joint_softmax_beyond_32_bits(gate, monkeypatch):
+    """The first and the last of very many sequences give the bits of the same two alone."""
+    x = make(B=2, T=ROW, G=1, D=WIDTH, M=WIDTH, V=WIDTH, W=5, sinks=1, gate=gate)
+    x["sinks"], x["rest"] = find_sinks(x["k"], 1, None)
+    x = {n: y for n, y in x.items() if isinstance(y, torch.Tensor) or n == "g"}
+    wanted = joint_kernels(x)
+
+    def spread(y):
+        far = torch.empty(SEQUENCES, *y.shape[1:], dtype=y.dtype)
+        far[0], far[-1] = y[0], y[1]
+        return far
+
+    far = {n: y if y is None or n == "mix" else spread(y) for n, y in x.items()}
+    assert min(far[n].numel() for n in ("q", "k", "v", "q_log", "k_log", "do", "state")) > 2**31
+    first_and_last(monkeypatch)
+    for n, (found, true) in enumerate(zip(joint_kernels(far), wanted, strict=True)):
+        assert torch.equal(found[0], true[0]) and torch.equal(found[-1], true[1]), n
