@@ -10,17 +10,7 @@ from torch import nn
 
 from liger_layers._routing import Routing, choose, dispatch, one_token
 from liger_layers._state import each
-
-
-class Mix(nn.Module):
-    """A weight per query head, [HQ]: a module, so that tools that train or save modules reach it."""
-
-    def __init__(self, num_heads: int, value: float, learn: bool):
-        super().__init__()
-        self.weight = nn.Parameter(torch.full((num_heads,), float(value)), requires_grad=learn)
-
-    def forward(self) -> torch.Tensor:
-        return self.weight
+from liger_layers.gates import Mix
 
 
 def _repeated(projection: nn.Linear, times: int) -> nn.Linear:

@@ -171,10 +171,10 @@ class MixtureOfMemories(Routing):
         shapes = self.update.state(self.sizes)
         memories = tuple(torch.zeros(batch, M, H, *shape, device=device, dtype=held) for shape in shapes)
         if self.convolution is None:
-            return MemoryState(memories, None, self.origin)
+            return MemoryState(memories, None, origin=self.origin)
         taps, hidden = self.convolution.weight.shape
         inputs = torch.zeros(batch, taps - 1, hidden, device=device, dtype=dtype)
-        return MemoryState(memories, inputs, self.origin)
+        return MemoryState(memories, inputs, origin=self.origin)
 
     def forward(
         self,
@@ -194,7 +194,7 @@ class MixtureOfMemories(Routing):
         o, memories = self._recur(x, h, weights, chosen, mask, state.memories, cu_seqlens)
         gate = F.silu(self.g_proj(x)).view_as(o)
         y = self.o_proj((self.norm(o.to(x.dtype)) * gate).flatten(2))
-        return y, MemoryState(memories, inputs, state.origin)
+        return y, MemoryState(memories, inputs, origin=state.origin)
 
     def load(self, router_logits: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Router logits [tokens,memories] -> fraction of real tokens sent to each memory; a starved one shows 0.

@@ -26,10 +26,10 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from liger_layers import load_balancing_loss, router_parameters
 from liger_layers.patterns import check_layer, split
 from liger_models._decoding import ConstantCacheMixin
-from liger_models._inputs import CACHE, refuse_unread, take_cache
+from liger_models._inputs import CACHE, refuse_unread
 from liger_models._mixers import MIXERS, known_options, listed, make_mixer, whole_name
 from liger_models._remote import PortableConfig
-from liger_models.cache import admit, fit_cache, layer_and_state, make_cache
+from liger_models.cache import admit, fit_cache, layer_and_state, make_cache, take_cache
 from liger_models.modeling import refuse_cut_off
 from liger_ops.errors import check_known, check_positive, fail
 

@@ -139,7 +139,7 @@ def test_kernel_features_estimate_the_exponential_after_calibration():
     eye = 0.16 * torch.eye(K)[None]
     kernel.calibrate(q_mean, k_mean, eye, eye, torch.ones(K, dtype=torch.bool))
     with torch.no_grad():
-        estimate = (kernel.query(q).exp() * kernel.key(k).exp()).sum(-1)
+        estimate = (kernel(q, "query").exp() * kernel(k, "key").exp()).sum(-1)
     wanted = (q * k).sum(-1).mul(K**-0.5).exp()
     constant = wanted.mean().expand_as(wanted)
     assert (estimate.mean() / wanted.mean() - 1).abs() < 0.1
