@@ -218,8 +218,10 @@ class LigerAttention(Attention):
     def mixer(self, q, k, v, mask, state, tables):
         if not self.delayed:
             return self._summed(q, k, v, mask, state, tables)
-        q_near, k_near = (q, k) if tables is None else (rotate(x, *tables) for x in (q, k))
+        q_near, k_near = (q, k) if tables is None else (rotate(q, *tables), rotate(k, *tables))
         at, window, recurrence = self.window.gather(q_near, k_near, v, mask, state, k), self.window, self.recurrence
+        # As the state was checked to be.
+        assert at.left is not None and isinstance(state.recurrent, torch.Tensor)
         # The unrotated keys that leave the window enter the recurrence before each query.
         o, recurrent = liger_attention(
             at.q,
@@ -241,8 +243,8 @@ class LigerAttention(Attention):
 
     def _summed(self, q, k, v, mask, state, tables):
         """Window and recurrence one by one, the recurrence over every token."""
-        near = (q, k) if tables is None else (rotate(x, *tables) for x in (q, k))
-        at = self.window.gather(*near, v, mask, state)
+        q_near, k_near = (q, k) if tables is None else (rotate(q, *tables), rotate(k, *tables))
+        at = self.window.gather(q_near, k_near, v, mask, state)
         o = self.window.attend(at)
         o = o if at.ranks is None else at.ranks.back(o)
         far, recurrent = self.recurrence.run(self.feature_map, q, k, v, mask, state.recurrent)
@@ -346,6 +348,8 @@ class FullAttention(Attention):
     def mixer(self, q, k, v, mask, state, tables):
         if tables is not None:
             q, k = (rotate(x, *tables) for x in (q, k))
+        # As the state was checked to be.
+        assert state.k is not None and state.v is not None and state.visible is not None
         k, v = torch.cat([state.k, k], 1), torch.cat([state.v, v], 1)
         mask = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device) if mask is None else mask
         visible = torch.cat([state.visible, mask], 1)

@@ -19,6 +19,8 @@ Origin = tuple[tuple[str, Any], ...]
 # The shape of a part of a state behind the batch, a list where it is several tensors, None where a layer keeps nothing.
 # None in it is the number of columns seen, none at first.
 Part = tuple[int | None, ...] | list[tuple[int, ...]] | None
+# A part that is there.
+Held = torch.Tensor | tuple[torch.Tensor, ...]
 Self = TypeVar("Self", bound="_State")
 _KINDS = dict(visible=torch.bool, position=torch.long, recurrent=torch.float32, memories=torch.float32)
 
@@ -49,11 +51,11 @@ class _State:
         return sum(x.nbytes for part in held if part is not None for x in (part if isinstance(part, tuple) else [part]))
 
 
-def each(function: Callable, *held):
+def each(function: Callable[..., torch.Tensor], *held: Held) -> Held:
     """A function of one tensor from each argument: of all that stand at the same place where they are tuples."""
     if isinstance(held[0], tuple):
         return tuple(function(*x) for x in zip(*held, strict=True))
-    return None if held[0] is None else function(*held)
+    return function(*held)
 
 
 @dataclass
@@ -70,9 +72,9 @@ class LigerState(_State):
     v: torch.Tensor | None
     visible: torch.Tensor | None
     raw: torch.Tensor | None
-    recurrent: torch.Tensor | tuple[torch.Tensor, ...] | None
+    recurrent: Held | None
     position: torch.Tensor
-    memories: torch.Tensor | tuple[torch.Tensor, ...] | None = None
+    memories: Held | None = None
 
     @classmethod
     def zeros(
@@ -81,11 +83,13 @@ class LigerState(_State):
         """The state of a layer before the first token; dtype is that of keys."""
         made: dict[str, Any] = {}
         for name, part in parts.items():
-            options = dict(device=device, dtype=_KINDS.get(name, dtype))
+            kind = _KINDS.get(name, dtype)
             if isinstance(part, list):
-                made[name] = tuple(torch.zeros(batch, *shape, **options) for shape in part)
+                made[name] = tuple(torch.zeros((batch, *shape), device=device, dtype=kind) for shape in part)
+            elif part is None:
+                made[name] = None
             else:
-                made[name] = None if part is None else torch.zeros(batch, *(size or 0 for size in part), **options)
+                made[name] = torch.zeros((batch, *(size or 0 for size in part)), device=device, dtype=kind)
         return cls(**made, origin=origin)
 
     def check(self, parts: Mapping[str, Part], batch: int, origin: Origin) -> None:

@@ -65,7 +65,7 @@ class Window(NamedTuple):
 
         Tokens close ranks over padding, so that the window counts tokens.
         """
-        # The layer has checked its state.
+        # As the state was checked to be.
         assert state.k is not None and state.v is not None and state.visible is not None
         visible = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device) if mask is None else mask
         visible = torch.cat([state.visible, visible], 1)

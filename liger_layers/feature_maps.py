@@ -120,7 +120,7 @@ class SoftmaxKernel(FeatureMap):
         scale is that of the scores, K ** -0.5 unless given.
         """
         (H, K), kept = key_mean.shape, channels.nonzero().squeeze(-1).cpu()
-        scale = K**-0.5 if scale is None else scale
+        factor: float = K**-0.5 if scale is None else scale
         means = [torch.zeros(H, K, dtype=torch.float64), torch.zeros(H, K, dtype=torch.float64)]
         for mean, given in zip(means, (query_mean, key_mean), strict=True):
             mean[:, kept] = given.double().cpu()[:, kept]
@@ -131,15 +131,15 @@ class SoftmaxKernel(FeatureMap):
         strength, basis = strength.flip(-1)[:, :R].clamp(min=1e-12), basis.flip(-1)[:, :, :R]
         directions = [torch.zeros(H, K, self.rank, dtype=torch.float64) for _ in range(2)]
         # Queries and keys get equal variance along each direction, which minimises the features' variance.
-        directions[0][:, kept, :R] = root @ basis * strength.unsqueeze(1) ** -0.25 * scale**0.5
-        directions[1][:, kept, :R] = inverse @ basis * strength.unsqueeze(1) ** 0.25 * scale**0.5
+        directions[0][:, kept, :R] = root @ basis * strength.unsqueeze(1) ** -0.25 * factor**0.5
+        directions[1][:, kept, :R] = inverse @ basis * strength.unsqueeze(1) ** 0.25 * factor**0.5
         for parameter, value in (
             (self.query_mean, means[0]),
             (self.key_mean, means[1]),
             (self.query_directions, directions[0]),
             (self.key_directions, directions[1]),
-            (self.query_weight, means[1] * scale),
-            (self.key_weight, means[0] * scale),
+            (self.query_weight, means[1] * factor),
+            (self.key_weight, means[0] * factor),
         ):
             parameter.copy_(value)
 

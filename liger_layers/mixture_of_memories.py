@@ -4,6 +4,8 @@ Shapes: B batch, T time, D documents, M memories (the shared one last), R memori
 key/value heads, K head width, V value width, E = B * T * R entries, N sequences, C taps of the convolution.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -47,7 +49,8 @@ class ShortConvolution(nn.Module):
         offset = place - starts[sequence]
         old, new = sequence * past + offset, (N - sequence - 1) * past + place
         line = torch.cat([before.flatten(0, 1).to(x.dtype), x]).index_select(0, torch.where(offset < past, old, new))
-        y = sum(tap * line[i : i + x.shape[0] + (N - 1) * past] for i, tap in enumerate(taps))
+        first, *others = (tap * line[i : i + x.shape[0] + (N - 1) * past] for i, tap in enumerate(taps))
+        y = sum(others, first)
         own = torch.arange(x.shape[0], device=x.device)
         own = own + past * torch.searchsorted(cu_seqlens[1:].to(own), own, right=True)
         last = starts[1:, None] + torch.arange(-past, 0, device=x.device)
@@ -59,7 +62,7 @@ class RuleParameters(nn.ParameterDict):
     """forward() gives them by name: called as a module, they are there, wherever they are kept."""
 
     # ParameterDict refuses to be called.
-    __call__ = nn.Module.__call__
+    __call__: Callable[[], dict[str, nn.Parameter]] = nn.Module.__call__
 
     def forward(self) -> dict[str, nn.Parameter]:
         # Not dict(self), which torch.compile cannot trace.
@@ -211,14 +214,14 @@ class MixtureOfMemories(Routing):
         dtype = torch.promote_types(x.dtype, torch.float32)
         weights = torch.ones(*x.shape[:2], int(self.shared), device=x.device, dtype=dtype)
         chosen = torch.full(weights.shape, self.memories, device=x.device)
-        if self.memories:
-            if previous is not None:
+        if self.router is not None:
+            if self.router_gate is not None:
                 x = previous + self.router_gate(x).sigmoid() * (x - previous)
             routed = choose(self.router, x, self.top_k, router_logits)
             weights, chosen = torch.cat([routed[0], weights], -1), torch.cat([routed[1], chosen], -1)
         return weights, chosen
 
-    def _convolve(self, x, mask, before, cu_seqlens):
+    def _convolve(self, x, mask, before, cu_seqlens) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """x through convolution and SiLU and, for the router, one token late, [B,T,hidden]; what later tokens see."""
         if self.convolution is None:
             return x, None, None
@@ -243,7 +246,7 @@ class MixtureOfMemories(Routing):
         own = one_token(chosen, M, mask) if alone else dispatch(chosen, M, mask, cu_seqlens)
         q = own.gather(self.q_proj(h).unflatten(-1, (HQ, K)))
         v = own.gather_chosen(self.v_proj(h).unflatten(-1, (M, H, V)))
-        k = own.gather_chosen(self.k_proj(h).unflatten(-1, (M, H, K))) if rule.key else None
+        k = None if self.k_proj is None else own.gather_chosen(self.k_proj(h).unflatten(-1, (M, H, K)))
         parameters, before = self.rule_parameters(), tuple(own.before(s) for s in state)
         gates = self._gates(x if rule.key else h, own, parameters)
         o, last = rule.run(q, k, v, gates, parameters, self.sizes, before, own.cu_seqlens, q.shape[1])
