@@ -126,9 +126,10 @@ class MixtureOfMemories(Routing):
         num_layers: int = 1,
     ):
         super().__init__()
-        widths = dict(head_dim=head_dim, value_dim=value_dim)
-        _check_options(hidden_size, num_heads, num_kv_heads, widths, memories, top_k, rule, shared, conv_size, slots)
-        _check_shift(router_shift, memories, conv_size)
+        errors.check_known("rule", rule, with_rule())
+        check_sizes(hidden_size, num_heads, num_kv_heads, head_dim=head_dim, value_dim=value_dim)
+        _check_memories(memories, top_k, shared, slots)
+        _check_taps(conv_size, router_shift, memories)
         H, K, M = num_kv_heads or num_heads, head_dim or hidden_size // num_heads, memories + shared
         V = value_dim or K
         self.memories, self.top_k, self.shared, self.rule = memories, top_k if memories else 0, shared, rule
@@ -249,7 +250,8 @@ class MixtureOfMemories(Routing):
         k = None if self.k_proj is None else own.gather_chosen(self.k_proj(h).unflatten(-1, (M, H, K)))
         parameters, before = self.rule_parameters(), tuple(own.before(s) for s in state)
         gates = self._gates(x if rule.key else h, own, parameters)
-        o, last = rule.run(q, k, v, gates, parameters, self.sizes, before, own.cu_seqlens, q.shape[1])
+        packing = dict(cu_seqlens=own.cu_seqlens, max_seqlen=q.shape[1])
+        o, last = rule.run(q, k, v, gates, parameters, self.sizes, state=before, **packing)
         return own.scatter(o, weights), tuple(own.after(*pair) for pair in zip(state, last, strict=True))
 
     def _gates(self, x: torch.Tensor, own: Dispatch | OneToken, parameters: Tensors) -> dict[str, torch.Tensor]:
@@ -309,18 +311,7 @@ class LinearMixer(MixtureOfMemories):
         )
 
 
-def _check_shift(router_shift, memories, conv_size):
-    errors.check_flag("router_shift", router_shift)
-    if router_shift and not memories:
-        errors.fail("router_shift", "False when memories is 0", router_shift)
-    # What the convolution keeps for later tokens is where the router finds the token before.
-    if router_shift and (conv_size or 0) < 2:
-        errors.fail("conv_size", "2 or more with router_shift", conv_size)
-
-
-def _check_options(hidden_size, num_heads, num_kv_heads, widths, memories, top_k, rule, shared, conv_size, slots):
-    errors.check_known("rule", rule, with_rule())
-    check_sizes(hidden_size, num_heads, num_kv_heads, **widths)
+def _check_memories(memories, top_k, shared, slots):
     errors.check_positive("memories", memories, 0)
     errors.check_positive("slots", slots)
     errors.check_flag("shared", shared)
@@ -328,5 +319,14 @@ def _check_options(hidden_size, num_heads, num_kv_heads, widths, memories, top_k
         errors.fail("top_k", f"a number from 1 to memories = {memories}", top_k)
     if not memories and not shared:
         errors.fail("shared", "True when memories is 0", shared)
+
+
+def _check_taps(conv_size, router_shift, memories):
     if conv_size is not None:
         errors.check_positive("conv_size", conv_size, 0)
+    errors.check_flag("router_shift", router_shift)
+    if router_shift and not memories:
+        errors.fail("router_shift", "False when memories is 0", router_shift)
+    # What the convolution keeps for later tokens is where the router finds the token before.
+    if router_shift and (conv_size or 0) < 2:
+        errors.fail("conv_size", "2 or more with router_shift", conv_size)
