@@ -1,5 +1,6 @@
 """Layers on their own: pieces equal the whole, padding, feature maps, gates, and clear refusals."""
 
+import pickle
 import subprocess
 import sys
 
@@ -283,3 +284,9 @@ def test_autocast(layer, training):
     if training:
         y.float().sum().backward()
         assert all(torch.isfinite(p.grad).all() for p in layer.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("gate", ["gla", "gsa"])
+def test_a_pickled_layer_computes_the_same(gate):
+    layer, x = LigerAttention(32, 4, gate=gate, memories=2, window=5), torch.randn(2, 9, 32)
+    assert torch.equal(pickle.loads(pickle.dumps(layer))(x)[0], layer(x)[0])
