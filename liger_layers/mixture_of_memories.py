@@ -250,8 +250,8 @@ class MixtureOfMemories(Routing):
         k = None if self.k_proj is None else own.gather_chosen(self.k_proj(h).unflatten(-1, (M, H, K)))
         parameters, before = self.rule_parameters(), tuple(own.before(s) for s in state)
         gates = self._gates(x if rule.key else h, own, parameters)
-        packing = dict(cu_seqlens=own.cu_seqlens, max_seqlen=q.shape[1])
-        o, last = rule.run(q, k, v, gates, parameters, self.sizes, state=before, **packing)
+        told = q, k, v, gates, parameters, self.sizes
+        o, last = rule.run(*told, state=before, cu_seqlens=own.cu_seqlens, max_seqlen=q.shape[1])
         return own.scatter(o, weights), tuple(own.after(*pair) for pair in zip(state, last, strict=True))
 
     def _gates(self, x: torch.Tensor, own: Dispatch | OneToken, parameters: Tensors) -> dict[str, torch.Tensor]:
