@@ -12,7 +12,7 @@ SMOKE := $(addprefix tests/models/test_,generation.py padding.py checkpoint.py f
 newest := transformers peft accelerate gguf
 oldest := $(shell sed -n '/^dependencies/,/^]/ {/"torch/d; s/^ *"\([a-z]*\)>=\([0-9.]*\)[",].*/\1==\2/p}' pyproject.toml)
 
-.PHONY: demo test test-newest test-oldest lint bench clean
+.PHONY: demo test coverage test-newest test-oldest lint bench clean
 
 demo: $(READY)
 	$(BIN)/python -m liger_models.demo $(if $(TEXT),--text "$(TEXT)") $(ARGS)
@@ -20,6 +20,10 @@ demo: $(READY)
 # A file of tests stays in one process: some share what they compiled or loaded. Nothing is timed here.
 test: $(READY) lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --benchmark-disable
+
+# Apart from the tests, which it makes a third slower. From Python 3.12 on, COVERAGE_CORE=sysmon makes it cheaper.
+coverage: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --benchmark-disable $(addprefix --cov=liger_,ops layers models)
 
 # The wheel as users install it, with the newest releases or the lowest ones admitted; no pin but torch's, whose newest
 # would fetch CUDA. Tests run beside no sources, so that they import the wheel. The newest may be untested by design.
@@ -38,6 +42,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks --benchmark-only

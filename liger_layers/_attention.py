@@ -12,29 +12,32 @@ import torch.nn.functional as F
 from torch import nn
 
 from liger_layers import _arguments
-from liger_layers._memories import Mix, RoutedMemories
+from liger_layers._memories import RoutedMemories
 from liger_layers._recurrent import PooledRecurrence
-from liger_layers._state import LigerState, Origin
+from liger_layers._state import LigerState, Origin, Part
 from liger_layers._window import Window
 from liger_layers.choices import Choices, check_memories, settle
 from liger_layers.feature_maps import FEATURE_MAPS, FeatureMap
+from liger_layers.gates import Mix, log_decay
 from liger_layers.rotary import rotary_tables, rotate
 from liger_ops import errors, liger_attention
 
 # The parts of a state that a layer may keep.
-_NOTHING = dict.fromkeys(("k", "v", "visible", "raw", "recurrent", "memories"))
+_NOTHING: dict[str, None] = dict.fromkeys(("k", "v", "visible", "raw", "recurrent", "memories"))
+# cos and sin of rotary positions, each [B or 1,T,D].
+Tables = tuple[torch.Tensor, torch.Tensor]
 
 
 class Attention(nn.Module):
     """Projections, positions and doors; called as LigerAttention says.
 
-    A subclass has a `mixer`, and adds to `state_shapes` and `origin`.
+    A subclass has a `mixer`, and adds to `parts` and `origin`.
     """
 
-    q_proj: nn.Module
-    k_proj: nn.Module
-    v_proj: nn.Module
-    o_proj: nn.Module
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    o_proj: nn.Linear
     memories: RoutedMemories | None
     recurrence: PooledRecurrence
     feature_map: FeatureMap
@@ -56,7 +59,8 @@ class Attention(nn.Module):
         self.hidden_size, self.num_heads, self.rope_theta = hidden_size, num_heads, rope_theta
         self.num_kv_heads, self.head_dim = num_kv_heads or num_heads, head_dim or hidden_size // num_heads
         self.memories = None
-        # What a state of another layer must not differ in.
+        # What a state keeps, and what one of another layer must not differ in.
+        self.parts: dict[str, Part] = {**_NOTHING, "position": ()}
         self.origin: Origin = (("layer", type(self).__name__), ("rope_theta", rope_theta))
         if projections is None:
             sizes = {"q_proj": num_heads, "k_proj": self.num_kv_heads, "v_proj": self.num_kv_heads}
@@ -65,34 +69,33 @@ class Attention(nn.Module):
         for name, module in projections.items():
             self.add_module(name, module)
 
-    def state_shapes(self, batch: int) -> dict[str, Any]:
-        """The shape of every part of a state by name, a list where it is several tensors, None where there is none."""
-        return {**_NOTHING, "position": (batch,)}
-
-    def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> LigerState:
-        """The state before the first token."""
-        return LigerState.zeros(self.state_shapes(batch), self.origin, device, dtype)
-
-    def check_state(self, state: LigerState, batch: int) -> None:
-        """ValueError for a state of another layer or batch."""
-        if not isinstance(state, LigerState):
-            errors.fail("state", "a LigerState", type(state).__name__)
-        state.check(self.state_shapes(batch), self.origin)
-
     def forward(
         self,
         x: torch.Tensor,
         mask: torch.Tensor | None = None,
         state: LigerState | None = None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        position_embeddings: Tables | None = None,
         router_logits: list[torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, LigerState]:
         _arguments.check_input(x, mask, self.hidden_size)
+        return self.attend(x, mask, state, position_embeddings, router_logits)
+
+    def attend(
+        self,
+        x: torch.Tensor,
+        mask: torch.Tensor | None,
+        state: LigerState | None,
+        position_embeddings: Tables | None,
+        router_logits: list[torch.Tensor] | None,
+    ) -> tuple[torch.Tensor, LigerState]:
+        """`forward` for who has checked x and mask."""
         q, k, v = self.project(x)
         if state is None:
-            state = self.initial_state(x.shape[0], x.device, k.dtype)
+            state = LigerState.zeros(self.parts, x.shape[0], self.origin, x.device, k.dtype)
+        elif isinstance(state, LigerState):
+            state.check(self.parts, x.shape[0], self.origin)
         else:
-            self.check_state(state, x.shape[0])
+            errors.fail("state", "a LigerState", type(state).__name__)
         if position_embeddings is None and self.rope_theta is not None:
             before = torch.arange(x.shape[1], device=x.device) if mask is None else mask.cumsum(1) - 1
             position = state.position[:, None] + before
@@ -106,19 +109,32 @@ class Attention(nn.Module):
         after = LigerState(**{**_NOTHING, **parts}, position=position, origin=state.origin)
         return self.o_proj(o.flatten(2).to(x.dtype)), after
 
-    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> LigerState:
+        """The state before the first token; dtype is that of keys."""
+        return LigerState.zeros(self.parts, batch, self.origin, device, dtype)
+
+    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Unrotated q [B,T,HQ,D], k and v [B,T,H,D]."""
-        return tuple(p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        return q, k, v
 
     def finish(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What `project` does behind the projections of keys and values; memories project by themselves."""
         return k, v
 
-    def key_and_value(self) -> tuple[nn.Module, ...]:
+    def key_and_value(self) -> tuple[nn.Linear, nn.Linear]:
         """The projections that routed memories start from."""
         return self.k_proj, self.v_proj
 
-    def mixer(self, q, k, v, mask, state, tables) -> tuple[torch.Tensor, dict[str, Any]]:
+    def mixer(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        state: LigerState,
+        tables: Tables | None,
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
         """Everything between the projections: o [B,T,HQ,D] and the parts of the next state."""
         raise NotImplementedError
 
@@ -128,14 +144,12 @@ class Attention(nn.Module):
     def _add_memories(self, memories: int, top_k: int) -> None:
         check_memories(memories, top_k)
         if memories:
-            of = self.num_heads, self.head_dim, memories, top_k
-            self.memories = RoutedMemories(*self.key_and_value(), *of)
-
-    def _memory_shape(self, batch: int) -> Any:
-        if self.memories is None:
-            return None
-        lead = (batch, self.memories.count, self.num_kv_heads)
-        return self.recurrence.shape(lead, self.head_dim, self.recurrence.chosen.normalize)
+            key, value = self.key_and_value()
+            self.memories = RoutedMemories(key, value, self.num_heads, self.head_dim, memories, top_k)
+            summed = self.recurrence.chosen.normalize
+            self.parts["memories"] = self.recurrence.part(
+                memories, self.num_kv_heads, width=self.head_dim, summed=summed
+            )
 
 
 class LigerAttention(Attention):
@@ -191,59 +205,51 @@ class LigerAttention(Attention):
         self.window, self.recurrence = Window(window, sinks, scale, softcap), PooledRecurrence.of(chosen, tau)
         self.window.check()
         self.origin += (*self.window.origin, *self.recurrence.origin)
-        self.feature_map = FEATURE_MAPS[chosen.feature_map](num_heads, self.num_kv_heads, self.head_dim)
+        H, D = self.num_kv_heads, self.head_dim
+        # Whether a token enters the recurrence only when it leaves the window.
+        self.delayed = chosen.mixing == "joint"
+        self.parts |= self.window.parts(H, D)
+        self.parts["raw"] = (window, H, D) if self.delayed else None
+        self.parts["recurrent"] = self.recurrence.part(H, width=D, summed=self.delayed or chosen.normalize)
+        self.feature_map = FEATURE_MAPS[chosen.feature_map](num_heads, H, D)
         self.mix = Mix(num_heads, chosen.mix, learn_mix)
         self._add_memories(memories, top_k)
 
-    @property
-    def delayed(self) -> bool:
-        """Whether a token enters the recurrence only when it leaves the window."""
-        return self.recurrence.chosen.mixing == "joint"
-
-    def state_shapes(self, batch: int) -> dict[str, Any]:
-        H, D, delayed = self.num_kv_heads, self.head_dim, self.delayed
-        return super().state_shapes(batch) | dict(
-            **self.window.shapes(batch, H, D),
-            raw=(batch, self.window.size, H, D) if delayed else None,
-            recurrent=self.recurrence.shape((batch, H), D, delayed or self.recurrence.chosen.normalize),
-            memories=self._memory_shape(batch),
-        )
-
     def mixer(self, q, k, v, mask, state, tables):
-        q_near, k_near = (q, k) if tables is None else (rotate(x, *tables) for x in (q, k))
-        at = self.window.gather(q_near, k_near, v, mask, state, k if self.delayed else None)
-        if self.delayed:
-            o, parts = self._joint(q, at, k.shape[1], state.recurrent)
-        else:
-            o, parts = self.window.attend(at), {}
-        if at.ranks is not None:
-            o = at.ranks.back(o)
         if not self.delayed:
-            far, parts["recurrent"] = self.recurrence.run(self.feature_map, q, k, v, mask, state.recurrent)
-            mix = self.mix().to(o.dtype).unsqueeze(-1)
-            o = mix * far + (1 - mix) * o
-        return o, {**self.window.keep(at), **parts}
-
-    def _joint(self, q, at, T, state):
-        """One softmax; the unrotated keys that leave the window enter the recurrence before each query."""
-        leaving, window = at.raw[:, :T], self.window
+            return self._summed(q, k, v, mask, state, tables)
+        q_near, k_near = (q, k) if tables is None else (rotate(q, *tables), rotate(k, *tables))
+        at, window, recurrence = self.window.gather(q_near, k_near, v, mask, state, k), self.window, self.recurrence
+        # As the state was checked to be.
+        assert at.left is not None and isinstance(state.recurrent, torch.Tensor)
+        # The unrotated keys that leave the window enter the recurrence before each query.
         o, recurrent = liger_attention(
             at.q,
             at.k,
             at.v,
             self.feature_map(q if at.ranks is None else at.ranks.queries(q), "query"),
-            self.feature_map(leaving, "key"),
-            self.recurrence.log_decay(leaving),
+            self.feature_map(at.left, "key"),
+            log_decay(recurrence.gate, at.left, recurrence.tau, recurrence.chosen.pool),
             self.mix().clamp(min=0),
             window=window.size,
             sinks=window.sinks,
             scale=window.scale,
-            initial_state=state,
+            initial_state=state.recurrent,
             output_final_state=True,
             visible=at.visible,
             softcap=window.softcap,
         )
-        return o, dict(recurrent=recurrent, raw=at.raw[:, T:].clone())
+        return o if at.ranks is None else at.ranks.back(o), {**at.kept, "recurrent": recurrent}
+
+    def _summed(self, q, k, v, mask, state, tables):
+        """Window and recurrence one by one, the recurrence over every token."""
+        q_near, k_near = (q, k) if tables is None else (rotate(q, *tables), rotate(k, *tables))
+        at = self.window.gather(q_near, k_near, v, mask, state)
+        o = self.window.attend(at)
+        o = o if at.ranks is None else at.ranks.back(o)
+        far, recurrent = self.recurrence.run(self.feature_map, q, k, v, mask, state.recurrent)
+        mix = self.mix().to(o.dtype).unsqueeze(-1)
+        return mix * far + (1 - mix) * o, {**at.kept, "recurrent": recurrent}
 
 
 class GatedRecurrence(Attention):
@@ -274,13 +280,10 @@ class GatedRecurrence(Attention):
         chosen = settle(gate, feature_map, None, None, normalize, pool)
         self.recurrence = PooledRecurrence.of(chosen, tau)
         self.origin += self.recurrence.origin
+        part = self.recurrence.part(self.num_kv_heads, width=self.head_dim, summed=chosen.normalize)
+        self.parts["recurrent"] = part
         self.feature_map = FEATURE_MAPS[chosen.feature_map](num_heads, self.num_kv_heads, self.head_dim)
         self._add_memories(memories, top_k)
-
-    def state_shapes(self, batch: int) -> dict[str, Any]:
-        lead, summed = (batch, self.num_kv_heads), self.recurrence.chosen.normalize
-        recurrent = self.recurrence.shape(lead, self.head_dim, summed)
-        return super().state_shapes(batch) | dict(recurrent=recurrent, memories=self._memory_shape(batch))
 
     def mixer(self, q, k, v, mask, state, tables):
         o, recurrent = self.recurrence.run(self.feature_map, q, k, v, mask, state.recurrent)
@@ -310,16 +313,14 @@ class SlidingWindowAttention(Attention):
         self.window = Window(window, sinks, scale, softcap)
         self.window.check()
         self.origin += self.window.origin
-
-    def state_shapes(self, batch: int) -> dict[str, Any]:
-        return super().state_shapes(batch) | self.window.shapes(batch, self.num_kv_heads, self.head_dim)
+        self.parts |= self.window.parts(self.num_kv_heads, self.head_dim)
 
     def mixer(self, q, k, v, mask, state, tables):
         if tables is not None:
             q, k = (rotate(x, *tables) for x in (q, k))
         at = self.window.gather(q, k, v, mask, state)
         o = self.window.attend(at)
-        return o if at.ranks is None else at.ranks.back(o), self.window.keep(at)
+        return o if at.ranks is None else at.ranks.back(o), at.kept
 
 
 class FullAttention(Attention):
@@ -341,19 +342,14 @@ class FullAttention(Attention):
         super().__init__(hidden_size, num_heads, num_kv_heads, head_dim, rope_theta, bias, projections)
         errors.check_factor("scale", scale, optional=True)
         self.scale = scale
-
-    def state_shapes(self, batch: int, seen: int = 0) -> dict[str, Any]:
-        kept = (batch, seen, self.num_kv_heads, self.head_dim)
-        return super().state_shapes(batch) | dict(k=kept, v=kept, visible=(batch, seen))
-
-    def check_state(self, state: LigerState, batch: int) -> None:
-        if not isinstance(state, LigerState) or state.visible is None:
-            errors.fail("state", "a LigerState of full attention", type(state).__name__)
-        state.check(self.state_shapes(batch, state.visible.shape[1]), self.origin)
+        kept = (None, self.num_kv_heads, self.head_dim)
+        self.parts |= dict(k=kept, v=kept, visible=(None,))
 
     def mixer(self, q, k, v, mask, state, tables):
         if tables is not None:
             q, k = (rotate(x, *tables) for x in (q, k))
+        # As the state was checked to be.
+        assert state.k is not None and state.v is not None and state.visible is not None
         k, v = torch.cat([state.k, k], 1), torch.cat([state.v, v], 1)
         mask = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device) if mask is None else mask
         visible = torch.cat([state.visible, mask], 1)

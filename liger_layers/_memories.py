@@ -9,25 +9,15 @@ import torch
 from torch import nn
 
 from liger_layers._routing import Routing, choose, dispatch, one_token
-from liger_layers._state import each
-
-
-class Mix(nn.Module):
-    """A weight per query head, [HQ]: a module, so that tools that train or save modules reach it."""
-
-    def __init__(self, num_heads: int, value: float, learn: bool):
-        super().__init__()
-        self.weight = nn.Parameter(torch.full((num_heads,), float(value)), requires_grad=learn)
-
-    def forward(self) -> torch.Tensor:
-        return self.weight
+from liger_layers._state import Held, each
+from liger_layers.gates import Mix
 
 
 def _repeated(projection: nn.Linear, times: int) -> nn.Linear:
     """A projection to `times` copies of what the given one puts out, one after the other."""
     weight, bias = projection.weight, projection.bias
-    options = dict(bias=bias is not None, device=weight.device, dtype=weight.dtype)
-    copies = nn.Linear(projection.in_features, times * projection.out_features, **options)
+    sizes = projection.in_features, times * projection.out_features
+    copies = nn.Linear(*sizes, bias is not None, device=weight.device, dtype=weight.dtype)
     with torch.no_grad():
         copies.weight.copy_(weight.repeat(times, 1))
         if bias is not None:
@@ -55,17 +45,16 @@ class RoutedMemories(Routing):
         self,
         x: torch.Tensor,
         q: torch.Tensor,
-        mask: torch.Tensor,
-        state: torch.Tensor | tuple[torch.Tensor, ...],
+        mask: torch.Tensor | None,
+        state: Held,
         finish: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
-        recurrence: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+        recurrence: Callable[..., tuple[torch.Tensor, Held]],
         router_logits: list[torch.Tensor] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | tuple[torch.Tensor, ...]]:
+    ) -> tuple[torch.Tensor, Held]:
         """x [B,T,hidden], q [B,T,HQ,D], mask [B,T], state [B,M,H,D,...] or a tuple -> o [B,T,HQ,D], state.
 
         finish(k, v) norms what was projected, recurrence(q, k, v, mask, state, cu_seqlens=, max_seqlen=) runs all
-        memories at once. router_logits is a list
-        that takes in the logits [B*T,M].
+        memories at once. router_logits is a list that takes in the logits [B*T,M].
         """
         T = x.shape[1]
         weights, chosen = choose(self.router, x, self.top_k, router_logits)

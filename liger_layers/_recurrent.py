@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from liger_layers._state import Origin
+from liger_layers._state import Origin, Part
 from liger_layers.choices import Choices
 from liger_layers.feature_maps import FeatureMap
 from liger_layers.gates import Gate, log_decay, strength
@@ -25,24 +25,22 @@ def _blank(x: torch.Tensor, padding: torch.Tensor | None, value: float = 0.0) ->
 
 
 class PooledRecurrence(NamedTuple):
-    """What a layer was told about its recurrence; the features are the layer's own. Names, for layers are pickled."""
+    """What a layer was told about its recurrence, and what that means; the features are the layer's own."""
 
     chosen: Choices
     tau: float
-    behind: str
+    gate: Gate
+    rule: UpdateRule
 
     @classmethod
     def of(cls, chosen: Choices, tau: float) -> PooledRecurrence:
         check_factor("tau", tau)
-        return cls(chosen, tau, rule_behind(gate_named(chosen.gate), chosen.pool))
+        gate = gate_named(chosen.gate)
+        return cls(chosen, tau, gate, rule_named(rule_behind(gate, chosen.pool)))
 
-    @property
-    def gate(self) -> Gate:
-        return gate_named(self.chosen.gate)
-
-    @property
-    def rule(self) -> UpdateRule:
-        return rule_named(self.behind)
+    def __reduce__(self):
+        # By name, for layers are pickled, and functions in the table need not be.
+        return PooledRecurrence.of, (self.chosen, self.tau)
 
     @property
     def origin(self) -> Origin:
@@ -53,20 +51,16 @@ class PooledRecurrence(NamedTuple):
             ("tau", self.tau),
         )
 
-    def shape(self, lead: tuple[int, ...], width: int, summed: bool) -> tuple[int, ...] | list[tuple[int, ...]]:
+    def part(self, *lead: int, width: int, summed: bool) -> Part:
         """Of a state behind the leading sizes, with a column for sums of keys or not; two where slots lie between."""
         if self.rule.slots:
             return [(*lead, width, width)] * 2
         return (*lead, width, width + summed)
 
-    def log_decay(self, k: torch.Tensor) -> torch.Tensor | None:
-        """[B,T,H,D] or [B,T,H] in float32, or None."""
-        return log_decay(self.gate, k, self.tau, self.chosen.pool)
-
     def run(self, features: FeatureMap, q, k, v, mask, state, **packing):
         """Over every token, none of which waits: o [B,T,HQ,D] and the state; padding neither writes nor decays."""
         padding = None if mask is None else ~mask[:, :, None, None]
-        gates = {"g": self.log_decay(k), "beta": strength(self.gate, k)}
+        gates = {"g": log_decay(self.gate, k, self.tau, self.chosen.pool), "beta": strength(self.gate, k)}
         if gates["g"] is not None and padding is not None:
             gates["g"] = gates["g"].masked_fill(padding if gates["g"].ndim == 4 else padding.squeeze(-1), 0.0)
         query, values = features(q, "query"), v

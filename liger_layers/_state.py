@@ -16,23 +16,31 @@ from liger_ops.errors import fail
 
 # What decides about a state in the layer that it comes from, by name.
 Origin = tuple[tuple[str, Any], ...]
+# The shape of a part of a state behind the batch, a list where it is several tensors, None where a layer keeps nothing.
+# None in it is the number of columns seen, none at first.
+Part = tuple[int | None, ...] | list[tuple[int, ...]] | None
+# A part that is there.
+Held = torch.Tensor | tuple[torch.Tensor, ...]
 Self = TypeVar("Self", bound="_State")
+_KINDS = dict(visible=torch.bool, position=torch.long, recurrent=torch.float32, memories=torch.float32)
 
 
+@dataclass(kw_only=True)
 class _State:
     """Batch-first tensors, tuples of them, or None where a layer keeps nothing; and the layer's `origin`."""
 
-    origin: Origin
+    origin: Origin = ()
 
     def map(self: Self, function: Callable[[torch.Tensor], torch.Tensor]) -> Self:
         """Apply a function of a batch-first tensor to every tensor held: reorder beams, move, repeat."""
         held = {f.name: getattr(self, f.name) for f in fields(self)}
-        return type(self)(**{name: x if name == "origin" else each(function, x) for name, x in held.items()})
+        for name, x in held.items():
+            if name != "origin" and x is not None:
+                held[name] = tuple(map(function, x)) if isinstance(x, tuple) else function(x)
+        return type(self)(**held)
 
     def check_origin(self, origin: Origin) -> None:
         """ValueError for a state of a layer that was told something else."""
-        if self.origin == origin:
-            return
         given = dict(self.origin)
         for name, wanted in origin:
             if name not in given or given[name] != wanted:
@@ -43,11 +51,11 @@ class _State:
         return sum(x.nbytes for part in held if part is not None for x in (part if isinstance(part, tuple) else [part]))
 
 
-def each(function: Callable, *held):
+def each(function: Callable[..., torch.Tensor], *held: Held) -> Held:
     """A function of one tensor from each argument: of all that stand at the same place where they are tuples."""
     if isinstance(held[0], tuple):
         return tuple(function(*x) for x in zip(*held, strict=True))
-    return None if held[0] is None else function(*held)
+    return function(*held)
 
 
 @dataclass
@@ -64,32 +72,41 @@ class LigerState(_State):
     v: torch.Tensor | None
     visible: torch.Tensor | None
     raw: torch.Tensor | None
-    recurrent: torch.Tensor | tuple[torch.Tensor, ...] | None
+    recurrent: Held | None
     position: torch.Tensor
-    memories: torch.Tensor | tuple[torch.Tensor, ...] | None = None
-    origin: Origin = ()
+    memories: Held | None = None
 
     @classmethod
-    def zeros(cls, shapes: Mapping[str, Any], origin: Origin, device: torch.device, dtype: torch.dtype) -> LigerState:
-        """A state of parts of these shapes, as a layer's state_shapes gives them; dtype is that of keys."""
-        kinds = dict(visible=torch.bool, position=torch.long, recurrent=torch.float32, memories=torch.float32)
+    def zeros(
+        cls, parts: Mapping[str, Part], batch: int, origin: Origin, device: torch.device, dtype: torch.dtype
+    ) -> LigerState:
+        """The state of a layer before the first token; dtype is that of keys."""
+        made: dict[str, Any] = {}
+        for name, part in parts.items():
+            kind = _KINDS.get(name, dtype)
+            if isinstance(part, list):
+                made[name] = tuple(torch.zeros((batch, *shape), device=device, dtype=kind) for shape in part)
+            elif part is None:
+                made[name] = None
+            else:
+                made[name] = torch.zeros((batch, *(size or 0 for size in part)), device=device, dtype=kind)
+        return cls(**made, origin=origin)
 
-        def make(name: str, shape: Any) -> Any:
-            if isinstance(shape, list):
-                return tuple(make(name, part) for part in shape)
-            return None if shape is None else torch.zeros(shape, device=device, dtype=kinds.get(name, dtype))
-
-        return cls(**{name: make(name, shape) for name, shape in shapes.items()}, origin=origin)
-
-    def check(self, shapes: Mapping[str, Any], origin: Origin) -> None:
+    def check(self, parts: Mapping[str, Part], batch: int, origin: Origin) -> None:
         """ValueError unless the state comes from such a layer and every part has its shape."""
-        self.check_origin(origin)
-        for name, shape in shapes.items():
-            part = getattr(self, name)
-            given = [tuple(x.shape) for x in part] if isinstance(part, tuple) else part if part is None else part.shape
-            if given != shape:
-                given = given if given is None or isinstance(given, list) else tuple(given)
-                fail("state", f"{name} of shape {shape}", given)
+        if self.origin != origin:
+            self.check_origin(origin)
+        seen = 0 if self.visible is None else self.visible.shape[1]
+        for name, part in parts.items():
+            held, wanted, given = getattr(self, name), None, None
+            if isinstance(part, list):
+                wanted = [(batch, *shape) for shape in part]
+            elif part is not None:
+                wanted = (batch, *(seen if size is None else size for size in part))
+            if held is not None:
+                given = [tuple(x.shape) for x in held] if isinstance(held, tuple) else tuple(held.shape)
+            if given != wanted:
+                fail("state", f"{name} of shape {wanted}", given)
 
 
 @dataclass
@@ -101,4 +118,3 @@ class MemoryState(_State):
 
     memories: tuple[torch.Tensor, ...]
     inputs: torch.Tensor | None
-    origin: Origin = ()

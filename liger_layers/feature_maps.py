@@ -6,19 +6,25 @@ Shapes: B batch, T time, HQ query heads, H key/value heads (HQ = G * H), K key w
 """
 
 import math
+from typing import Literal
 
 import torch
 from torch import nn
 
+Side = Literal["query", "key"]
+
 
 class FeatureMap(nn.Module):
-    """forward(x, side) is `query(x)` or `key(x)`: called as a module, its weights are there, wherever they are kept."""
+    """forward(x, side) of queries [B,T,HQ,K] or keys [B,T,H,K] gives their features, [B,T,HQ,M] or [B,T,H,M]."""
 
     log: bool
     paired: bool
 
-    def forward(self, x: torch.Tensor, side: str) -> torch.Tensor:
-        return getattr(self, side)(x)
+    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int):
+        super().__init__()
+
+    def forward(self, x: torch.Tensor, side: Side) -> torch.Tensor:
+        raise NotImplementedError
 
 
 class Softmax(FeatureMap):
@@ -26,13 +32,8 @@ class Softmax(FeatureMap):
 
     log, paired = True, False
 
-    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int):
-        super().__init__()
-
-    def query(self, q: torch.Tensor) -> torch.Tensor:
-        return q.log_softmax(-1, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
-
-    key = query
+    def forward(self, x: torch.Tensor, side: Side) -> torch.Tensor:
+        return x.log_softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 class UnitLength(FeatureMap):
@@ -40,13 +41,8 @@ class UnitLength(FeatureMap):
 
     log, paired = False, False
 
-    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int):
-        super().__init__()
-
-    def query(self, q: torch.Tensor) -> torch.Tensor:
-        return q.to(torch.promote_types(q.dtype, torch.float32))
-
-    key = query
+    def forward(self, x: torch.Tensor, side: Side) -> torch.Tensor:
+        return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class SoftmaxKernel(FeatureMap):
@@ -61,7 +57,7 @@ class SoftmaxKernel(FeatureMap):
     log, paired = True, True
 
     def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, rank: int = 16):
-        super().__init__()
+        super().__init__(num_heads, num_kv_heads, head_dim)
         # The largest power of two within rank and width: a Hadamard basis must exist.
         H, K, R = num_kv_heads, head_dim, 1 << (min(rank, head_dim).bit_length() - 1)
         self.rank = R
@@ -86,12 +82,18 @@ class SoftmaxKernel(FeatureMap):
         w = (base * signs.unsqueeze(1)).flatten(0, 1)[:half]
         return torch.cat([w, -w])[:features].T.contiguous().to(torch.get_default_dtype())
 
+    def forward(self, x: torch.Tensor, side: Side) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            if side == "key":
+                return self._log(x, self.key_mean, self.key_directions, self.key_weight, 0.0)
+            x = x.unflatten(2, (self.query_mean.shape[0], -1))
+            # The M features average, hence -log M; the means' own product is taken out once.
+            common = (self.query_mean * self.query_weight).sum(-1)[:, None, None] - math.log(self.frequencies.shape[1])
+            return self._log(x, self.query_mean, self.query_directions, self.query_weight, common).flatten(2, 3)
+
     def _log(self, x, mean, directions, weight, offset):
         """x [B,T,H,...,K] -> log features [B,T,H,...,M]: y F - |y|^2 / 2 + weight d + offset, y = d W, d = x - mean."""
-        with torch.autocast(x.device.type, enabled=False):
-            return self._product(x.to(torch.promote_types(x.dtype, torch.float32)), mean, directions, weight, offset)
-
-    def _product(self, x, mean, directions, weight, offset):
         (H, K), R = mean.shape, self.rank
         # One product for y and for weight d, with the mean taken out after it, when there is less to subtract.
         columns = torch.cat([directions, weight.unsqueeze(-1)], -1).to(x.dtype)
@@ -101,16 +103,6 @@ class SoftmaxKernel(FeatureMap):
         y = torch.cat([y[..., :R], own], -1).view(H, *x.shape[:2], *x.shape[3:-1], R + 1).movedim(0, 2)
         frequencies = self.frequencies.to(x.dtype)
         return y @ torch.cat([frequencies, torch.ones_like(frequencies[:1])])
-
-    def query(self, q: torch.Tensor) -> torch.Tensor:
-        """[B,T,HQ,K] -> [B,T,HQ,M]. The M features average, hence -log M; the means' own product is taken out once."""
-        q = q.unflatten(2, (self.query_mean.shape[0], -1))
-        common = (self.query_mean * self.query_weight).sum(-1)[:, None, None] - math.log(self.frequencies.shape[1])
-        return self._log(q, self.query_mean, self.query_directions, self.query_weight, common).flatten(2, 3)
-
-    def key(self, k: torch.Tensor) -> torch.Tensor:
-        """[B,T,H,K] -> [B,T,H,M]."""
-        return self._log(k, self.key_mean, self.key_directions, self.key_weight, 0.0)
 
     @torch.no_grad()
     def calibrate(
@@ -128,7 +120,7 @@ class SoftmaxKernel(FeatureMap):
         scale is that of the scores, K ** -0.5 unless given.
         """
         (H, K), kept = key_mean.shape, channels.nonzero().squeeze(-1).cpu()
-        scale = K**-0.5 if scale is None else scale
+        factor: float = K**-0.5 if scale is None else scale
         means = [torch.zeros(H, K, dtype=torch.float64), torch.zeros(H, K, dtype=torch.float64)]
         for mean, given in zip(means, (query_mean, key_mean), strict=True):
             mean[:, kept] = given.double().cpu()[:, kept]
@@ -139,15 +131,15 @@ class SoftmaxKernel(FeatureMap):
         strength, basis = strength.flip(-1)[:, :R].clamp(min=1e-12), basis.flip(-1)[:, :, :R]
         directions = [torch.zeros(H, K, self.rank, dtype=torch.float64) for _ in range(2)]
         # Queries and keys get equal variance along each direction, which minimises the features' variance.
-        directions[0][:, kept, :R] = root @ basis * strength.unsqueeze(1) ** -0.25 * scale**0.5
-        directions[1][:, kept, :R] = inverse @ basis * strength.unsqueeze(1) ** 0.25 * scale**0.5
+        directions[0][:, kept, :R] = root @ basis * strength.unsqueeze(1) ** -0.25 * factor**0.5
+        directions[1][:, kept, :R] = inverse @ basis * strength.unsqueeze(1) ** 0.25 * factor**0.5
         for parameter, value in (
             (self.query_mean, means[0]),
             (self.key_mean, means[1]),
             (self.query_directions, directions[0]),
             (self.key_directions, directions[1]),
-            (self.query_weight, means[1] * scale),
-            (self.key_weight, means[0] * scale),
+            (self.query_weight, means[1] * factor),
+            (self.key_weight, means[0] * factor),
         ):
             parameter.copy_(value)
 

@@ -1,6 +1,6 @@
-"""Gates pooled from the key (Liger, arXiv 2503.01496, table 1): no parameters of their own.
+"""Gates pooled from the key (Liger, arXiv 2503.01496, table 1), and the weight at which a head lets a recurrence in.
 
-Shapes: B batch, T time, H key/value heads, K key width.
+Shapes: B batch, T time, HQ query heads, H key/value heads, K key width.
 """
 
 from collections.abc import Callable
@@ -8,11 +8,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 
 class Gate(NamedTuple):
-    """per_channel keeps the key's width (pooling to K is the identity), otherwise the key is averaged to one number.
+    """How a key, pooled, becomes a decay: no parameters of its own.
 
+    per_channel keeps the key's width (pooling to K is the identity), otherwise the key is averaged to one number.
     log_decay maps the pooled key and tau to a log decay <= 0; None forgets nothing. strength maps the key, averaged to
     one number, to a write strength from 0 to 2: the memory then follows the delta rule, which erases what a key held.
     recurrence names the entry of RECURRENCES whose rule takes decay and strength; None is the plainest one that does.
@@ -61,10 +63,6 @@ POOLINGS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def _precise(k: torch.Tensor) -> torch.Tensor:
-    return k.float() if k.dtype in (torch.float16, torch.bfloat16) else k
-
-
 def log_decay(gate: Gate, k: torch.Tensor, tau: float, pool: str | None = None) -> torch.Tensor | None:
     """k [B,T,H,K] -> log decay [B,T,H,K], or [B,T,H] where the key is pooled over its width, in float32, or None.
 
@@ -72,9 +70,21 @@ def log_decay(gate: Gate, k: torch.Tensor, tau: float, pool: str | None = None) 
     """
     if gate.log_decay is None:
         return None
-    return gate.log_decay(POOLINGS[pool or ("identity" if gate.per_channel else "width")](_precise(k)), tau)
+    pooled = POOLINGS[pool or ("identity" if gate.per_channel else "width")]
+    return gate.log_decay(pooled(k.to(torch.promote_types(k.dtype, torch.float32))), tau)
 
 
 def strength(gate: Gate, k: torch.Tensor) -> torch.Tensor | None:
     """k [B,T,H,K] -> write strength [B,T,H] in float32, or None where nothing is erased."""
-    return None if gate.strength is None else gate.strength(_precise(k).mean(-1))
+    return None if gate.strength is None else gate.strength(k.to(torch.promote_types(k.dtype, torch.float32)).mean(-1))
+
+
+class Mix(nn.Module):
+    """A weight per query head, [HQ]: a module, so that tools that train or save modules reach it."""
+
+    def __init__(self, num_heads: int, value: float, learn: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((num_heads,), float(value)), requires_grad=learn)
+
+    def forward(self) -> torch.Tensor:
+        return self.weight

@@ -45,9 +45,9 @@ class Block(nn.Module):
     def forward(
         self, x: torch.Tensor, mask: torch.Tensor | None, state: State | None, router_logits: list | None
     ) -> tuple[torch.Tensor, State]:
-        y, state = self.mixer(self.mixer_norm(x), mask, state, router_logits=router_logits)
+        y, after = self.mixer(self.mixer_norm(x), mask, state, router_logits=router_logits)
         x = x + y
-        return x + self.mlp(self.mlp_norm(x)), state
+        return x + self.mlp(self.mlp_norm(x)), after
 
 
 class InterleavedStack(nn.Module):

@@ -4,6 +4,8 @@ Shapes: B batch, T time, D documents, M memories (the shared one last), R memori
 key/value heads, K head width, V value width, E = B * T * R entries, N sequences, C taps of the convolution.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -47,7 +49,8 @@ class ShortConvolution(nn.Module):
         offset = place - starts[sequence]
         old, new = sequence * past + offset, (N - sequence - 1) * past + place
         line = torch.cat([before.flatten(0, 1).to(x.dtype), x]).index_select(0, torch.where(offset < past, old, new))
-        y = sum(tap * line[i : i + x.shape[0] + (N - 1) * past] for i, tap in enumerate(taps))
+        first, *others = (tap * line[i : i + x.shape[0] + (N - 1) * past] for i, tap in enumerate(taps))
+        y = sum(others, first)
         own = torch.arange(x.shape[0], device=x.device)
         own = own + past * torch.searchsorted(cu_seqlens[1:].to(own), own, right=True)
         last = starts[1:, None] + torch.arange(-past, 0, device=x.device)
@@ -59,7 +62,7 @@ class RuleParameters(nn.ParameterDict):
     """forward() gives them by name: called as a module, they are there, wherever they are kept."""
 
     # ParameterDict refuses to be called.
-    __call__ = nn.Module.__call__
+    __call__: Callable[[], dict[str, nn.Parameter]] = nn.Module.__call__
 
     def forward(self) -> dict[str, nn.Parameter]:
         # Not dict(self), which torch.compile cannot trace.
@@ -123,9 +126,10 @@ class MixtureOfMemories(Routing):
         num_layers: int = 1,
     ):
         super().__init__()
-        widths = dict(head_dim=head_dim, value_dim=value_dim)
-        _check_options(hidden_size, num_heads, num_kv_heads, widths, memories, top_k, rule, shared, conv_size, slots)
-        _check_shift(router_shift, memories, conv_size)
+        errors.check_known("rule", rule, with_rule())
+        check_sizes(hidden_size, num_heads, num_kv_heads, head_dim=head_dim, value_dim=value_dim)
+        _check_memories(memories, top_k, shared, slots)
+        _check_taps(conv_size, router_shift, memories)
         H, K, M = num_kv_heads or num_heads, head_dim or hidden_size // num_heads, memories + shared
         V = value_dim or K
         self.memories, self.top_k, self.shared, self.rule = memories, top_k if memories else 0, shared, rule
@@ -171,10 +175,10 @@ class MixtureOfMemories(Routing):
         shapes = self.update.state(self.sizes)
         memories = tuple(torch.zeros(batch, M, H, *shape, device=device, dtype=held) for shape in shapes)
         if self.convolution is None:
-            return MemoryState(memories, None, self.origin)
+            return MemoryState(memories, None, origin=self.origin)
         taps, hidden = self.convolution.weight.shape
         inputs = torch.zeros(batch, taps - 1, hidden, device=device, dtype=dtype)
-        return MemoryState(memories, inputs, self.origin)
+        return MemoryState(memories, inputs, origin=self.origin)
 
     def forward(
         self,
@@ -194,7 +198,7 @@ class MixtureOfMemories(Routing):
         o, memories = self._recur(x, h, weights, chosen, mask, state.memories, cu_seqlens)
         gate = F.silu(self.g_proj(x)).view_as(o)
         y = self.o_proj((self.norm(o.to(x.dtype)) * gate).flatten(2))
-        return y, MemoryState(memories, inputs, state.origin)
+        return y, MemoryState(memories, inputs, origin=state.origin)
 
     def load(self, router_logits: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Router logits [tokens,memories] -> fraction of real tokens sent to each memory; a starved one shows 0.
@@ -211,14 +215,14 @@ class MixtureOfMemories(Routing):
         dtype = torch.promote_types(x.dtype, torch.float32)
         weights = torch.ones(*x.shape[:2], int(self.shared), device=x.device, dtype=dtype)
         chosen = torch.full(weights.shape, self.memories, device=x.device)
-        if self.memories:
-            if previous is not None:
+        if self.router is not None:
+            if self.router_gate is not None:
                 x = previous + self.router_gate(x).sigmoid() * (x - previous)
             routed = choose(self.router, x, self.top_k, router_logits)
             weights, chosen = torch.cat([routed[0], weights], -1), torch.cat([routed[1], chosen], -1)
         return weights, chosen
 
-    def _convolve(self, x, mask, before, cu_seqlens):
+    def _convolve(self, x, mask, before, cu_seqlens) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """x through convolution and SiLU and, for the router, one token late, [B,T,hidden]; what later tokens see."""
         if self.convolution is None:
             return x, None, None
@@ -243,10 +247,11 @@ class MixtureOfMemories(Routing):
         own = one_token(chosen, M, mask) if alone else dispatch(chosen, M, mask, cu_seqlens)
         q = own.gather(self.q_proj(h).unflatten(-1, (HQ, K)))
         v = own.gather_chosen(self.v_proj(h).unflatten(-1, (M, H, V)))
-        k = own.gather_chosen(self.k_proj(h).unflatten(-1, (M, H, K))) if rule.key else None
+        k = None if self.k_proj is None else own.gather_chosen(self.k_proj(h).unflatten(-1, (M, H, K)))
         parameters, before = self.rule_parameters(), tuple(own.before(s) for s in state)
         gates = self._gates(x if rule.key else h, own, parameters)
-        o, last = rule.run(q, k, v, gates, parameters, self.sizes, before, own.cu_seqlens, q.shape[1])
+        told = q, k, v, gates, parameters, self.sizes
+        o, last = rule.run(*told, state=before, cu_seqlens=own.cu_seqlens, max_seqlen=q.shape[1])
         return own.scatter(o, weights), tuple(own.after(*pair) for pair in zip(state, last, strict=True))
 
     def _gates(self, x: torch.Tensor, own: Dispatch | OneToken, parameters: Tensors) -> dict[str, torch.Tensor]:
@@ -306,18 +311,7 @@ class LinearMixer(MixtureOfMemories):
         )
 
 
-def _check_shift(router_shift, memories, conv_size):
-    errors.check_flag("router_shift", router_shift)
-    if router_shift and not memories:
-        errors.fail("router_shift", "False when memories is 0", router_shift)
-    # What the convolution keeps for later tokens is where the router finds the token before.
-    if router_shift and (conv_size or 0) < 2:
-        errors.fail("conv_size", "2 or more with router_shift", conv_size)
-
-
-def _check_options(hidden_size, num_heads, num_kv_heads, widths, memories, top_k, rule, shared, conv_size, slots):
-    errors.check_known("rule", rule, with_rule())
-    check_sizes(hidden_size, num_heads, num_kv_heads, **widths)
+def _check_memories(memories, top_k, shared, slots):
     errors.check_positive("memories", memories, 0)
     errors.check_positive("slots", slots)
     errors.check_flag("shared", shared)
@@ -325,5 +319,14 @@ def _check_options(hidden_size, num_heads, num_kv_heads, widths, memories, top_k
         errors.fail("top_k", f"a number from 1 to memories = {memories}", top_k)
     if not memories and not shared:
         errors.fail("shared", "True when memories is 0", shared)
+
+
+def _check_taps(conv_size, router_shift, memories):
     if conv_size is not None:
         errors.check_positive("conv_size", conv_size, 0)
+    errors.check_flag("router_shift", router_shift)
+    if router_shift and not memories:
+        errors.fail("router_shift", "False when memories is 0", router_shift)
+    # What the convolution keeps for later tokens is where the router finds the token before.
+    if router_shift and (conv_size or 0) < 2:
+        errors.fail("conv_size", "2 or more with router_shift", conv_size)

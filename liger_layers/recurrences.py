@@ -104,6 +104,7 @@ class UpdateRule:
         gates: Tensors,
         own: Tensors,
         sizes: Sizes,
+        *,
         state: tuple[torch.Tensor, ...] | None = None,
         cu_seqlens: torch.Tensor | None = None,
         max_seqlen: int | None = None,

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from transformers import GenerationMixin, PreTrainedModel, StoppingCriteriaList
 
-from liger_models._inputs import CACHE, take_cache
-from liger_models.cache import check_prompt, make_cache, seen_columns
+from liger_models._inputs import CACHE
+from liger_models.cache import check_prompt, make_cache, seen_columns, take_cache
 from liger_ops.errors import fail
 
 

@@ -11,13 +11,12 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
-from transformers import Cache, LlamaModel, PreTrainedModel
+from transformers import LlamaModel, PreTrainedModel
 
 from liger_ops.errors import fail
 
 # The keyword of every forward that takes a cache and of outputs that return one: "cache" from transformers 5.24 on.
 CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
-_CACHES = ("cache", "past_key_values")
 # What a decoder must take by name for its padding and positions to be known.
 _NEEDED = {"input_ids", "attention_mask", "position_ids", "inputs_embeds", "use_cache", CACHE}
 
@@ -25,20 +24,6 @@ _NEEDED = {"input_ids", "attention_mask", "position_ids", "inputs_embeds", "use_
 def input_device(model: PreTrainedModel) -> torch.device:
     """Where a model takes its token ids."""
     return cast(nn.Embedding, model.get_input_embeddings()).weight.device
-
-
-def take_cache(kwargs: dict[str, Any]) -> Cache | None:
-    """Remove the cache from keyword arguments, whichever of its two names it has, and return it.
-
-    ValueError for two caches, or for one under a name that nobody reads.
-    """
-    given = [kwargs.pop(name, None) for name in _CACHES]
-    if given[0] is not None and given[1] is not None and given[0] is not given[1]:
-        fail(CACHE, "one cache", f"two, under the names {' and '.join(_CACHES)}")
-    for name, value in kwargs.items():
-        if isinstance(value, Cache):
-            fail(name, f"a cache under the name {CACHE}", "one under a name that is not read")
-    return given[0] if given[0] is not None else given[1]
 
 
 def argument_names(decoder: nn.Module) -> tuple[str, ...]:

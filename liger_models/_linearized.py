@@ -12,19 +12,18 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from liger_layers import LigerAttention, LigerState, SlidingWindowAttention
-from liger_models._inputs import CACHE, by_name, take_cache, token_positions
-from liger_models.cache import admit, fit_cache, layer_and_state, make_cache
-from liger_models.families import Traits, finish, key_and_value, project, traits
+from liger_models._inputs import CACHE, by_name, token_positions
+from liger_models.cache import admit, fit_cache, layer_and_state, make_cache, take_cache
+from liger_models.families import Projections, traits
 from liger_ops.errors import fail
 
 # What stands behind it is one layer or another.
 _Layer = LigerAttention if TYPE_CHECKING else object
 
 
-class _Pretrained(_Layer):
+class _Pretrained(Projections, _Layer):
     """A layer of liger_layers on the modules of a pretrained attention, under their own names, with its signature."""
 
-    traits: Traits
     layer_idx: int
 
     def __init__(self, old: nn.Module, hf: PreTrainedConfig, **options: Any):
@@ -48,15 +47,6 @@ class _Pretrained(_Layer):
             if name not in pretrained:
                 module.to(cast(nn.Linear, old.o_proj).weight.device).train(old.training)
 
-    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return project(self, x, self.traits)
-
-    def finish(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return finish(self, "k", k, self.traits), finish(self, "v", v, self.traits)
-
-    def key_and_value(self) -> tuple[nn.Linear, nn.Linear]:
-        return key_and_value(self, self.traits)
-
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -70,7 +60,8 @@ class _Pretrained(_Layer):
         layer, state = layer_and_state(take_cache(kwargs), self.layer_idx, hidden_states.device)
         tables = position_embeddings if self.traits.rotary else None
         held = cast("LigerState | None", state)
-        out, after = super().forward(hidden_states, kwargs.get("liger_mask"), held, tables, liger_router_logits)
+        # The decoder's door has checked what it hands on.
+        out, after = self.attend(hidden_states, kwargs.get("liger_mask"), held, tables, liger_router_logits)
         if layer is not None:
             layer.store(after, hidden_states.shape[1])
         return out, None

@@ -24,6 +24,7 @@ from liger_models._inputs import (
 )
 from liger_ops.errors import fail
 
+_CACHES = ("cache", "past_key_values")
 AnyCache = TypeVar("AnyCache", bound=Cache)
 
 
@@ -53,7 +54,7 @@ class LigerCacheLayer(CacheLayerMixin):
         self.seen, self.whole, self.is_initialized = 0, True, False
 
     def store(self, state: LigerState | MemoryState, tokens: int) -> None:
-        self.state = state.map(torch.Tensor.detach) if not torch.is_grad_enabled() else state
+        self.state = state
         self.seen += tokens
         self.is_initialized = True
         if self.pending is not None:
@@ -107,13 +108,30 @@ class LigerCacheLayer(CacheLayerMixin):
         return 0 if self.state is None else self.state.nbytes()
 
 
+def take_cache(kwargs: dict[str, Any]) -> Cache | None:
+    """Remove the cache from keyword arguments, whichever of its two names it has, and return it.
+
+    ValueError for two caches, or for one under a name that nobody reads.
+    """
+    given = [kwargs.pop(name, None) for name in _CACHES]
+    if given[0] is not None and given[1] is not None and given[0] is not given[1]:
+        fail(CACHE, "one cache", f"two, under the names {' and '.join(_CACHES)}")
+    for name, value in kwargs.items():
+        if isinstance(value, Cache):
+            fail(name, f"a cache under the name {CACHE}", "one under a name that is not read")
+    return given[0] if given[0] is not None else given[1]
+
+
 def layer_and_state(
     cache: Cache | None, index: int, device: torch.device
 ) -> tuple[LigerCacheLayer | None, LigerState | MemoryState | None]:
     """The cache's layer, if there is a cache, and what it holds, if anything, on the device."""
     layer = None if cache is None else cast(LigerCacheLayer, cache.layers[index])
-    state = None if layer is None or layer.state is None else layer.state.map(lambda x: x.to(device))
-    return layer, state
+    if layer is None or layer.state is None:
+        return layer, None
+    held = layer.state.position if isinstance(layer.state, LigerState) else layer.state.memories[0]
+    # Offloading leaves a state elsewhere.
+    return layer, layer.state if held.device == device else layer.state.map(lambda x: x.to(device))
 
 
 def make_cache(config: PreTrainedConfig) -> DynamicCache:

@@ -144,31 +144,47 @@ def project(attention: nn.Module, x: torch.Tensor, t: Traits) -> tuple[torch.Ten
     else:
         q, k, v = (getattr(attention, f"{name}_proj")(x) for name in "qkv")
     q, k, v = (y.unflatten(-1, (-1, t.width)) for y in (q, k, v))
-    return finish(attention, "q", q, t), finish(attention, "k", k, t), finish(attention, "v", v, t)
+    q, k, v = _finish(attention, t, q=q, k=k, v=v)
+    return q, k, v
 
 
-def finish(attention: nn.Module, name: str, x: torch.Tensor, t: Traits) -> torch.Tensor:
-    """Norm and bound of projected queries "q", keys "k" or values "v" [...,heads,D]."""
-    norm = getattr(attention, f"{name}_norm", None)
-    if norm is not None:
-        # Some norm every head by itself, some all heads together.
-        x = norm(x) if norm.weight.shape[-1] == t.width else norm(x.flatten(-2)).view(x.shape)
-    return x if t.clip is None else x.clamp(-t.clip, t.clip)
+def _finish(attention: nn.Module, t: Traits, **projected: torch.Tensor) -> list[torch.Tensor]:
+    """Norm and bound of projected queries q, keys k or values v [...,heads,D]."""
+    done = []
+    for name, x in projected.items():
+        norm = getattr(attention, f"{name}_norm", None)
+        if norm is not None:
+            # Some norm every head by itself, some all heads together.
+            x = norm(x) if norm.weight.shape[-1] == t.width else norm(x.flatten(-2)).view(x.shape)
+        done.append(x if t.clip is None else x.clamp(-t.clip, t.clip))
+    return done
 
 
-def key_and_value(attention: nn.Module, t: Traits) -> tuple[nn.Linear, nn.Linear]:
-    """The linear maps of keys and of values, cut out of a fused one as copies."""
-    fused = getattr(attention, "qkv_proj", None)
-    if fused is None:
-        return cast(nn.Linear, attention.k_proj), cast(nn.Linear, attention.v_proj)
-    weights = fused.weight.detach().split(t.projections)[1:]
-    biases = (None, None) if fused.bias is None else fused.bias.detach().split(t.projections)[1:]
-    parts = []
-    for weight, bias in zip(weights, biases, strict=True):
-        part = nn.Linear(fused.in_features, len(weight), bias is not None, device=weight.device, dtype=weight.dtype)
-        part.load_state_dict({"weight": weight} if bias is None else {"weight": weight, "bias": bias})
-        parts.append(part)
-    return parts[0], parts[1]
+class Projections(nn.Module):
+    """Of a layer on the modules of a pretrained attention, as its family does them."""
+
+    traits: Traits
+
+    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return project(self, x, self.traits)
+
+    def finish(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        k, v = _finish(self, self.traits, k=k, v=v)
+        return k, v
+
+    def key_and_value(self) -> tuple[nn.Linear, nn.Linear]:
+        """The linear maps of keys and of values, cut out of a fused one as copies."""
+        fused = getattr(self, "qkv_proj", None)
+        if fused is None:
+            return cast(nn.Linear, self.k_proj), cast(nn.Linear, self.v_proj)
+        weights = fused.weight.detach().split(self.traits.projections)[1:]
+        biases = (None, None) if fused.bias is None else fused.bias.detach().split(self.traits.projections)[1:]
+        parts = []
+        for weight, bias in zip(weights, biases, strict=True):
+            part = nn.Linear(fused.in_features, len(weight), bias is not None, device=weight.device, dtype=weight.dtype)
+            part.load_state_dict({"weight": weight} if bias is None else {"weight": weight, "bias": bias})
+            parts.append(part)
+        return parts[0], parts[1]
 
 
 def weight_shapes(attention: nn.Module, config: PreTrainedConfig) -> dict[str, tuple[int, int]]:

@@ -11,25 +11,31 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Cache, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    Cache,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts, MixtralSparseMoeBlock, MixtralTopKRouter
-from transformers.utils import can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from liger_layers import load_balancing_loss, router_parameters
 from liger_layers.patterns import check_layer, split
 from liger_models._decoding import ConstantCacheMixin
-from liger_models._inputs import CACHE, refuse_unread, take_cache
+from liger_models._inputs import CACHE, refuse_unread
 from liger_models._mixers import MIXERS, known_options, listed, make_mixer, whole_name
 from liger_models._remote import PortableConfig
-from liger_models.cache import admit, fit_cache, layer_and_state, make_cache
+from liger_models.cache import admit, fit_cache, layer_and_state, make_cache, take_cache
 from liger_models.modeling import refuse_cut_off
 from liger_ops.errors import check_known, check_positive, fail
 
@@ -133,8 +139,9 @@ class LigerModelConfig(PortableConfig, PreTrainedConfig):
         elif self.hidden_size % self.num_attention_heads:
             wanted = f"a multiple of num_attention_heads {self.num_attention_heads} without head_dim"
             fail("hidden_size", wanted, self.hidden_size)
-        if self.num_attention_heads % self.num_key_value_heads:
-            wanted = f"a multiple of num_key_value_heads {self.num_key_value_heads}"
+        shared = self.num_key_value_heads or self.num_attention_heads
+        if self.num_attention_heads % shared:
+            wanted = f"a multiple of num_key_value_heads {shared}"
             fail("num_attention_heads", wanted, self.num_attention_heads)
         if self.experts_per_token > self.num_experts:
             fail("experts_per_token", f"at most num_experts {self.num_experts}", self.experts_per_token)
@@ -195,8 +202,8 @@ class LigerPreTrainedModel(PreTrainedModel):
     config_class = LigerModelConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("LigerDecoderLayer",)
-    _skip_keys_device_placement = ("past_key_values", "cache")
+    _no_split_modules = ["LigerDecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": LigerDecoderLayer,
         "expert_logits": OutputRecorder(MixtralTopKRouter),
@@ -274,7 +281,8 @@ class LigerModel(LigerPreTrainedModel):
         _, mask = admit(cache, x, input_ids, attention_mask, position_ids, kwargs)
         for layer in self.layers:
             x = layer(x, mask=mask, cache=cache, router_logits=router_logits)
-        return MoeModelOutputWithPast(last_hidden_state=self.norm(x), **{CACHE: cache})
+        held: dict[str, Any] = {CACHE: cache}
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(x), **held)
 
 
 class LigerForCausalLM(ConstantCacheMixin, LigerPreTrainedModel, GenerationMixin):
@@ -361,7 +369,7 @@ class LigerForCausalLM(ConstantCacheMixin, LigerPreTrainedModel, GenerationMixin
         routers = (*router_parameters(self), *gates)
         refuse_cut_off(routers, x, (y for logits, _ in (memories, experts) for y in logits or ()))
         losses = [load_balancing_loss(logits, top_k, mask) for logits, top_k in (memories, experts) if logits]
-        return sum(losses) if losses else None
+        return sum(losses[1:], losses[0]) if losses else None
 
 
 AutoConfig.register(LigerModelConfig.model_type, LigerModelConfig)

@@ -21,10 +21,11 @@ from liger_layers import load_balancing_loss, router_parameters
 from liger_models._conversion import build, plan_layers, swap_attention
 from liger_models._decoder import Decoder
 from liger_models._decoding import ConstantCacheMixin
-from liger_models._inputs import CACHE, take_cache
+from liger_models._inputs import CACHE
 from liger_models._linearized import LinearizedAttention as LinearizedAttention
 from liger_models._linearized import LinearizedWindow as LinearizedWindow
 from liger_models._remote import PortableConfig
+from liger_models.cache import take_cache
 from liger_models.configuration import LigerConfig
 from liger_models.families import KNOWN, PREFIX, Family, own_windows
 from liger_ops.errors import fail

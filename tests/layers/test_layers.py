@@ -1,5 +1,6 @@
 """Layers on their own: pieces equal the whole, padding, feature maps, gates, and clear refusals."""
 
+import pickle
 import subprocess
 import sys
 
@@ -139,7 +140,7 @@ def test_kernel_features_estimate_the_exponential_after_calibration():
     eye = 0.16 * torch.eye(K)[None]
     kernel.calibrate(q_mean, k_mean, eye, eye, torch.ones(K, dtype=torch.bool))
     with torch.no_grad():
-        estimate = (kernel.query(q).exp() * kernel.key(k).exp()).sum(-1)
+        estimate = (kernel(q, "query").exp() * kernel(k, "key").exp()).sum(-1)
     wanted = (q * k).sum(-1).mul(K**-0.5).exp()
     constant = wanted.mean().expand_as(wanted)
     assert (estimate.mean() / wanted.mean() - 1).abs() < 0.1
@@ -283,3 +284,9 @@ def test_autocast(layer, training):
     if training:
         y.float().sum().backward()
         assert all(torch.isfinite(p.grad).all() for p in layer.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("gate", ["gla", "gsa"])
+def test_a_pickled_layer_computes_the_same(gate):
+    layer, x = LigerAttention(32, 4, gate=gate, memories=2, window=5), torch.randn(2, 9, 32)
+    assert torch.equal(pickle.loads(pickle.dumps(layer))(x)[0], layer(x)[0])
