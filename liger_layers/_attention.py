@@ -92,10 +92,8 @@ class Attention(nn.Module):
         q, k, v = self.project(x)
         if state is None:
             state = LigerState.zeros(self.parts, x.shape[0], self.origin, x.device, k.dtype)
-        elif isinstance(state, LigerState):
-            state.check(self.parts, x.shape[0], self.origin)
         else:
-            errors.fail("state", "a LigerState", type(state).__name__)
+            self._check_state(state, x.shape[0])
         if position_embeddings is None and self.rope_theta is not None:
             before = torch.arange(x.shape[1], device=x.device) if mask is None else mask.cumsum(1) - 1
             position = state.position[:, None] + before
@@ -108,6 +106,24 @@ class Attention(nn.Module):
         position = state.position + (x.shape[1] if mask is None else mask.sum(1))
         after = LigerState(**{**_NOTHING, **parts}, position=position, origin=state.origin)
         return self.o_proj(o.flatten(2).to(x.dtype)), after
+
+    def _check_state(self, state: object, batch: int) -> None:
+        """ValueError unless the state comes from such a layer and every part has its shape."""
+        if not isinstance(state, LigerState):
+            errors.fail("state", "a LigerState", type(state).__name__)
+        if state.origin != self.origin:
+            state.check_origin(self.origin)
+        seen = 0 if state.visible is None else state.visible.shape[1]
+        for name, part in self.parts.items():
+            held, wanted, given = getattr(state, name), None, None
+            if isinstance(part, list):
+                wanted = [(batch, *shape) for shape in part]
+            elif part is not None:
+                wanted = (batch, *(seen if size is None else size for size in part))
+            if held is not None:
+                given = [tuple(x.shape) for x in held] if isinstance(held, tuple) else tuple(held.shape)
+            if given != wanted:
+                errors.fail("state", f"{name} of shape {wanted}", given)
 
     def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> LigerState:
         """The state before the first token; dtype is that of keys."""

@@ -15,9 +15,7 @@ from liger_layers.feature_maps import FeatureMap
 from liger_layers.gates import Gate, log_decay, strength
 from liger_layers.recurrences import UpdateRule, gate_named, rule_behind, rule_named
 from liger_ops.errors import check_factor
-
-# Sums of features with a larger logarithm could leave float32.
-MAX_LOG = 30.0
+from liger_ops.limits import MAX_LOG_FEATURE
 
 
 def _blank(x: torch.Tensor, padding: torch.Tensor | None, value: float = 0.0) -> torch.Tensor:
@@ -72,7 +70,7 @@ class PooledRecurrence(NamedTuple):
             key, values = (_blank(x.to(query.dtype), padding) for x in (k, v))
         elif self.rule.key is not None:
             key = features(k, "key")
-            key = _blank(key.clamp(max=MAX_LOG).exp() if features.log else key, padding)
+            key = _blank(key.clamp(max=MAX_LOG_FEATURE).exp() if features.log else key, padding)
         values = values.to(query.dtype)
         if self.chosen.normalize:
             values = torch.cat([values, torch.ones_like(values[..., :1])], -1)

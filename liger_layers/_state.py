@@ -92,22 +92,6 @@ class LigerState(_State):
                 made[name] = torch.zeros((batch, *(size or 0 for size in part)), device=device, dtype=kind)
         return cls(**made, origin=origin)
 
-    def check(self, parts: Mapping[str, Part], batch: int, origin: Origin) -> None:
-        """ValueError unless the state comes from such a layer and every part has its shape."""
-        if self.origin != origin:
-            self.check_origin(origin)
-        seen = 0 if self.visible is None else self.visible.shape[1]
-        for name, part in parts.items():
-            held, wanted, given = getattr(self, name), None, None
-            if isinstance(part, list):
-                wanted = [(batch, *shape) for shape in part]
-            elif part is not None:
-                wanted = (batch, *(seen if size is None else size for size in part))
-            if held is not None:
-                given = [tuple(x.shape) for x in held] if isinstance(held, tuple) else tuple(held.shape)
-            if given != wanted:
-                fail("state", f"{name} of shape {wanted}", given)
-
 
 @dataclass
 class MemoryState(_State):

@@ -6,7 +6,7 @@ Shapes: B batch, T time, HQ query heads, H key/value heads, K key width, V value
 import torch
 
 from liger_ops import _checks, _devices, _joint
-from liger_ops._inputs import AttentionInputs, RecurrenceInputs
+from liger_ops._inputs import AttentionInputs, RecurrenceInputs, work_dtype
 from liger_ops._kernels import recurrence_kernels
 from liger_ops._norms import length
 from liger_ops._torch.attention import joint as joint_in_pytorch
@@ -38,7 +38,7 @@ def _is_served(x: RecurrenceInputs) -> bool:
 
 def window(x: AttentionInputs, with_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """o [B,T,HQ,V] in the dtype of q, and lse [B,T,HQ] in float32 or float64, or None."""
-    if _joint.on_kernels(x) and not (with_lse and torch.is_grad_enabled()):
+    if _devices.on_triton(x.q) and _joint.serves(x) and not (with_lse and torch.is_grad_enabled()):
         return _joint.window(x, *_joint.find_keys(x))
     return window_attention(x, with_lse)
 
@@ -48,9 +48,9 @@ def joint(x: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
     (B, T, HQ, _), V = x.q.shape, x.v.shape[-1]
     if T == 0 or B == 0:
         assert x.state is not None
-        return x.v.new_zeros(B, T, HQ, V), x.state
+        return x.v.new_zeros(B, T, HQ, V), x.state.to(work_dtype(x.q))
     if T == 1 and not torch.is_grad_enabled():
         return joint_in_pytorch.joint_step(x)
-    if _joint.on_kernels(x) and not (x.g is not None and x.g.ndim == 4):
+    if _devices.on_triton(x.q) and _joint.serves(x) and not (x.g is not None and x.g.ndim == 4):
         return _joint.joint(x, *_joint.find_keys(x))
     return joint_in_pytorch.joint(x)

@@ -61,7 +61,8 @@ def check_qkv(
     more_values: v may have a multiple HV of the heads of k, and then HQ is a multiple of HV, or HV one of HQ.
     """
     for name, x in ((query, q), (key, k), ("v", v)):
-        check_tensor(name, x)
+        if not isinstance(x, torch.Tensor):
+            check_tensor(name, x)
         if x.ndim != 4:
             fail(name, "[batch, time, heads, width]", f"shape {tuple(x.shape)}")
         if q.dtype not in _FLOATS:
@@ -101,13 +102,16 @@ def check_windowed(
 ) -> tuple[float, float]:
     """What windowed attention is given; the scale and the bound of the scores, 0 for none, as numbers."""
     check_qkv(q, k, v, same_length=False)
-    check_window(window, sinks)
+    # What is plainly right costs no call, which a decoded token notices.
+    if not (type(window) is int and window > 0 and type(sinks) is int and sinks >= 0):
+        check_window(window, sinks)
     if visible is not None:
-        check_tensor("visible", visible)
+        if not isinstance(visible, torch.Tensor):
+            check_tensor("visible", visible)
         if visible.shape != k.shape[:2] or visible.dtype != torch.bool or visible.device != k.device:
             given = f"{visible.dtype} {tuple(visible.shape)} on {visible.device}"
             fail("visible", f"a bool mask {list(k.shape[:2])} on {k.device}", given)
-    return as_scale(scale, q.shape[-1]), as_softcap(softcap)
+    return as_scale(scale, q.shape[-1]), 0.0 if softcap is None else as_softcap(softcap)
 
 
 def check_like(name: str, x: torch.Tensor, k: torch.Tensor, tail: str) -> None:
@@ -127,7 +131,8 @@ def check_decay(
     """g is a log decay <= 0, or raw any number, of one of the given ranks: 1 [H], 3 [B,T,H], 4 [B,T,H,K]."""
     if g is None:
         return
-    check_tensor(name, g)
+    if not isinstance(g, torch.Tensor):
+        check_tensor(name, g)
     shapes = {1: (k.shape[2],), 3: tuple(k.shape[:3]), 4: tuple(k.shape)}
     # The text only where it is needed: a compiler that does not know the sizes cannot write them.
     if g.ndim not in ranks or tuple(g.shape) != shapes[g.ndim]:
@@ -170,7 +175,8 @@ def check_state(
     """initial_state is [N,H,K,V] on the device of k."""
     if state is None:
         return
-    check_tensor(name, state)
+    if not isinstance(state, torch.Tensor):
+        check_tensor(name, state)
     shape = (sequences, k.shape[2], k.shape[3], width)
     if tuple(state.shape) != shape:
         fail(name, f"shape {list(shape)}", tuple(state.shape))

@@ -111,7 +111,3 @@ class KernelAttentionInputs(NamedTuple):
 def work_dtype(x: torch.Tensor) -> torch.dtype:
     """What sums of x are taken in."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def cast(x: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    return None if x is None else x.to(dtype)

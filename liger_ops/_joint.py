@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from liger_ops import _checks, _devices
+from liger_ops import _checks
 from liger_ops._inputs import AttentionInputs, KernelAttentionInputs
 from liger_ops._torch.attention.window import find_sinks
 
@@ -27,13 +27,13 @@ def _is_seen(device: torch.device, width: int) -> bool:
     return not torch.version.hip and (card.major, card.minor) == _SEEN and width >= _NARROWEST
 
 
-def on_kernels(x: AttentionInputs) -> bool:
-    """Whether kernels serve this: on a Hopper GPU, unless narrow, wide, float64 or of bounded scores."""
+def serves(x: AttentionInputs) -> bool:
+    """Whether kernels do, where they serve anything: on Hopper, unless narrow, wide, float64 or of bounded scores."""
     widths = x.q.shape[-1], x.v.shape[-1]
     fits = max(widths) <= _WIDEST and x.sinks <= _MOST_SINKS and not x.softcap and x.q.numel() > 0
     coarse = x.q_log is None or x.q_log.dtype != torch.float64
     narrowest = min(*widths, *(() if x.q_log is None else x.q_log.shape[-1:]))
-    return _devices.on_triton(x.q) and fits and coarse and _is_seen(x.q.device, narrowest)
+    return fits and coarse and _is_seen(x.q.device, narrowest)
 
 
 def find_keys(x: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -196,9 +196,9 @@ def joint(x: AttentionInputs, column: torch.Tensor, rest: torch.Tensor) -> tuple
     T, S, g = x.q.shape[1], x.k.shape[1], x.g
     if g is not None:
         g = g.masked_fill(~rest[:, S - T - x.window : S - x.window, None], 0.0)
-    given = KernelAttentionInputs(
-        x.q, x.k, x.v, column, rest, x.window, x.scale, q_log=x.q_log, k_log=x.k_log, g=g, mix=x.mix, state=x.state
-    )
+    assert x.mix is not None and x.state is not None
+    far = dict(q_log=x.q_log, k_log=x.k_log, g=g, mix=x.mix.float(), state=x.state.float())
+    given = KernelAttentionInputs(x.q, x.k, x.v, column, rest, x.window, x.scale, **far)
     _checks.refuse_tangents("joint_kernels", given)
     return _joint(*given)[:2]
 

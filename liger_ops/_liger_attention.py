@@ -6,7 +6,7 @@ Shapes: B batch, T queries, S = W + T keys, HQ query heads, H key/value heads, D
 import torch
 
 from liger_ops import _backend, _checks, errors
-from liger_ops._inputs import AttentionInputs, work_dtype
+from liger_ops._inputs import AttentionInputs
 
 
 @errors.lists_keywords
@@ -67,12 +67,10 @@ def liger_attention(
         errors.fail("mix", f"a number or [{q.shape[2]}] on {q.device}", f"{tuple(mix.shape)} on {mix.device}")
     _checks.check_decay(g, k_log, (3, 4))
     _checks.check_state(initial_state, B, k_log, v.shape[-1] + 1)
-    work = work_dtype(q)
     if initial_state is None:
-        state = q.new_zeros(B, k.shape[2], k_log.shape[-1], v.shape[-1] + 1, dtype=work)
-    else:
-        state = initial_state.to(work)
-    mix = torch.as_tensor(mix, dtype=work, device=q.device).expand(q.shape[2])
-    x = AttentionInputs(q, k, v, window, sinks, scale, softcap, visible, q_log, k_log, g, mix, state)
+        initial_state = k_log.new_zeros(B, k.shape[2], k_log.shape[-1], v.shape[-1] + 1)
+    fine = torch.promote_types(q.dtype, torch.float32)
+    mix = torch.as_tensor(mix, dtype=fine, device=q.device).expand(q.shape[2])
+    x = AttentionInputs(q, k, v, window, sinks, scale, softcap, visible, q_log, k_log, g, mix, initial_state)
     o, state = _backend.joint(x)
     return o, state if output_final_state else None

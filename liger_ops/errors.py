@@ -39,12 +39,13 @@ def check_keywords(caller: str, given: Iterable[str], choices: Collection[str]) 
 
 def lists_keywords(call: Callable[_P, _R]) -> Callable[_P, _R]:
     """For a public function or constructor: an unknown keyword is answered with its name and the choices."""
-    known = [name for name in inspect.signature(call).parameters if name != "self"]
+    known = dict.fromkeys(name for name in inspect.signature(call).parameters if name != "self")
     title = call.__qualname__.removesuffix(".__init__")
 
     @functools.wraps(call)
     def door(*args: _P.args, **options: _P.kwargs) -> _R:
-        check_keywords(title, options, known)
+        if not options.keys() <= known.keys():
+            check_keywords(title, options, known)
         return call(*args, **options)
 
     return door

@@ -59,7 +59,10 @@ class Apart(NamedTuple):
 
 class Decay(NamedTuple):
     """Running sums [B,H,N,C,1 or K] and what they amount to: factors from the chunk's start to a row and from a row
-    to its end, both like the sums, and over the whole chunk, [B,H,N,1 or K]; apart is None where decays may not.
+    to its end, both like the sums, and over the whole chunk, [B,H,N,1 or K].
+
+    Of one channel also those of a chunk's pairs [B,H,N,C,C], and, if wanted, carry [B*H,N+1,N+1]: what chunk n adds is worth
+    before chunk i, and what was there at first in its first column. apart is None where decays may not.
     """
 
     sums: torch.Tensor
@@ -67,6 +70,13 @@ class Decay(NamedTuple):
     end: torch.Tensor
     total: torch.Tensor
     apart: Apart | None = None
+    pairs: torch.Tensor | None = None
+    carry: torch.Tensor | None = None
+
+
+def carried(total: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`Decay.carry` of what whole chunks decay by, total [B,H,N]."""
+    return between(running(F.pad(total, (1, 0)).unsqueeze(2)), dtype).squeeze(2).tril().flatten(0, 1)
 
 
 def margin(lowest: float) -> float:
@@ -85,7 +95,7 @@ def unit(x: torch.Tensor, half: float) -> float:
     return math.ldexp(1.0, min(max(math.frexp(largest)[1], -40), 40)) if math.isfinite(largest) else 1.0
 
 
-def make_decay(g: torch.Tensor | None) -> Decay | None:
+def make_decay(g: torch.Tensor | None, carry: bool = False) -> Decay | None:
     """g [B,H,N,C] or [B,H,N,C,K]."""
     if g is None:
         return None
@@ -95,12 +105,16 @@ def make_decay(g: torch.Tensor | None) -> Decay | None:
     # Only a gradient minds the difference.
     end = factor(remaining(g) if torch.is_grad_enabled() else last - sums, g.dtype)
     lowest = last.detach().amin().item()
+    pairs = chunks = None
+    if sums.shape[-1] == 1:
+        pairs = between(sums.squeeze(-1), g.dtype).tril()
+        chunks = carried(last[:, :, :, 0, 0], g.dtype) if carry else None
     if per_head or lowest < FACTORABLE:
         near = factor(sums, g.dtype)
-        return Decay(sums, near, end, near[:, :, :, -1])
+        return Decay(sums, near, end, near[:, :, :, -1], None, pairs, chunks)
     start = sums.exp()
     near, half = start.to(g.dtype), margin(lowest)
     # In float64, where no gradient times half overflows.
     fall = near if half == 1.0 else (start * half).to(g.dtype)
     apart = Apart(fall, (start * half).reciprocal().to(g.dtype), half)
-    return Decay(sums, near, end, near[:, :, :, -1], apart)
+    return Decay(sums, near, end, near[:, :, :, -1], apart, pairs, chunks)

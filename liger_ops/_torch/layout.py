@@ -75,12 +75,3 @@ def side_by_side(
         return x.new_zeros(N * L, *x.shape[2:]).index_copy(0, place, x.squeeze(0)).unflatten(0, (N, L))
 
     return rows, place
-
-
-def divide(x: torch.Tensor, length: int, out: torch.Tensor | None = None) -> torch.Tensor:
-    """[B,H,N,C,G,V+1] -> [B,T,HQ,V]: the first V columns divided by the last, into `out` if given."""
-    x = unpack(x, length)
-    if out is None:
-        return (x[..., :-1] / x[..., -1:]).flatten(2, 3)
-    torch.div(x[..., :-1], x[..., -1:], out=out.unflatten(2, x.shape[2:4]))
-    return out

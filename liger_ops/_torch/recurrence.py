@@ -18,7 +18,6 @@ from liger_ops._torch.in_place.forward import forward
 from liger_ops._torch.layout import full_precision, head_major, pack, side_by_side, unpack
 from liger_ops._torch.segments import Plan, Tensors, define
 from liger_ops._torch.traced import additive, delta
-from liger_ops._torch.traced.pairs import decayed_scores
 
 # Chunks of a segment: its states stay in a core's cache, and its dispatch costs little beside it.
 _CHUNKS = 64
@@ -46,12 +45,12 @@ def _segment(
     N, short = -(-T // C), -T % C
     k, v = (head_major(y, short).unflatten(2, (N, C)) for y in (x.k, x.v))
     g, gv, beta = (None if y is None else head_major(y, short).unflatten(2, (N, C)) for y in (x.g, x.gv, x.beta))
-    decay, decay_v = make_decay(g), make_decay(gv)
+    decay, decay_v = make_decay(g, carry=beta is None and gv is None), make_decay(gv)
     if beta is None:
         before, last = additive.enter(k, v, decay, state, decay_v)
     else:
         v, before, last = delta.enter(k, v, beta, g, decay, state)
-    a, q = decayed_scores(pack(x.q, H, C), k, decay, x.scale)
+    a, q = additive.decayed_scores(pack(x.q, H, C), k, decay, x.scale)
     o = unpack(additive.read(a, v, q, before, decay_v), T)
     return o.flatten(2, 3) if out is None else out.unflatten(2, (H, -1)).copy_(o), last
 
@@ -69,6 +68,7 @@ def _plan(**given) -> Plan:
         body=partial(_segment, x),
         step=_CHUNKS * chunk_size(x),
         width=x.v.shape[-1],
+        q=x.q,
         state=given["state"],
         inputs={n: given[n] for n in IN_TIME},
         reach={},

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from liger_ops import _checks
 from liger_ops._torch.layout import full_precision
@@ -36,8 +37,8 @@ class Plan(NamedTuple):
     """How an op runs: `body` handles `step` rows at a time and hands its state on, from `state` to the final one.
 
     A segment gets rows [start + first, stop + last) of dimension 1 of each input, zeros where there are none, or all of
-    an input whose reach is not (first, last) but None; (0, 0) where nothing is said. Among the inputs is q [B,T,HQ,K]
-    with T >= 1; o is [B,T,HQ,width]. cu_seqlens [N+1] parts batch 1 into sequences, each with a state of its own.
+    an input whose reach is not (first, last) but None; (0, 0) where nothing is said. One of them is q [B,T,HQ,K] with
+    T >= 1; o is [B,T,HQ,width]. cu_seqlens [N+1] parts batch 1 into sequences, each with a state of its own.
 
     A trace makes plans whose sizes it does not know: what makes one branches on none of them.
     """
@@ -45,17 +46,12 @@ class Plan(NamedTuple):
     body: Body
     step: int
     width: int
+    q: torch.Tensor
     state: torch.Tensor
     inputs: Tensors
     reach: dict[str, tuple[int, int] | None]
     cu_seqlens: torch.Tensor | None = None
     reverse: Reverse | None = None
-
-    @property
-    def q(self) -> torch.Tensor:
-        q = self.inputs["q"]
-        assert q is not None
-        return q
 
     @property
     def most(self) -> int:
@@ -100,9 +96,11 @@ class Plan(NamedTuple):
         return found
 
 
-@torch.no_grad()
 def _forward(plan: Plan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """o, the final state, and the states that segments start from."""
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(plan.q.device.type):
+        with torch.no_grad(), torch.autocast(plan.q.device.type, enabled=False):
+            return _forward(plan)
     q, segments, final = plan.q, plan.segments(), plan.state.clone(memory_format=torch.contiguous_format)
     o = q.new_empty(*q.shape[:3], plan.width)
     starts = final.new_zeros(plan.most, *plan.start.shape)
@@ -135,7 +133,7 @@ def _differentiate(
 
 
 def _backward(
-    plan: Plan, starts: torch.Tensor, do: torch.Tensor, dstate: torch.Tensor, wanted: Collection[str]
+    dstate: torch.Tensor, starts: torch.Tensor, do: torch.Tensor, plan: Plan, wanted: Collection[str]
 ) -> Tensors:
     """Gradients of the inputs that are wanted, and of the state, a segment at a time from the last one."""
     grads = {n: torch.zeros_like(x) if n in wanted and x is not None else None for n, x in plan.inputs.items()}
@@ -177,7 +175,7 @@ def define(name: str, schema: str, make_plan: Callable[..., Plan]) -> Callable[.
         return [n for n, need in zip(names, needs, strict=True) if need and n in inputs] + ["state"]
 
     def forward(*args):
-        return _forward(plan(args))
+        return _forward(make_plan(**dict(zip(names, args, strict=True))))
 
     def fake(*args):
         p = plan(args)
@@ -185,7 +183,7 @@ def define(name: str, schema: str, make_plan: Callable[..., Plan]) -> Callable[.
         return p.q.new_empty(*p.q.shape[:3], p.width), state, state.new_empty(p.most * p.start.numel())
 
     def backward(do, dstate, starts, needs, *args):
-        found = _backward(plan(args), starts, do, dstate, wanted(needs))
+        found = full_precision(_backward)(dstate, starts, do, plan(args), wanted(needs))
         return [found[n] for n in wanted(needs)]
 
     def backward_fake(do, dstate, starts, needs, *args):
@@ -193,7 +191,7 @@ def define(name: str, schema: str, make_plan: Callable[..., Plan]) -> Callable[.
         return [torch.empty_like(given[n]) for n in wanted(needs)]
 
     for suffix, run, pretend in (("", forward, fake), ("_backward", backward, backward_fake)):
-        torch.library.impl(_LIBRARY, f"{name}{suffix}", "CompositeExplicitAutograd")(full_precision(run))
+        torch.library.impl(_LIBRARY, f"{name}{suffix}", "CompositeExplicitAutograd")(run)
         torch.library.register_fake(f"liger_ops::{name}{suffix}", pretend, lib=_LIBRARY)
 
     def setup(ctx, inputs, output):
@@ -216,7 +214,8 @@ def define(name: str, schema: str, make_plan: Callable[..., Plan]) -> Callable[.
 
     def public(**given: Any) -> tuple[torch.Tensor, torch.Tensor]:
         args = [given[n] for n in names]
-        _checks.refuse_tangents(name, args)
+        if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+            _checks.refuse_tangents(name, args)
         o, state, _ = op(*args)
         return o, state
 

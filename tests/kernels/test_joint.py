@@ -254,4 +254,4 @@ def test_a_second_derivative_names_itself(monkeypatch):
         torch.autograd.grad(o.sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="liger_ops::window_kernels_backward"):
         torch.autograd.grad(sliding_window_attention(q, x["k"], x["v"], 5).sum(), q, create_graph=True)
-    assert _joint.on_kernels(AttentionInputs(q, x["k"], x["v"], window=5, sinks=0, scale=1.0, softcap=0.0))
+    assert _joint.serves(AttentionInputs(q, x["k"], x["v"], window=5, sinks=0, scale=1.0, softcap=0.0))

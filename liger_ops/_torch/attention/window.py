@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from liger_ops._inputs import AttentionInputs, work_dtype
-from liger_ops._torch.layout import divide, full_precision, head_major, head_major_ones, pack, unpack
+from liger_ops._torch.layout import head_major, head_major_ones, pack, unpack
 from liger_ops._torch.segments import Plan, define
 
 BLOCK = 32
@@ -32,11 +32,6 @@ class Sinks(NamedTuple):
     k: torch.Tensor
     v: torch.Tensor
     column: torch.Tensor
-
-
-def by_name(sinks: Sinks) -> dict[str, torch.Tensor]:
-    """As ops take them."""
-    return dict(sink_k=sinks.k, sink_v=sinks.v, sink_column=sinks.column)
 
 
 class Window(NamedTuple):
@@ -127,8 +122,8 @@ class Weights(NamedTuple):
 
 
 def capped(scores: torch.Tensor, softcap: float) -> torch.Tensor:
-    """softcap tanh(scores / softcap) (Gemma 2, arXiv 2408.00118, sec. 2); 0 leaves the scores as they are."""
-    return (scores / softcap).tanh() * softcap if softcap else scores
+    """softcap tanh(scores / softcap) (Gemma 2, arXiv 2408.00118, sec. 2)."""
+    return (scores / softcap).tanh() * softcap
 
 
 def weigh(q: torch.Tensor, k: torch.Tensor, sinks: Sinks, window: Window) -> Weights:
@@ -138,11 +133,13 @@ def weigh(q: torch.Tensor, k: torch.Tensor, sinks: Sinks, window: Window) -> Wei
     near, future = _masks(window, sinks, N)
     keys = [x.unfold(0, L, C) for x in k.flatten(0, 1)]
     cap = window.softcap * LOG2
-    scores = capped(_each(q, keys), cap).view(B, H, N, C, G, L).add_(near)
+    scores = _each(q, keys)
+    scores = (capped(scores, cap) if cap else scores).view(B, H, N, C, G, L).add_(near)
     # A constant to the gradient: it divides out.
     top = scores.detach().amax(-1, keepdim=True)
     # Keys first: with P so small, everything else is far slower.
-    sink = capped(torch.bmm(sinks.k.flatten(0, 1), q.view(B * H, -1, D).transpose(1, 2)), cap)
+    sink = torch.bmm(sinks.k.flatten(0, 1), q.view(B * H, -1, D).transpose(1, 2))
+    sink = capped(sink, cap) if cap else sink
     if P:
         if future is not None:
             sink.view(B, H, P, N, C, G).add_(future)
@@ -162,22 +159,32 @@ def attend(weights: Weights, v: torch.Tensor, sink_v: torch.Tensor) -> torch.Ten
     return o.view(B, H, N, C, G, -1)
 
 
+def divide(x: torch.Tensor, length: int, out: torch.Tensor | None = None) -> torch.Tensor:
+    """[B,H,N,C,G,V+1] -> [B,T,HQ,V]: the first V columns divided by the last, into `out` if given."""
+    x = x.flatten(2, 3).transpose(1, 2)[:, :length]
+    if out is None:
+        return (x[..., :-1] / x[..., -1:]).flatten(2, 3)
+    torch.div(x[..., :-1], x[..., -1:], out=out.unflatten(2, x.shape[2:4]))
+    return out
+
+
 def rows_at_once(q: torch.Tensor, reach: int, size: int) -> int:
     """How many of the queries q [B,T,HQ,D] a segment takes: a multiple of `size`, whose scores fit a core's cache."""
     floats = _SCORES * (_ON_GPU if q.is_cuda else 1)
     return cast(int, torch.sym_max(floats // (q.shape[0] * q.shape[2] * reach * size), 1)) * size
 
 
-def look(
-    near: Callable[[], torch.Tensor],
-    first: int,
-    scale: float,
-    softcap: float,
-    rest: torch.Tensor,
-    rows: slice,
-) -> Window:
-    """What the window shows of some rows of an op, whose first query stands at key `first`."""
-    return Window(rest, near(), first + rows.start, scale, softcap)
+class View(NamedTuple):
+    """What of `Window` all rows of an op share, whose first query stands at key `first`; near is made when needed.
+
+    size is C, the queries of a block.
+    """
+
+    near: Callable[[], torch.Tensor]
+    size: int
+    first: int
+    scale: float
+    softcap: float
 
 
 def _segment(
@@ -192,12 +199,12 @@ def _segment(
     sink_v: torch.Tensor,
     sink_column: torch.Tensor,
     rest: torch.Tensor,
-    view: Callable[[torch.Tensor, slice], Window],
+    view: View,
     with_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of `window_attention`; the state is nothing."""
-    window, T, H = view(rest, rows), q.shape[1], k.shape[2]
-    C = len(window.near)
+    window = Window(rest, view.near(), view.first + rows.start, view.scale, view.softcap)
+    T, H, C = q.shape[1], k.shape[2], view.size
     k, v = head_major(k, -T % C), head_major_ones(v, -T % C)
     weights = weigh(pack(q, H, C), k, Sinks(sink_k, sink_v, sink_column), window)
     sums = attend(weights, v, sink_v)
@@ -223,11 +230,12 @@ def windowed_plan(
     state, window, scale, softcap = (inputs.pop(n) for n in ("state", "window", "scale", "softcap"))
     q, k = inputs["q"], inputs["k"]
     first, window = k.shape[1] - q.shape[1], cast(int, torch.sym_min(window, k.shape[1]))
+    size = cast(int, torch.sym_min(block, q.shape[1]))
     # Keys from `window` before a query on; where it is not among them, it and what it sees begin further back.
     keys = first - window, first
     reaches = {**reach, "k": keys, "v": keys, "rest": keys, "sink_k": None, "sink_v": None, "sink_column": None}
-    body = partial(segment, view=partial(look, lazy_near(q, window, block), first, scale, softcap))
-    return Plan(body, rows_at_once(q, window + block, block), width, state, inputs, reaches)
+    body = partial(segment, view=View(lazy_near(q, window, block), size, first, scale, softcap))
+    return Plan(body, rows_at_once(q, window + block, block), width, q, state, inputs, reaches)
 
 
 def _plan(*, with_lse: bool, **given) -> Plan:
@@ -243,7 +251,6 @@ _window = define(
 )
 
 
-@full_precision
 def window_attention(x: AttentionInputs, with_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """o [B,T,HQ,V] in the dtype of q, and lse [B,T,HQ] in float32 or None."""
     dtype, (B, T) = x.q.dtype, x.q.shape[:2]
@@ -253,8 +260,9 @@ def window_attention(x: AttentionInputs, with_lse: bool) -> tuple[torch.Tensor, 
         return x.q.new_zeros(*x.q.shape[:3], x.v.shape[-1]), lse
     q, k, v = x.q.to(work), x.k.to(work), x.v.to(work)
     held, rest = take_sinks(k, v, x.sinks, x.visible)
+    tensors = dict(q=q, k=k, v=v, sink_k=held.k, sink_v=held.v, sink_column=held.column, rest=rest)
     more = dict(window=x.window, scale=x.scale, softcap=x.softcap, with_lse=with_lse)
-    o, _ = _window(q=q, k=k, v=v, **by_name(held), rest=rest, state=q.new_zeros(0), **more)
+    o, _ = _window(**tensors, state=q.new_zeros(0), **more)
     if not with_lse:
         return o.to(dtype), None
     return o[..., :-1].to(dtype, copy=True, memory_format=torch.contiguous_format), o[..., -1].contiguous()

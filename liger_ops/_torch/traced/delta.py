@@ -11,7 +11,7 @@ u. Within a chunk u_i needs u_j of earlier rows only, (I + A) u = beta (v - k h)
 import torch
 
 from liger_ops._torch.decay import Decay, make_decay
-from liger_ops._torch.traced.pairs import decayed_products
+from liger_ops._torch.traced.additive import decayed_products
 
 
 def _corrected(
