@@ -63,9 +63,9 @@ def launches(gate: str, dtype: str, K: int = 128, V: int = 128) -> list[tuple[An
     v, state = torch.empty(B, T, H, V, dtype=kind), torch.empty(B, H, K, V)
     g = {"channel": torch.empty(B, T, H, K), "head": torch.empty(B, T, H), "none": None}[gate]
 
-    def record(kernel, grid, **named):
+    def record(kernel, grid, named):
         calls.append((kernel, named))
-        return launching.options(kernel.fn.__name__, named["K"], named["V"], named)[0]
+        return _options(kernel, named)[0]
 
     # Short enough for a sequence to have several pieces.
     by = launching.LAUNCHER._replace(launch=record, piece=64)
@@ -97,6 +97,10 @@ def _joint(x: RecurrenceInputs, by: launching.Launcher) -> None:
         joint.backward(call, found.o, found.last, found)
 
 
+def _options(kernel: Any, named: dict[str, Any]) -> list[launching.Config]:
+    return launching.options(kernel.fn.__name__, named["K"], named["V"], named.get("PRECISION", ""))
+
+
 def _variant(kernel: Any, named: dict[str, Any]) -> tuple:
     """What the compiler makes a difference of."""
     constants = launching.constant_names(kernel)
@@ -108,7 +112,7 @@ def _variant(kernel: Any, named: dict[str, Any]) -> tuple:
 def jobs(every_option: bool = True) -> Iterator[Job]:
     for gate, dtype in CASES:
         for place, (kernel, named) in enumerate(launches(gate, dtype)):
-            options = launching.options(kernel.fn.__name__, named["K"], named["V"], named)
+            options = _options(kernel, named)
             for option in range(len(options) if every_option else 1):
                 # Nothing else runs the joint softmax on kernels.
                 for target in ["sm_90"] if "joint" in kernel.fn.__module__ else TARGETS:
@@ -132,7 +136,7 @@ def _spills(asm: dict[str, Any], target: GPUTarget) -> tuple[int, int]:
 def compile_one(job: Job) -> dict[str, Any]:
     """What the compiler says of one kernel, configuration and target."""
     kernel, named = launches(job.gate, job.dtype)[job.place]
-    config = launching.options(kernel.fn.__name__, named["K"], named["V"], named)[job.option]
+    config = _options(kernel, named)[job.option]
     target, room = TARGETS[job.target]
     given = launching.fill(kernel, config, named)
     blocks = ("BK", "BV", "BG")

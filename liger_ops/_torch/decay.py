@@ -61,8 +61,8 @@ class Decay(NamedTuple):
     """Running sums [B,H,N,C,1 or K] and what they amount to: factors from the chunk's start to a row and from a row
     to its end, both like the sums, and over the whole chunk, [B,H,N,1 or K].
 
-    Of one channel also those of a chunk's pairs [B,H,N,C,C], and, if wanted, carry [B*H,N+1,N+1]: what chunk n adds is worth
-    before chunk i, and what was there at first in its first column. apart is None where decays may not.
+    Of one channel also those of a chunk's pairs [B,H,N,C,C], and, if wanted, carry [B*H,N+1,N+1]: what chunk n adds is
+    worth before chunk i, and what was there at first in its first column. apart is None where decays may not.
     """
 
     sums: torch.Tensor

@@ -82,10 +82,11 @@ class Call(NamedTuple):
 
     def launch(self, kernel: Any, grid: tuple | Callable[[Config], tuple[int, ...]], **more: Any) -> Config:
         """With everything that is here, by the names that kernels have for it, and `more` in its place or beside it."""
-        named = dict(q=self.q, k=self.k, v=self.v, g=self.g, scale=self.scale, chunks=self.chunks.chunks)
-        named |= self.decays._asdict() | self.sizes | self.constants | more
+        to, behind, e, fine = self.decays
+        own = dict(q=self.q, k=self.k, v=self.v, g=self.g, scale=self.scale, chunks=self.chunks.chunks)
+        named = {**own, "to": to, "behind": behind, "e": e, "fine": fine, **self.sizes, **self.constants, **more}
         where = grid if callable(grid) else lambda _: grid
-        return self.launcher.launch(kernel, where, **named)
+        return self.launcher.launch(kernel, where, named)
 
 
 def prepare(x: RecurrenceInputs, launcher: Launcher) -> Call:

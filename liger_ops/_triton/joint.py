@@ -88,7 +88,7 @@ class Call(NamedTuple):
         named |= self.far._asdict() | self.sizes | self.constants
         named |= dict(K=named["M"], chunks=self.chunks.chunks) | more
         where = grid if callable(grid) else lambda _: grid
-        return self.launcher.launch(kernel, where, **named)
+        return self.launcher.launch(kernel, where, named)
 
 
 class Rows(NamedTuple):

@@ -5,7 +5,7 @@ Shapes: N sequences of S tokens in all, C rows of a chunk.
 
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -71,6 +71,7 @@ _FINE: dict[tuple[str, str], list[Config]] = {
     ("states_kernel", "tf32x3"): [Config(16, 64, 4, 1), Config(32, 32, 8, 1)],
 }
 _chosen: dict[tuple, Config] = {}
+_constants: dict[str, list[str]] = {}
 _lock = threading.Lock()
 
 
@@ -80,9 +81,10 @@ def block(width: int, most: int) -> int:
     return min(max(triton.next_power_of_2(width), 16), most)
 
 
-def options(name: str, K: int, V: int, named: dict[str, Any]) -> list[Config]:
-    """The configurations of a kernel at these widths, without repetition."""
-    known = _FINE.get((name, named.get("PRECISION", "")), CONFIGS[name])
+@functools.cache
+def options(name: str, K: int, V: int, precision: str) -> list[Config]:
+    """The configurations of a kernel at these widths and for this precision of products, without repetition."""
+    known = _FINE.get((name, precision), CONFIGS[name])
     fitted = (c._replace(BK=block(K, c.BK), BV=block(V, c.BV)) for c in known)
     return list(dict.fromkeys(fitted))
 
@@ -113,20 +115,22 @@ def _bits(tensors: Sequence[torch.Tensor]) -> list[int]:
     return [x.view(kinds[x.element_size()]).sum().item() for x in tensors]
 
 
-def fill(kernel: Any, config: Config, named: dict[str, Any]) -> dict[str, Any]:
+def fill(kernel: Any, config: Config, named: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the named arguments that a kernel has, and its blocks: BG is that of a gate, as wide as a key's or 1."""
-    blocks = dict(BK=config.BK, BV=config.BV, BG=config.BK if named.get("PER_CHANNEL") else 1)
-    given = named | blocks
-    return {n: given[n] for n in kernel.arg_names if n in given}
+    blocks = {"BK": config.BK, "BV": config.BV, "BG": config.BK if named.get("PER_CHANNEL") else 1}
+    return {n: blocks[n] if n in blocks else named[n] for n in kernel.arg_names if n in blocks or n in named}
 
 
-@functools.cache
 def constant_names(kernel: Any) -> list[str]:
     """The arguments that Triton compiles for each of their values, blocks aside."""
-    return [p.name for p in kernel.params if p.is_constexpr and p.name not in ("BK", "BV", "BG")]
+    # By name: to hash a kernel is to hash its source and what it calls.
+    name = kernel.fn.__name__
+    if name not in _constants:
+        _constants[name] = [p.name for p in kernel.params if p.is_constexpr and p.name not in ("BK", "BV", "BG")]
+    return _constants[name]
 
 
-def launch(kernel: Any, grid: Callable[[Config], tuple[int, ...]], **named: Any) -> Config:
+def launch(kernel: Any, grid: Callable[[Config], tuple[int, ...]], named: Mapping[str, Any]) -> Config:
     """Run kernel on grid(config), its blocks and warps chosen once per device, widths, dtype and constants.
 
     named may hold more than the kernel has: what neighbours share is handed to all of them. K and V, the widths that
@@ -145,11 +149,11 @@ def launch(kernel: Any, grid: Callable[[Config], tuple[int, ...]], **named: Any)
         kernel[grid(config)](**filled, num_warps=config.num_warps, num_stages=config.num_stages)
         return config
 
-    choices = options(name, K, V, named)
+    choices = options(name, K, V, named.get("PRECISION", ""))
     if isinstance(kernel, InterpretedFunction):
         return run(choices[0])
     first = named[kernel.arg_names[0]]
-    key = name, first.device, first.dtype, K, V, *(named.get(n) for n in constant_names(kernel))
+    key = name, first.device, first.dtype, K, V, *[named.get(n) for n in constant_names(kernel)]
     with torch.cuda.device(first.device):
         if len(choices) == 1 or torch.cuda.is_current_stream_capturing():
             return run(_chosen.get(key, choices[0]))

@@ -102,5 +102,5 @@ def forward(
     sizes = dict(T=T, H=H, G=q.shape[2] // H, K=K, V=V, KG=K if x.per_channel else 1)
     constants = dict(GATED=x.g is not None, PER_CHANNEL=x.per_channel and K > 1, VALUES_GATED=x.gv is not None)
     constants |= dict(BEFORE=before, POOLED=slots is not None, ERASES=x.beta is not None)
-    launcher.launch(recurrent_kernel, lambda c: (N * H, cdiv(V, c.BV)), **given, **sizes, **constants)
+    launcher.launch(recurrent_kernel, lambda c: (N * H, cdiv(V, c.BV)), given | sizes | constants)
     return o

@@ -64,9 +64,9 @@ def cut(module: Any, piece: int) -> None:
     module.prepare = partial(module.prepare, launcher=LAUNCHER._replace(piece=piece))
 
 
-def tuned(kernel: Any, grid: Callable, **named: Any) -> Config:
+def tuned(kernel: Any, grid: Callable, named: dict[str, Any]) -> Config:
     """Launches every configuration, as tuning does: what an earlier one wrote must not show."""
-    choices = options(kernel.fn.__name__, named["K"], named["V"], named)
+    choices = options(kernel.fn.__name__, named["K"], named["V"], named.get("PRECISION", ""))
     for config in choices:
         kernel[grid(config)](**fill(kernel, config, named))
     return choices[-1]

@@ -61,9 +61,9 @@ def on_kernels(monkeypatch, **launcher):
     """The names of the kernels that are launched from here on, by a launcher of these fields."""
     names = []
 
-    def counted(kernel, grid, **named):
+    def counted(kernel, grid, named):
         names.append(kernel.fn.__name__)
-        return launch(kernel, grid, **named)
+        return launch(kernel, grid, named)
 
     by = LAUNCHER._replace(launch=counted, **launcher)
     monkeypatch.setattr(joint, "prepare", partial(joint.prepare, launcher=by))

@@ -94,7 +94,7 @@ def test_pieces_beyond_32_bits(reverse, monkeypatch):
         start, last = torch.empty_like(part), torch.empty_like(first)
         given = dict(part=part, total=total, first=first, start=start, last=last, pieces=torch.tensor(owned))
         given |= dict(H=1, K=K, V=V, KG=K, GATED=True, PER_CHANNEL=True, REVERSE=reverse)
-        launch(joins_kernel, lambda c: (2, cdiv(K, c.BK), cdiv(V, c.BV)), **given)
+        launch(joins_kernel, lambda c: (2, cdiv(K, c.BK), cdiv(V, c.BV)), given)
         return start, last
 
     wanted, last = run(part, total, [[0, 2], [2, 2]])
