@@ -21,9 +21,9 @@ demo: $(READY)
 test: $(READY) lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --benchmark-disable
 
-# Apart from the tests, which it makes a third slower. From Python 3.12 on, COVERAGE_CORE=sysmon makes it cheaper.
+# Of ops and layers by their own tests; apart from the others, which it would make a third slower. From Python 3.12 on, COVERAGE_CORE=sysmon makes it cheaper.
 coverage: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --benchmark-disable $(addprefix --cov=liger_,ops layers models)
+	$(BIN)/python -m pytest tests/ops tests/layers -n 2 --dist loadfile --benchmark-disable $(addprefix --cov=liger_,ops layers)
 
 # The wheel as users install it, with the newest releases or the lowest ones admitted; no pin but torch's, whose newest
 # would fetch CUDA. Tests run beside no sources, so that they import the wheel. The newest may be untested by design.

@@ -44,12 +44,12 @@ CONFIGS: dict[str, list[Config]] = {
     "corrected_states_kernel": [Config(16, 32, 4, 1), Config(64, 32, 4, 1), Config(128, 64, 8, 1)],
     # Those of the joint softmax hold all channels of the value. Nothing is tried here: with
     # other warps and stages Triton 3.6 lets matrix units of Hopper read beyond shared memory, which ends the process.
-    "far_states_kernel": [Config(128, 128, 8, 2)],
+    "far_states_kernel": [Config(128, 128, 8, 3)],
     "joint_kernel": [Config(32, 128, 8, 3)],
     "queries_kernel": [Config(32, 128, 4, 2)],
     "near_kernel": [Config(32, 128, 4, 2)],
-    "far_keys_kernel": [Config(128, 128, 8, 2)],
-    "far_values_kernel": [Config(64, 128, 8, 2)],
+    "far_keys_kernel": [Config(64, 128, 4, 1)],
+    "far_values_kernel": [Config(64, 128, 8, 3)],
     "sinks_kernel": [Config(16, 128, 8, 2)],
     # It holds all channels of the key, and may write over what it read: nothing to try twice.
     "recurrent_kernel": [Config(256, 16, 8, 1)],

@@ -73,10 +73,19 @@ def test_unknown_keywords_are_answered_with_the_known_ones(name):
     with pytest.raises(TypeError, match=f"^{name}: unexpected argument 'foo'; expected one of [qr], ") as raised:
         op(foo=1)
     choices = str(raised.value).split("expected one of ")[1].split(", ")
-    own = [n for n, p in inspect.signature(op).parameters.items() if p.kind is not p.VAR_KEYWORD]
+    own = list(inspect.signature(op).parameters)
     assert choices[: len(own)] == own and len(set(choices)) == len(choices)
     assert {"cp_context", "disable_recompute", "chunk_indices"} < set(choices)
     assert ("transpose_state_layout" in choices) == ("state_v_first" in choices)
+
+
+@pytest.mark.parametrize("name", [n for n in liger_ops.__all__ if not n.startswith("naive_")])
+def test_every_op_lists_every_keyword(name):
+    """The reference aside, which imports nothing of the rest."""
+    parameters = inspect.signature(getattr(liger_ops, name)).parameters
+    assert not [n for n, p in parameters.items() if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    with pytest.raises(TypeError, match=f"^{name}: unexpected argument 'foo'; expected one of {', '.join(parameters)}"):
+        getattr(liger_ops, name)(foo=1)
 
 
 @pytest.mark.parametrize("name", ["chunk_delta_rule", "chunk_gated_delta_rule", "chunk_kda", "fused_recurrent_kda"])
