@@ -124,7 +124,7 @@ def work(path: str, device: torch.device, names: tuple[str, ...]) -> None:
 
 
 def measure(workers: dict[str, Worker], name: str, rounds: int, span: float = _SPAN) -> dict[str, float]:
-    """Medians of milliseconds and of the ratios of rounds; best is the ratio of the fastest, which is disturbed least."""
+    """Medians of milliseconds and of the ratios of rounds; best is the ratio of the fastest, the least disturbed."""
 
     def ask(which: str, count: int) -> float:
         time.sleep(_PAUSE / 1e3)
