@@ -113,17 +113,22 @@ class Attention(nn.Module):
             errors.fail("state", "a LigerState", type(state).__name__)
         if state.origin != self.origin:
             state.check_origin(self.origin)
-        seen = 0 if state.visible is None else state.visible.shape[1]
+        shown = state.visible
+        seen = shown.shape[1] if isinstance(shown, torch.Tensor) and shown.ndim == 2 else 0
         for name, part in self.parts.items():
             held, wanted, given = getattr(state, name), None, None
             if isinstance(part, list):
                 wanted = [(batch, *shape) for shape in part]
             elif part is not None:
                 wanted = (batch, *(seen if size is None else size for size in part))
-            if held is not None:
-                given = [tuple(x.shape) for x in held] if isinstance(held, tuple) else tuple(held.shape)
+            if isinstance(held, tuple):
+                given = [tuple(x.shape) if isinstance(x, torch.Tensor) else x for x in held]
+            elif held is not None:
+                given = tuple(held.shape) if isinstance(held, torch.Tensor) else type(held).__name__
             if given != wanted:
                 errors.fail("state", f"{name} of shape {wanted}", given)
+        if shown is not None and shown.dtype != torch.bool:
+            errors.fail("state", "visible of torch.bool", shown.dtype)
 
     def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> LigerState:
         """The state before the first token; dtype is that of keys."""

@@ -11,7 +11,10 @@ from typing import Literal
 import torch
 from torch import nn
 
+from liger_ops.errors import check_known
+
 Side = Literal["query", "key"]
+SIDES = ("query", "key")
 
 
 class FeatureMap(nn.Module):
@@ -33,6 +36,8 @@ class Softmax(FeatureMap):
     log, paired = True, False
 
     def forward(self, x: torch.Tensor, side: Side) -> torch.Tensor:
+        if side not in SIDES:
+            check_known("side", side, SIDES)
         return x.log_softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
@@ -42,6 +47,8 @@ class UnitLength(FeatureMap):
     log, paired = False, False
 
     def forward(self, x: torch.Tensor, side: Side) -> torch.Tensor:
+        if side not in SIDES:
+            check_known("side", side, SIDES)
         return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -83,6 +90,8 @@ class SoftmaxKernel(FeatureMap):
         return torch.cat([w, -w])[:features].T.contiguous().to(torch.get_default_dtype())
 
     def forward(self, x: torch.Tensor, side: Side) -> torch.Tensor:
+        if side not in SIDES:
+            check_known("side", side, SIDES)
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
             if side == "key":

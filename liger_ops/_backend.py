@@ -48,7 +48,7 @@ def joint(x: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
     (B, T, HQ, _), V = x.q.shape, x.v.shape[-1]
     if T == 0 or B == 0:
         assert x.state is not None
-        return x.v.new_zeros(B, T, HQ, V), x.state.to(work_dtype(x.q))
+        return x.v.new_zeros(B, T, HQ, V), x.state.to(work_dtype(x.q), copy=True)
     if T == 1 and not torch.is_grad_enabled():
         return joint_in_pytorch.joint_step(x)
     if _devices.on_triton(x.q) and _joint.serves(x) and not (x.g is not None and x.g.ndim == 4):

@@ -1,4 +1,4 @@
-"""Argument checks at the public door; nothing behind it checks again.
+"""Argument checks at the public door; nothing behind it checks again, forward-mode tangents aside.
 
 Shapes: B batch, T time, HQ query heads, H key/value heads, K key width, V value width, N sequences.
 """
@@ -27,7 +27,7 @@ def as_softcap(softcap: float | None) -> float:
     """The bound of the scores, 0 for none."""
     if softcap is None:
         return 0.0
-    if not isinstance(softcap, (int, float)) or not 0 < softcap < math.inf:
+    if isinstance(softcap, bool) or not isinstance(softcap, (int, float)) or not 0 < softcap < math.inf:
         fail("softcap", "a number > 0, or None", repr(softcap))
     return float(softcap)
 
@@ -37,8 +37,8 @@ def as_scale(scale: float | None, width: int) -> float:
     if scale is None:
         return width**-0.5
     if isinstance(scale, torch.Tensor) and scale.ndim == 0 and not scale.requires_grad:
-        return scale.item()
-    if not isinstance(scale, (int, float)):
+        scale = scale.item()
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         given = f"a tensor {tuple(scale.shape)}" if isinstance(scale, torch.Tensor) else type(scale).__name__
         fail("scale", "a number (multiply q by anything that learns)", given)
     if not -math.inf < scale < math.inf:

@@ -49,6 +49,8 @@ def gated_step(
         ValueError: names the argument, what was expected and what was given.
     """
     live = _check(q, k, v, slots)
+    if g is not None:
+        errors.check_tensor("g", g)
     if g is not None and g.ndim not in (2, 3):
         errors.fail("g", "[batch, heads] or [batch, heads, width]", f"shape {tuple(g.shape)}")
     _check_decay("g", g, k, live, (3, 4))
@@ -93,8 +95,9 @@ def gsa_step(
 
     Everything else, errors included, as in `gated_step`.
     """
-    keys, values = pool
+    keys, values = _parts(pool, "hk", "hv")
     live = _check(q, k, v, slots)
+    errors.check_tensor("s", s)
     _checks.check_like("s", s.unsqueeze(1), k.unsqueeze(1), "H, M")
     if g is None:
         errors.fail("g", f"shape {list(s.shape)}", None)
@@ -124,8 +127,10 @@ def mlstm_step(
 
     Everything else, errors included, as in `gated_step`.
     """
-    C, n, m = pool
+    C, n, m = _parts(pool, "C", "n", "m")
     live = _check(q, k, v, slots)
+    for name, x in (("i", i), ("f", f)):
+        errors.check_tensor(name, x)
     _check_decay("f", f, k, live, (3,))
     _checks.check_input_gate(i.unsqueeze(1), k.unsqueeze(1))
     _checks.check_pool(C, slots, k, v.shape[-1], "pool, C")
@@ -155,6 +160,7 @@ def mlstm_step(
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     """Which requests have a state."""
     for name, x in (("q", q), ("k", k), ("v", v)):
+        errors.check_tensor(name, x)
         if x.ndim != 3:
             errors.fail(name, "[batch, heads, width]", f"shape {tuple(x.shape)}")
     _checks.check_qkv(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1))
@@ -162,10 +168,22 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slots: torch.Tenso
     return slots >= 0
 
 
+def _parts(pool: object, *names: str) -> tuple[torch.Tensor, ...]:
+    """The tensors of a pool."""
+    if not isinstance(pool, tuple | list) or len(pool) != len(names):
+        given = f"{type(pool).__name__} of {len(pool)}" if isinstance(pool, tuple | list) else type(pool).__name__
+        errors.fail("pool", f"({', '.join(names)})", given)
+    for name, x in zip(names, pool, strict=True):
+        errors.check_tensor(f"pool, {name}", x)
+    return tuple(pool)
+
+
 def _check_decay(
     name: str, g: torch.Tensor | None, k: torch.Tensor, live: torch.Tensor, ranks: tuple[int, ...]
 ) -> None:
     """Of requests without a state only the shape."""
+    if g is not None:
+        errors.check_tensor(name, g)
     if g is not None and len(g) == len(live) and g.is_floating_point() and g.device == live.device:
         g = g.masked_fill(~live.view(-1, *[1] * (g.ndim - 1)), 0.0)
     _checks.check_decay(g if g is None else g.unsqueeze(1), k.unsqueeze(1), ranks, name)

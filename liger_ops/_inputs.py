@@ -35,7 +35,9 @@ class RecurrenceInputs(NamedTuple):
 
     def in_time(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "RecurrenceInputs":
         """Each tensor that has a dimension of time changed, q first."""
-        q, k, v, g, gv, beta = (None if x is None else change(x) for x in self[:6])
+        q, k, v, g, gv, beta = (
+            None if x is None else change(x) for x in (self.q, self.k, self.v, self.g, self.gv, self.beta)
+        )
         return self._replace(q=q, k=k, v=v, g=g, gv=gv, beta=beta)
 
     @property

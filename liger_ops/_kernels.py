@@ -112,7 +112,7 @@ def _(do, dstate, gate, *inputs):
 def _setup(ctx, inputs, output):
     x = RecurrenceInputs(*inputs)
     ctx.numbers = dict(scale=x.scale, chunk=x.chunk, unit=x.unit)
-    ctx.save_for_backward(*x[:-3])
+    ctx.save_for_backward(*x[: -len(ctx.numbers)])
 
 
 def _differentiate(ctx, do, dstate):
@@ -162,4 +162,4 @@ def pooled_step(x: RecurrenceInputs, slots: torch.Tensor, before: bool = False) 
 
     slots [B] are rows of the pool; before: what is read is the state without the token.
     """
-    return _pooled_step(*x[:7], slots, x.scale, before)
+    return _pooled_step(*x[: len(Gradients._fields)], slots, x.scale, before)

@@ -50,7 +50,7 @@ def liger_attention(
         output_final_state: also return the state after the T tokens have entered.
 
     Returns:
-        o [B,T,HQ,V] in the dtype of q, and the final state [B,H,M,V+1] in float32 or None.
+        o [B,T,HQ,V] in the dtype of q, and the final state [B,H,M,V+1] in float32 (float64 for float64) or None.
 
     Raises:
         ValueError: names the argument, what was expected and what was given.
@@ -59,6 +59,10 @@ def liger_attention(
     B, T, S = q.shape[0], q.shape[1], k.shape[1]
     if T + window > S:
         errors.fail("k", f"at least T + window = {T + window} tokens", S)
+    if not isinstance(q_log, torch.Tensor):
+        errors.check_tensor("q_log", q_log)
+    if not isinstance(mix, torch.Tensor) and (not isinstance(mix, int | float) or not mix >= 0):
+        errors.fail("mix", f"a number >= 0 or [{q.shape[2]}]", repr(mix))
     far = slice(S - T - window, S - window)
     _checks.check_qkv(q_log, k_log, v[:, far].to(q_log.dtype), query="q_log", key="k_log")
     if q_log.shape[:3] != q.shape[:3]:

@@ -119,6 +119,7 @@ def mlstm(
         ValueError: names the argument, what was expected and what was given.
     """
     _checks.check_qkv(q, k, v)
+    errors.check_tensor("f", f)
     _checks.check_decay(f, k, (3,), "f")
     _checks.check_input_gate(i, k)
     errors.check_cu_seqlens(cu_seqlens, q.shape[0], q.shape[1], None, max_seqlen)

@@ -49,6 +49,7 @@ def chunk_rwkv6(
         ValueError: names the argument, what was expected and what was given.
     """
     _checks.check_qkv(r, k, v, query="r")
+    errors.check_tensor("w", w)
     _checks.check_decay(w, k, (4,), "w")
     _checks.check_bonus(u, r)
     errors.check_cu_seqlens(cu_seqlens, r.shape[0], r.shape[1], cu_seqlens_cpu, max_seqlen)

@@ -98,7 +98,7 @@ def recurrence(x: RecurrenceInputs) -> tuple[torch.Tensor, torch.Tensor]:
     x = x._replace(state=state).in_time(lambda y: y.to(work))
     if T == 0 or B == 0:
         # Nothing, but of all inputs: a loss of it has gradients.
-        nothing = sum(y.sum() for y in x[:6] if y is not None)
+        nothing = sum(y.sum() for y in (x.q, x.k, x.v, x.g, x.gv, x.beta) if y is not None)
         return (x.q.new_zeros(B, T, x.q.shape[2], V) + nothing).to(dtype), state.clone()
     if T == 1 and x.cu_seqlens is None and not torch.is_grad_enabled():
         o, state = one_token(x.in_time(lambda y: y[:, 0]))

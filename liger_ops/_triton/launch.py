@@ -13,6 +13,8 @@ import triton
 from triton.runtime.errors import OutOfResources
 from triton.runtime.interpreter import InterpretedFunction
 
+from liger_ops.limits import WIDEST_KEY
+
 
 class Config(NamedTuple):
     """Blocks of the key and value width, and how Triton compiles."""
@@ -52,7 +54,7 @@ CONFIGS: dict[str, list[Config]] = {
     "far_values_kernel": [Config(64, 128, 8, 3)],
     "sinks_kernel": [Config(16, 128, 8, 2)],
     # It holds all channels of the key, and may write over what it read: nothing to try twice.
-    "recurrent_kernel": [Config(256, 16, 8, 1)],
+    "recurrent_kernel": [Config(WIDEST_KEY, 16, 8, 1)],
 }
 # Where products as fine as float32 want others.
 _FINE: dict[tuple[str, str], list[Config]] = {

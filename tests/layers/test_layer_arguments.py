@@ -1,5 +1,6 @@
 """What layers are told and given: one line that names the argument, for every layer that takes it."""
 
+import dataclasses
 import inspect
 import math
 
@@ -15,6 +16,7 @@ from liger_layers import (
     MixtureOfMemories,
     SlidingWindowAttention,
 )
+from liger_layers.feature_maps import FEATURE_MAPS
 from liger_models import LigerConfig, LigerForCausalLM, LigerModelConfig
 
 LAYERS = (LigerAttention, GatedRecurrence, SlidingWindowAttention, FullAttention)
@@ -83,6 +85,27 @@ def test_a_state_of_another_layer_is_refused(name):
     _, state = LigerAttention(32, 4, **dict(window=6, sinks=2) | other)(x)
     with pytest.raises(ValueError, match=f"state: expected one of a layer with {message}"):
         LigerAttention(32, 4, **dict(window=6, sinks=2) | one)(x, state=state)
+
+
+@pytest.mark.parametrize(
+    ("visible", "message"),
+    [
+        (torch.zeros(3, dtype=torch.bool), r"visible of shape \(1, 8\), got \(3,\)"),
+        ([True], r"visible of shape \(1, 8\), got list"),
+        (torch.ones(1, 8, dtype=torch.long), r"visible of torch.bool, got torch.int64"),
+    ],
+)
+def test_a_state_that_was_changed_by_hand_is_named(visible, message):
+    layer, x = LigerAttention(32, 4, window=6, sinks=2), torch.randn(1, 3, 32)
+    state = dataclasses.replace(layer(x)[1], visible=visible)
+    with pytest.raises(ValueError, match=f"state: expected {message}"):
+        layer(x, state=state)
+
+
+@pytest.mark.parametrize("name", FEATURE_MAPS)
+def test_features_are_those_of_queries_or_of_keys(name):
+    with pytest.raises(ValueError, match="side: expected one of query, key, got 'Key'"):
+        FEATURE_MAPS[name](4, 2, 8)(torch.randn(1, 3, 4, 8), "Key")
 
 
 def test_a_state_of_another_kind_of_layer_is_refused():

@@ -237,3 +237,8 @@ def test_bad_arguments_are_named():
     x = torch.randn(1, 9, 2, 8)
     with pytest.raises(ValueError, match="k: expected at least T"):
         liger_attention(x, x, x, x, x, None, window=4)
+    k = torch.randn(1, 13, 2, 8)
+    for name, value in (("q_log", None), ("mix", -1.0), ("mix", "a"), ("softcap", True), ("scale", True)):
+        options = dict(q_log=x, mix=1.0) | {name: value}
+        with pytest.raises(ValueError, match=f"^{name}: expected "):
+            liger_attention(x, k, k, k_log=x, g=None, window=4, **options)

@@ -252,7 +252,7 @@ _window = define(
 
 
 def window_attention(x: AttentionInputs, with_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """o [B,T,HQ,V] in the dtype of q, and lse [B,T,HQ] in float32 or None."""
+    """o [B,T,HQ,V] in the dtype of q, and lse [B,T,HQ] in float32 or float64, or None."""
     dtype, (B, T) = x.q.dtype, x.q.shape[:2]
     work = work_dtype(x.q)
     if T == 0 or B == 0:
