@@ -9,7 +9,7 @@ from torch import nn
 
 from liger_layers._attention import FullAttention, GatedRecurrence, LigerAttention, SlidingWindowAttention
 from liger_layers.mixture_of_memories import LinearMixer, MixtureOfMemories
-from liger_layers.patterns import KINDS, split
+from liger_layers.patterns import KINDS, MEMORIES, split
 from liger_ops.errors import fail
 
 # The kinds that need no pretrained layer.
@@ -31,5 +31,5 @@ def make_layer(name: str, hidden_size: int, num_heads: int, options: Mapping[str
     if twice := said.keys() & options.keys():
         fail("options", f"no {min(twice)} beside {name!r}", repr(options[min(twice)]))
     if kind == "memories":
-        said["memories"] = 4
+        said["memories"] = MEMORIES
     return MADE_ANEW[kind](hidden_size, num_heads, **{**said, **options})

@@ -22,6 +22,7 @@ from liger_layers._routing import (
     one_token,
 )
 from liger_layers._state import MemoryState, Origin
+from liger_layers.patterns import MEMORIES
 from liger_layers.recurrences import Sizes, Tensors, UpdateRule, rule_named, with_rule
 from liger_ops import errors
 
@@ -112,7 +113,7 @@ class MixtureOfMemories(Routing):
         hidden_size: int,
         num_heads: int,
         *,
-        memories: int = 4,
+        memories: int = MEMORIES,
         top_k: int = 2,
         rule: str = "gated_deltanet",
         shared: bool = True,

@@ -5,6 +5,8 @@ from collections.abc import Collection, Mapping, Sequence
 from liger_layers.recurrences import with_gate, with_rule
 from liger_ops.errors import fail
 
+# How many memories a layer with some has unless told.
+MEMORIES = 4
 # The kinds of layers, and what a recurrence named behind a colon is to them: a gate, a rule, or nothing.
 KINDS: dict[str, str | None] = {
     "liger": "gate",

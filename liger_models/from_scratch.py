@@ -30,7 +30,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from liger_layers import load_balancing_loss, router_parameters
-from liger_layers.patterns import check_layer, split
+from liger_layers.patterns import MEMORIES, check_layer, split
 from liger_models._decoding import ConstantCacheMixin
 from liger_models._inputs import CACHE, refuse_unread
 from liger_models._mixers import MIXERS, known_options, listed, make_mixer, whole_name
@@ -82,7 +82,7 @@ class LigerModelConfig(PortableConfig, PreTrainedConfig):
     head_dim: int | None = None
     mixers: str | list[str] = "mom"
     mixer_options: dict[str, dict[str, Any]] | None = None
-    memories: int = 4
+    memories: int = MEMORIES
     memories_per_token: int = 2
     conv_size: int = 4
     mlp: str = "dense"
