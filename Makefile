@@ -21,7 +21,8 @@ demo: $(READY)
 test: $(READY) lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --benchmark-disable
 
-# Of ops and layers by their own tests; apart from the others, which it would make a third slower. From Python 3.12 on, COVERAGE_CORE=sysmon makes it cheaper.
+# Of ops and layers by their own tests; apart from the others, which it would make a third slower. From Python 3.12 on,
+# COVERAGE_CORE=sysmon makes it cheaper.
 coverage: $(READY)
 	$(BIN)/python -m pytest tests/ops tests/layers -n 2 --dist loadfile --benchmark-disable $(addprefix --cov=liger_,ops layers)
 

@@ -7,7 +7,7 @@ import torch
 
 from liger_ops import _checks, errors
 from liger_ops._gated_linear_attention import chunk_simple_gla, fused_recurrent_simple_gla
-from liger_ops._keywords import keywords
+from liger_ops._keywords import another_name, keywords
 
 
 def _retention_decay(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -53,37 +53,7 @@ def chunk_retention(
     )
 
 
-@keywords()
-def fused_chunk_retention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scale: float | None = None,
-    initial_state: torch.Tensor | None = None,
-    output_final_state: bool = False,
-    cu_seqlens: torch.Tensor | None = None,
-    *,
-    state_v_first: bool = False,
-    cu_seqlens_cpu: torch.Tensor | None = None,
-    normalize: bool = False,
-    chunk_size: int | None = None,
-    max_seqlen: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`chunk_retention` by another name."""
-    return chunk_retention(
-        q,
-        k,
-        v,
-        scale=scale,
-        initial_state=initial_state,
-        output_final_state=output_final_state,
-        cu_seqlens=cu_seqlens,
-        state_v_first=state_v_first,
-        cu_seqlens_cpu=cu_seqlens_cpu,
-        normalize=normalize,
-        chunk_size=chunk_size,
-        max_seqlen=max_seqlen,
-    )
+fused_chunk_retention = another_name(chunk_retention, "fused_chunk_retention")
 
 
 @keywords()

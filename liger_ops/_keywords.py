@@ -51,6 +51,18 @@ def keywords(absent: str = "") -> Callable[[Callable[_P, _R]], Callable[_P, _R]]
     return decorate
 
 
+def another_name(op: Callable[_P, _R], name: str) -> Callable[_P, _R]:
+    """An op under a second name, which its errors say."""
+
+    @functools.wraps(inspect.unwrap(op))
+    def same(*args: _P.args, **options: _P.kwargs) -> _R:
+        return op(*args, **options)
+
+    same.__name__ = same.__qualname__ = name
+    same.__doc__ = f"`{op.__name__}` by another name."
+    return keywords()(same)
+
+
 def _rename_layout(options: dict[str, Any]) -> None:
     transposed = options.pop("transpose_state_layout")
     if not isinstance(transposed, bool):

@@ -7,7 +7,7 @@ import torch
 
 from liger_ops import _checks, errors
 from liger_ops._gated_linear_attention import chunk_gla, fused_recurrent_gla, fused_recurrent_simple_gla
-from liger_ops._keywords import keywords
+from liger_ops._keywords import another_name, keywords
 
 # With normalize, the state is a pair: h [N,H,K,V] and z [N,1,H,K], the sum of the keys.
 LinearState = torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None
@@ -43,31 +43,7 @@ def chunk_linear_attn(
     )
 
 
-@keywords()
-def fused_chunk_linear_attn(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scale: float | None = None,
-    initial_state: LinearState = None,
-    output_final_state: bool = False,
-    normalize: bool = True,
-    cu_seqlens: torch.Tensor | None = None,
-    *,
-    max_seqlen: int | None = None,
-) -> tuple[torch.Tensor, LinearState]:
-    """`chunk_linear_attn` by another name."""
-    return chunk_linear_attn(
-        q,
-        k,
-        v,
-        scale=scale,
-        initial_state=initial_state,
-        output_final_state=output_final_state,
-        normalize=normalize,
-        cu_seqlens=cu_seqlens,
-        max_seqlen=max_seqlen,
-    )
+fused_chunk_linear_attn = another_name(chunk_linear_attn, "fused_chunk_linear_attn")
 
 
 @keywords()

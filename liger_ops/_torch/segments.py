@@ -175,7 +175,7 @@ def define(name: str, schema: str, make_plan: Callable[..., Plan]) -> Callable[.
         return [n for n, need in zip(names, needs, strict=True) if need and n in inputs] + ["state"]
 
     def forward(*args):
-        return _forward(make_plan(**dict(zip(names, args, strict=True))))
+        return _forward(plan(args))
 
     def fake(*args):
         p = plan(args)
@@ -214,6 +214,7 @@ def define(name: str, schema: str, make_plan: Callable[..., Plan]) -> Callable[.
 
     def public(**given: Any) -> tuple[torch.Tensor, torch.Tensor]:
         args = [given[n] for n in names]
+        # As it asks itself: without tangents, which is nearly always, no call is worth making.
         if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
             _checks.refuse_tangents(name, args)
         o, state, _ = op(*args)

@@ -4,7 +4,6 @@ Shapes: B batch, T queries, S keys, HQ = G * H query heads, H key/value heads, D
 W window, P sinks, C rows of a chunk.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,7 +22,7 @@ from liger_ops._triton.launch import (
     Pieces,
     block,
     equal_chunks,
-    make_pieces,
+    equal_pieces,
 )
 
 # Query heads of a group, if it is even, that one program takes.
@@ -140,7 +139,7 @@ def prepare(x: KernelAttentionInputs, launcher: Launcher = LAUNCHER) -> Call:
     q, k, v, column, rest = (y.contiguous() for y in (x.q, x.k, x.v, x.column, x.rest.view(torch.int8)))
     where = equal_chunks(B, T, C, q.device)
     few = x.q_log is not None and B * k.shape[2] <= CHAINS and 2 * launcher.piece <= T
-    pieces = _equal_pieces(B, T, launcher.piece, C, q.device) if few else None
+    pieces = equal_pieces(B, T, launcher.piece, C, q.device) if few else None
     # With tf32, Triton 3.6 lets Hopper's matrix units read beyond a kernel's shared memory.
     how = launcher.precision(q.dtype) if q.dtype == torch.bfloat16 else "ieee"
     constants = dict(C=C, PER_CHANNEL=False, GATED=x.g is not None, FAR=x.q_log is not None, PRECISION=how)
@@ -151,17 +150,6 @@ def prepare(x: KernelAttentionInputs, launcher: Launcher = LAUNCHER) -> Call:
     logs = [y.contiguous() for y in (x.q_log, x.k_log, x.mix)]
     factors = [x.k_log] * 3 if x.g is None else _decays(call, x.g)
     return call._replace(far=Far(*logs, *factors))
-
-
-def _equal_pieces(batch: int, length: int, most: int, C: int, device: torch.device) -> Pieces:
-    """The pieces of `batch` sequences of one length; kept as `equal_chunks` are."""
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    return (_kept_pieces.__wrapped__ if capturing else _kept_pieces)(batch, length, most, C, device)
-
-
-@functools.lru_cache(64)
-def _kept_pieces(batch: int, length: int, most: int, C: int, device: torch.device) -> Pieces:
-    return make_pieces(equal_chunks(batch, length, C, device).sequences, batch * length, most, C)
 
 
 def _decays(x: Call, g) -> list[torch.Tensor]:

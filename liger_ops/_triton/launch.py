@@ -6,7 +6,7 @@ Shapes: N sequences of S tokens in all, C rows of a chunk.
 import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import triton
@@ -14,6 +14,9 @@ from triton.runtime.errors import OutOfResources
 from triton.runtime.interpreter import InterpretedFunction
 
 from liger_ops.limits import WIDEST_KEY
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 class Config(NamedTuple):
@@ -251,17 +254,30 @@ def make_pieces(sequences: torch.Tensor, tokens: int, most: int, C: int) -> Piec
     return Pieces(torch.stack([start, start + parts.size, chunk], 1), torch.stack([parts.first, parts.each], 1))
 
 
+def _kept(make: Callable[_P, _R]) -> Callable[_P, _R]:
+    """make(..., device), whose tables are kept for the next call: nobody writes to them."""
+    kept = functools.lru_cache(64)(make)
+
+    @functools.wraps(make)
+    def found(*args: _P.args, **options: _P.kwargs) -> _R:
+        # What is allocated while a graph is captured holds nothing before its replay.
+        capturing = args[-1].type == "cuda" and torch.cuda.is_current_stream_capturing()
+        return (make if capturing else kept)(*args, **options)
+
+    return found
+
+
+@_kept
 def equal_chunks(batch: int, length: int, C: int, device: torch.device) -> Chunks:
-    """The chunks of `batch` sequences of one length; kept for the next call, nobody writes to them."""
-    # What is allocated while a graph is captured holds nothing before its replay.
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    return (_equal_chunks.__wrapped__ if capturing else _equal_chunks)(batch, length, C, device)
-
-
-@functools.lru_cache(64)
-def _equal_chunks(batch: int, length: int, C: int, device: torch.device) -> Chunks:
+    """The chunks of `batch` sequences of one length."""
     each = -(-length // C)
     i, n = torch.arange(batch * each, device=device), torch.arange(batch, device=device)
     within = i % each * C
     chunks = torch.stack([i // each * length + within, (length - within).clamp(max=C)], 1)
     return Chunks(chunks, torch.stack([n * length, (n + 1) * length, n * each], 1))
+
+
+@_kept
+def equal_pieces(batch: int, length: int, most: int, C: int, device: torch.device) -> Pieces:
+    """The pieces of `batch` sequences of one length."""
+    return make_pieces(equal_chunks(batch, length, C, device).sequences, batch * length, most, C)
