@@ -6,7 +6,7 @@ Shapes: B batch, T time, HQ query heads, H key/value heads, K key width, V value
 import torch
 
 from liger_ops import _checks, _devices, _joint
-from liger_ops._inputs import AttentionInputs, RecurrenceInputs, work_dtype
+from liger_ops._inputs import AttentionInputs, Recalled, RecurrenceInputs, work_dtype
 from liger_ops._kernels import recurrence_kernels
 from liger_ops._norms import length
 from liger_ops._torch.attention import joint as joint_in_pytorch
@@ -43,14 +43,14 @@ def window(x: AttentionInputs, with_lse: bool) -> tuple[torch.Tensor, torch.Tens
     return window_attention(x, with_lse)
 
 
-def joint(x: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """o [B,T,HQ,V] in the dtype of q, and the state after the T tokens [B,H,M,V+1]."""
+def joint(x: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor, Recalled | None]:
+    """o [B,T,HQ,V] in the dtype of q; after the T tokens the state [B,H,M,V+1], and what is recalled, if anything."""
     (B, T, HQ, _), V = x.q.shape, x.v.shape[-1]
     if T == 0 or B == 0:
         assert x.state is not None
-        return x.v.new_zeros(B, T, HQ, V), x.state.to(work_dtype(x.q), copy=True)
+        return x.v.new_zeros(B, T, HQ, V), x.state.to(work_dtype(x.q), copy=True), x.recalled
     if T == 1 and not torch.is_grad_enabled():
         return joint_in_pytorch.joint_step(x)
     if _devices.on_triton(x.q) and _joint.serves(x) and not (x.g is not None and x.g.ndim == 4):
-        return _joint.joint(x, *_joint.find_keys(x))
+        return *_joint.joint(x, *_joint.find_keys(x)), None
     return joint_in_pytorch.joint(x)

@@ -67,12 +67,25 @@ SCHEMA = (
 )
 
 
+class Recalled(NamedTuple):
+    """What a state keeps of the R tokens that stay exact beyond the window, in the order of time.
+
+    k [B,R,H,D] and v [B,R,H,V]; far [B,R,H,F] is k_log and g, by which they will enter the recurrence, then their
+    score, then 1, or 0 where there is no token.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    far: torch.Tensor
+
+
 class AttentionInputs(NamedTuple):
     """q [B,T,HQ,D], k [B,S,H,D], v [B,S,H,V], the queries at the last T keys, and which keys each of them sees.
 
     visible [B,S], or None for all. softcap is 0 where scores are not bounded. With features q_log [B,T,HQ,M] and
     k_log [B,T,H,M], the latter and g [B,T,H] or [B,T,H,M] of the T tokens that leave the window, mix [HQ] and
-    state [B,H,M,V+1], what the window no longer holds counts too.
+    state [B,H,M,V+1], what the window no longer holds counts too. Of that, those of the highest score [B,T,H] stay
+    exact, as many as recalled holds from before.
     """
 
     q: torch.Tensor
@@ -88,6 +101,8 @@ class AttentionInputs(NamedTuple):
     g: torch.Tensor | None = None
     mix: torch.Tensor | None = None
     state: torch.Tensor | None = None
+    score: torch.Tensor | None = None
+    recalled: Recalled | None = None
 
 
 class KernelAttentionInputs(NamedTuple):

@@ -28,9 +28,10 @@ def _is_seen(device: torch.device, width: int) -> bool:
 
 
 def serves(x: AttentionInputs) -> bool:
-    """Whether kernels do, where they serve anything: on Hopper, unless narrow, wide, float64 or of bounded scores."""
+    """Whether kernels do, where they serve anything: on Hopper, but recall, float64, softcap and odd widths."""
     widths = x.q.shape[-1], x.v.shape[-1]
     fits = max(widths) <= _WIDEST and x.sinks <= _MOST_SINKS and not x.softcap and x.q.numel() > 0
+    fits = fits and x.recalled is None
     coarse = x.q_log is None or x.q_log.dtype != torch.float64
     narrowest = min(*widths, *(() if x.q_log is None else x.q_log.shape[-1:]))
     return fits and coarse and _is_seen(x.q.device, narrowest)

@@ -6,7 +6,10 @@ Shapes: B batch, T queries, S = W + T keys, HQ query heads, H key/value heads, D
 import torch
 
 from liger_ops import _backend, _checks, errors
-from liger_ops._inputs import AttentionInputs
+from liger_ops._inputs import AttentionInputs, Recalled
+
+# The state of the recurrence, and what `Recalled` holds.
+RecallState = tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
 @errors.lists_keywords
@@ -22,11 +25,13 @@ def liger_attention(
     window: int,
     sinks: int = 0,
     scale: float | None = None,
-    initial_state: torch.Tensor | None = None,
+    initial_state: torch.Tensor | RecallState | None = None,
     output_final_state: bool = False,
     visible: torch.Tensor | None = None,
     softcap: float | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    recall: int = 0,
+    score: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | RecallState | None]:
     """One softmax whose far part is a gated recurrence over positive features.
 
     o_i = (sum_near exp(s_ij) v_j + mix sum_far w_ij v_j) / (sum_near exp(s_ij) + mix sum_far w_ij) with
@@ -34,6 +39,10 @@ def liger_attention(
     tokens and the sinks; far is every other earlier token, so that each token counts once. A token enters the
     recurrence, under its own decay, when it leaves the window. Features saturate: k_log counts up to 30, and q_log
     up to 30 above the largest score in the row's window and sinks.
+
+    With recall, as many of the tokens that have left the window stay near, those of the highest score, and what enters
+    the recurrence at a step is the token that is not, or no longer, among them; of equal scores the later token stays.
+    The choice takes no gradient. This is LoLA's idea (arXiv 2505.23666, sec. 4) with a score that a token brings along.
 
     Args:
         q: [B,T,HQ,D] queries as the window branch scores them (rotated), HQ a multiple of H.
@@ -46,11 +55,16 @@ def liger_attention(
         g: their log decay, [B,T,H,M], [B,T,H] or None.
         mix: [HQ] weight >= 0 of the far part; 0 leaves the window and the sinks alone.
         window, sinks, scale, visible, softcap: as in `sliding_window_attention`.
-        initial_state: [B,H,M,V+1]; the last column accumulates the key features alone.
-        output_final_state: also return the state after the T tokens have entered.
+        initial_state: [B,H,M,V+1]; the last column accumulates the key features alone. With recall what a call
+            returned, that and the tokens recalled.
+        output_final_state: also return the state after the T tokens have left the window.
+        recall: how many tokens stay exact beyond the window, for each key/value head; PyTorch serves them.
+        score: [B,T,H] of the T tokens that leave the window, columns as of k_log; needed with recall.
 
     Returns:
-        o [B,T,HQ,V] in the dtype of q, and the final state [B,H,M,V+1] in float32 (float64 for float64) or None.
+        o [B,T,HQ,V] in the dtype of q, and the final state [B,H,M,V+1] in float32 (float64 for float64) or None; with
+        recall (that, (k [B,R,H,D], v [B,R,H,V], far [B,R,H,F])): the tokens recalled, in the order of time, far what
+        they will enter the recurrence by, their score, and 1 where there is a token.
 
     Raises:
         ValueError: names the argument, what was expected and what was given.
@@ -70,11 +84,49 @@ def liger_attention(
     if isinstance(mix, torch.Tensor) and (mix.shape not in (q.shape[2:3], (1,), ()) or mix.device != q.device):
         errors.fail("mix", f"a number or [{q.shape[2]}] on {q.device}", f"{tuple(mix.shape)} on {mix.device}")
     _checks.check_decay(g, k_log, (3, 4))
+    initial_state, recalled = _check_recall(recall, score, initial_state, k_log, g, (k, v))
     _checks.check_state(initial_state, B, k_log, v.shape[-1] + 1)
     if initial_state is None:
         initial_state = k_log.new_zeros(B, k.shape[2], k_log.shape[-1], v.shape[-1] + 1)
     fine = torch.promote_types(q.dtype, torch.float32)
     mix = torch.as_tensor(mix, dtype=fine, device=q.device).expand(q.shape[2])
-    x = AttentionInputs(q, k, v, window, sinks, scale, softcap, visible, q_log, k_log, g, mix, initial_state)
-    o, state = _backend.joint(x)
-    return o, state if output_final_state else None
+    far = q_log, k_log, g, mix, initial_state, score, recalled
+    o, state, after = _backend.joint(AttentionInputs(q, k, v, window, sinks, scale, softcap, visible, *far))
+    if not output_final_state:
+        return o, None
+    return o, state if after is None else (state, (after.k.to(k.dtype), after.v.to(v.dtype), after.far))
+
+
+def _check_recall(
+    recall: int,
+    score: torch.Tensor | None,
+    state: torch.Tensor | RecallState | None,
+    k_log: torch.Tensor,
+    g: torch.Tensor | None,
+    columns: tuple[torch.Tensor, torch.Tensor],
+) -> tuple[torch.Tensor | None, Recalled | None]:
+    """The state of the recurrence, if there is one, and the tokens recalled, zeros at first; None without recall."""
+    if not recall:
+        if score is not None:
+            errors.fail("score", "None without recall", f"a {type(score).__name__}")
+        if type(recall) is not int:
+            errors.check_positive("recall", recall, 0)
+        return state, None
+    errors.check_positive("recall", recall, 0)
+    B, T, H, M = k_log.shape
+    errors.check_tensor("score", score)
+    if score.shape != (B, T, H) or score.device != k_log.device or not score.is_floating_point():
+        given = f"{score.dtype} {tuple(score.shape)} on {score.device}"
+        errors.fail("score", f"a floating tensor {[B, T, H]} on {k_log.device}", given)
+    widths = {n: x.shape[-1] for n, x in zip(("k", "v"), columns, strict=True)}
+    widths["far"] = M + (0 if g is None else 1 if g.ndim == 3 else M) + 2
+    if state is None:
+        k, v = columns
+        fine = torch.promote_types(k.dtype, torch.float32)
+        kinds = k.dtype, v.dtype, fine
+        sizes = zip(widths.values(), kinds, strict=True)
+        return None, Recalled(*(k.new_zeros(B, recall, H, width, dtype=kind) for width, kind in sizes))
+    if not isinstance(state, tuple | list) or len(state) != 2:
+        errors.fail("initial_state", "(state, recalled) with recall", type(state).__name__)
+    parts = _checks.check_parts(state[1], {n: (B, recall, H, width) for n, width in widths.items()}, k_log)
+    return state[0], Recalled(*parts)

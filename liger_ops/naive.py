@@ -3,6 +3,7 @@
 Shapes: B batch, T time, HQ query heads, H key/value heads (HQ = G * H), K key width, V value width, N sequences.
 """
 
+import heapq
 import itertools
 
 import torch
@@ -218,6 +219,29 @@ def naive_sliding_window_attention(
     return torch.einsum("bhij,bjhv->bihv", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
 
 
+def naive_recall(score: torch.Tensor, recall: int, *, window: int, sinks: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which tokens stay exact beyond the window, by a heap for each head, one token at a time.
+
+    Token j, unless a sink, leaves the window at step i = j + window. It is recalled from then on while fewer than
+    `recall` of the tokens that have left have a higher score, or an equal one and came later.
+
+    score [B,T,H] -> recalled [B,H,T,T], whether query i sees token j so, and lost [B,H,T], the token that is not, or no
+    longer, recalled from step i on, -1 where all are that have left.
+    """
+    B, T, H = score.shape
+    recalled, lost = torch.zeros(B, H, T, T, dtype=torch.bool), torch.full((B, H, T), -1)
+    for b, h in itertools.product(range(B), range(H)):
+        heap: list[tuple[float, int]] = []
+        for i in range(window + sinks, T):
+            token = (score[b, i - window, h].item(), i - window)
+            if len(heap) < recall:
+                heapq.heappush(heap, token)
+            else:
+                lost[b, h, i] = heapq.heappushpop(heap, token)[1]
+            recalled[b, h, i, [j for _, j in heap]] = True
+    return recalled, lost
+
+
 def naive_liger_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -231,28 +255,36 @@ def naive_liger_attention(
     sinks: int = 0,
     scale: float | None = None,
     softcap: float | None = None,
-) -> torch.Tensor:
+    recall: int = 0,
+    score: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """One softmax, exact over the last `window` and the first `sinks` tokens, a recurrence over features for the rest.
 
     o_i = (sum_near exp(s_ij) v_j + mix exp(q_log_i) h_i) / (sum_near exp(s_ij) + mix exp(q_log_i) z_i), where token
     j = i - window enters [h, z] at step i: [h, z] = exp(g_j) [h, z] + exp(k_log_j) [v_j, 1]^T, unless it is a sink.
+    With recall, the tokens that `naive_recall` finds by their score [B,T,H] are near too, and what it says is lost at
+    step i enters then.
 
     q [B,T,HQ,D], k [B,T,H,D], v [B,T,H,V], q_log [B,T,HQ,M], k_log [B,T,H,M], g [B,T,H,M], [B,T,H] or None, mix a
-    number or [HQ] -> [B,T,HQ,V].
+    number or [HQ] -> [B,T,HQ,V] and the last [h, z], [B,H,M,V+1].
     """
     (B, T, HQ, D), (H, V), M = q.shape, v.shape[2:], q_log.shape[-1]
     G, scale = HQ // H, float(D**-0.5) if scale is None else scale
     gain = (mix if isinstance(mix, torch.Tensor) else q.new_tensor(mix)).expand(HQ).view(HQ, 1)
     ones = torch.cat([v, torch.ones_like(v[..., :1])], -1)
+    recalled, lost = naive_recall(q.new_zeros(B, T, H) if score is None else score, recall, window=window, sinks=sinks)
+    i, j = torch.arange(T)[:, None], torch.arange(T)
+    near = recalled | ((j <= i) & ((i - j < window) | (j < sinks)))
+    row, head = torch.arange(B)[:, None], torch.arange(H)
     h, outputs = q.new_zeros(B, H, M, V + 1), []
     for i in range(T):
-        j = i - window
-        if j >= sinks:
-            decay = q.new_ones(1) if g is None else g[:, j].exp()
-            h = decay.reshape(*decay.shape[:2], -1, 1) * h + k_log[:, j].exp().unsqueeze(-1) * ones[:, j].unsqueeze(-2)
-        near = [j for j in range(i + 1) if i - j < window or j < sinks]
-        s = _capped(torch.einsum("bhgd,bnhd->bhgn", q[:, i].view(B, H, G, D), k[:, near]) * scale, softcap)
-        o = torch.einsum("bhgn,bnhv->bhgv", s.exp(), ones[:, near]).flatten(1, 2)
+        j = lost[:, :, i]
+        decay = q.new_ones(1) if g is None else g[row, j, head].exp().view(B, H, -1, 1)
+        entered = decay * h + k_log[row, j, head].exp().unsqueeze(-1) * ones[row, j, head].unsqueeze(-2)
+        h = torch.where((j >= 0)[..., None, None], entered, h)
+        s = _capped(torch.einsum("bhgd,bnhd->bhgn", q[:, i].view(B, H, G, D), k) * scale, softcap)
+        s = s.masked_fill(~near[:, :, None, i], -torch.inf)
+        o = torch.einsum("bhgn,bnhv->bhgv", s.exp(), ones).flatten(1, 2)
         o = o + gain * (q_log[:, i].exp().view(B, H, G, M) @ h).flatten(1, 2)
         outputs.append(o[..., :-1] / o[..., -1:])
-    return torch.stack(outputs, 1) if outputs else q.new_zeros(B, 0, HQ, V)
+    return torch.stack(outputs, 1) if outputs else q.new_zeros(B, 0, HQ, V), h

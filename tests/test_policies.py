@@ -25,8 +25,8 @@ PUBLIC = {
     "fused_recurrent_gla fused_recurrent_gsa fused_recurrent_hgrn2 fused_recurrent_kda fused_recurrent_lightnet "
     "fused_recurrent_lightning_attn fused_recurrent_linear_attn fused_recurrent_retention fused_recurrent_rwkv6 "
     "fused_recurrent_simple_gla gated_step gsa_step liger_attention mlstm mlstm_step naive_delta_rule naive_gsa "
-    "naive_liger_attention naive_lightnet naive_mlstm naive_recurrence naive_rwkv6 naive_sliding_window_attention "
-    "parallel_retention sliding_window_attention",
+    "naive_liger_attention naive_lightnet naive_mlstm naive_recall naive_recurrence naive_rwkv6 "
+    "naive_sliding_window_attention parallel_retention sliding_window_attention",
     liger_layers: "FEATURE_MAPS FullAttention Gate GatedRecurrence InterleavedStack LigerAttention LigerState "
     "LinearMixer MemoryState Mix MixtureOfMemories POOLINGS RECURRENCES Recurrence RuleGate SlidingWindowAttention "
     "Softmax SoftmaxKernel UpdateRule load_balancing_loss register_gate router_parameters routing_modules",

@@ -24,6 +24,10 @@ Body = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 Reverse = Callable[..., torch.Tensor | None]
 
 
+# What of an input a segment gets; `Plan` says more.
+Reach = tuple[int, int] | Callable[[slice], slice] | None
+
+
 class Segment(NamedTuple):
     """Rows of one sequence, its place among the states, and whether they are its first and its last."""
 
@@ -36,9 +40,10 @@ class Segment(NamedTuple):
 class Plan(NamedTuple):
     """How an op runs: `body` handles `step` rows at a time and hands its state on, from `state` to the final one.
 
-    A segment gets rows [start + first, stop + last) of dimension 1 of each input, zeros where there are none, or all of
-    an input whose reach is not (first, last) but None; (0, 0) where nothing is said. One of them is q [B,T,HQ,K] with
-    T >= 1; o is [B,T,HQ,width]. cu_seqlens [N+1] parts batch 1 into sequences, each with a state of its own.
+    A segment gets rows [start + first, stop + last) of dimension 1 of each input, zeros where there are none, (0, 0)
+    where nothing is said; all of an input whose reach is not (first, last) but None; and what a function of its rows
+    says where dimension 1 is not time. One of them is q [B,T,HQ,K] with T >= 1; o is [B,T,HQ,width]. cu_seqlens [N+1]
+    parts batch 1 into sequences, each with a state of its own.
 
     A trace makes plans whose sizes it does not know: what makes one branches on none of them.
     """
@@ -49,7 +54,7 @@ class Plan(NamedTuple):
     q: torch.Tensor
     state: torch.Tensor
     inputs: Tensors
-    reach: dict[str, tuple[int, int] | None]
+    reach: dict[str, Reach]
     cu_seqlens: torch.Tensor | None = None
     reverse: Reverse | None = None
 
@@ -83,14 +88,15 @@ class Plan(NamedTuple):
         for name, x in tensors.items():
             reach = self.reach.get(name, (0, 0))
             if x is not None and reach is not None:
-                found[name] = x[:, max(rows.start + reach[0], 0) : rows.stop + reach[1]]
+                own = isinstance(reach, tuple)
+                found[name] = x[:, max(rows.start + reach[0], 0) : rows.stop + reach[1]] if own else x[:, reach(rows)]
         return found
 
     def shares(self, rows: slice) -> Tensors:
         """What a segment gets of the inputs."""
         found = self.views(rows, self.inputs)
         for name, reach in self.reach.items():
-            x, short = found[name], 0 if reach is None else max(-rows.start - reach[0], 0)
+            x, short = found[name], max(-rows.start - reach[0], 0) if isinstance(reach, tuple) else 0
             if x is not None and short:
                 found[name] = F.pad(x, (0, 0) * (x.ndim - 2) + (short, 0))
         return found

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from liger_ops._inputs import AttentionInputs, work_dtype
 from liger_ops._torch.layout import head_major, head_major_ones, pack, unpack
-from liger_ops._torch.segments import Plan, define
+from liger_ops._torch.segments import Plan, Reach, define
 
 BLOCK = 32
 # Floats of scores in a segment, 4 MB of float32: beyond, products wait for memory; below, for the interpreter.
@@ -48,14 +48,31 @@ class Window(NamedTuple):
     softcap: float
 
 
-def lazy_near(q: torch.Tensor, reach: int, block: int) -> Callable[[], torch.Tensor]:
-    """`near` of q [B,T,HQ,D] over `reach` keys, at most `block` rows of it, made when first asked for."""
+class Held(NamedTuple):
+    """Keys that a block sees beside its window: k [B*H*N,R,D], v [B*H*N,R,V+1].
+
+    Added to scores are hidden [B,H,N,C,1,R] to theirs, and left [B,H,N,C,1,C] to those of the block's first C keys,
+    which leave the window in it.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    hidden: torch.Tensor
+    left: torch.Tensor
+
+
+def lazy_near(q: torch.Tensor, reach: int, block: int, behind: bool = False) -> Callable[[], torch.Tensor]:
+    """`near` of q [B,T,HQ,D] over `reach` keys, at most `block` rows of it, made when first asked for.
+
+    behind: keys that have left a row's window show, for others to hide.
+    """
 
     @cache
     def near() -> torch.Tensor:
         C = min(block, q.shape[1])
         r, c = torch.arange(C, device=q.device)[:, None], torch.arange(reach + C, device=q.device)
-        return q.new_zeros(C, reach + C).masked_fill_((c <= r) | (c > r + reach), MASKED)
+        hidden = c > r + reach
+        return q.new_zeros(C, reach + C).masked_fill_(hidden if behind else hidden | (c <= r), MASKED)
 
     return near
 
@@ -113,12 +130,14 @@ def _each(x: torch.Tensor, y: list[torch.Tensor]) -> torch.Tensor:
 class Weights(NamedTuple):
     """2^(score - top): near of the window [B,H,N,C,G,L] and sinks [B*H,P,N*C*G]; top [B,H,N,C,G,1], the largest.
 
-    Scores are logarithms to base 2, whose exponential stays fast far below the underflow.
+    held [B*H*N,C*G,R] of `Held`, if any. Scores are logarithms to base 2, whose exponential stays fast far below the
+    underflow.
     """
 
     near: torch.Tensor
     sinks: torch.Tensor
     top: torch.Tensor
+    held: torch.Tensor | None = None
 
 
 def capped(scores: torch.Tensor, softcap: float) -> torch.Tensor:
@@ -126,7 +145,7 @@ def capped(scores: torch.Tensor, softcap: float) -> torch.Tensor:
     return (scores / softcap).tanh() * softcap
 
 
-def weigh(q: torch.Tensor, k: torch.Tensor, sinks: Sinks, window: Window) -> Weights:
+def weigh(q: torch.Tensor, k: torch.Tensor, sinks: Sinks, window: Window, held: Held | None = None) -> Weights:
     """q [B,H,N,C,G,D], which it changes, and k [B,H,W+N*C,D]."""
     (B, H, N, _, G, D), P, (C, L) = q.shape, sinks.k.shape[2], window.near.shape
     q = q.mul_(window.scale * LOG2).view(B * H, N, C * G, D)
@@ -135,8 +154,15 @@ def weigh(q: torch.Tensor, k: torch.Tensor, sinks: Sinks, window: Window) -> Wei
     cap = window.softcap * LOG2
     scores = _each(q, keys)
     scores = (capped(scores, cap) if cap else scores).view(B, H, N, C, G, L).add_(near)
+    beside = None
+    if held is not None:
+        scores[..., :C].add_(held.left)
+        beside = torch.bmm(q.view(B * H * N, C * G, D), held.k.transpose(1, 2)).view(B, H, N, C, G, -1)
+        beside = (capped(beside, cap) if cap else beside).add_(held.hidden)
     # A constant to the gradient: it divides out.
     top = scores.detach().amax(-1, keepdim=True)
+    if beside is not None:
+        top = torch.maximum(top, beside.detach().amax(-1, keepdim=True))
     # Keys first: with P so small, everything else is far slower.
     sink = torch.bmm(sinks.k.flatten(0, 1), q.view(B * H, -1, D).transpose(1, 2))
     sink = capped(sink, cap) if cap else sink
@@ -145,10 +171,12 @@ def weigh(q: torch.Tensor, k: torch.Tensor, sinks: Sinks, window: Window) -> Wei
             sink.view(B, H, P, N, C, G).add_(future)
         top = torch.maximum(top, sink.detach().amax(1).view(top.shape))
         sink.sub_(top.view(B * H, 1, -1)).exp2_()
-    return Weights(scores.sub_(top).exp2_(), sink, top)
+    if beside is not None:
+        beside = beside.sub_(top).exp2_().view(B * H * N, C * G, -1)
+    return Weights(scores.sub_(top).exp2_(), sink, top, beside)
 
 
-def attend(weights: Weights, v: torch.Tensor, sink_v: torch.Tensor) -> torch.Tensor:
+def attend(weights: Weights, v: torch.Tensor, sink_v: torch.Tensor, held: Held | None = None) -> torch.Tensor:
     """v [B,H,W+N*C,V+1], sink_v [B,H,P,V] -> weighted sums [B,H,N,C,G,V+1]."""
     B, H, N, C, G, L = weights.near.shape
     values = [x.unfold(0, L, C).transpose(1, 2) for x in v.flatten(0, 1)]
@@ -156,6 +184,9 @@ def attend(weights: Weights, v: torch.Tensor, sink_v: torch.Tensor) -> torch.Ten
     if sink_v.shape[2]:
         sink_v = F.pad(sink_v.flatten(0, 1), (0, 1), value=1.0)
         o.view(B * H, N * C * G, -1).baddbmm_(weights.sinks.transpose(1, 2), sink_v)
+    if held is not None:
+        assert weights.held is not None
+        o.view(B * H * N, C * G, -1).baddbmm_(weights.held, held.v)
     return o.view(B, H, N, C, G, -1)
 
 
@@ -219,12 +250,17 @@ def _segment(
 
 
 def windowed_plan(
-    segment: Callable[..., Any], block: int, width: int, given: dict[str, Any], reach: dict[str, tuple[int, int] | None]
+    segment: Callable[..., Any],
+    block: int,
+    width: int,
+    given: dict[str, Any],
+    reach: dict[str, Reach],
+    held: int | None = None,
 ) -> Plan:
     """A plan of an op over windows: segment(rows, state, out, view=, **inputs) on blocks of queries.
 
     given: the op's arguments by name, without any that only the segment knows; reach as `Plan` has it, of those beside
-    keys and sinks.
+    keys and sinks. held: how many keys a block sees beside its window, among them some that have left it.
     """
     inputs = dict(given)
     state, window, scale, softcap = (inputs.pop(n) for n in ("state", "window", "scale", "softcap"))
@@ -234,8 +270,9 @@ def windowed_plan(
     # Keys from `window` before a query on; where it is not among them, it and what it sees begin further back.
     keys = first - window, first
     reaches = {**reach, "k": keys, "v": keys, "rest": keys, "sink_k": None, "sink_v": None, "sink_column": None}
-    body = partial(segment, view=View(lazy_near(q, window, block), size, first, scale, softcap))
-    return Plan(body, rows_at_once(q, window + block, block), width, q, state, inputs, reaches)
+    near = lazy_near(q, window, block, behind=held is not None)
+    body = partial(segment, view=View(near, size, first, scale, softcap))
+    return Plan(body, rows_at_once(q, window + block + (held or 0), block), width, q, state, inputs, reaches)
 
 
 def _plan(*, with_lse: bool, **given) -> Plan:

@@ -1,0 +1,171 @@
+"""Which tokens stay exact beyond the window, by their scores: a running top R, a block of arrivals at a time.
+
+Shapes: B batch, T arrivals, H key/value heads, R tokens recalled at once, S = R + T candidates, those held from before
+first and all in the order of time; N blocks of C arrivals.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from liger_ops._inputs import AttentionInputs, Recalled
+
+
+class Membership(NamedTuple):
+    """members [B,N*R,H]: the candidates that each block starts with; kept [B,R,H] those after the last one, in order.
+
+    lost [B,S,H]: the arrival, counted from 0, from which on a candidate is recalled no more; T if it stays, 0 if it is
+    none. losers [B,T,H]: the candidate that each arrival makes lose its place, itself maybe; enters [B,T,H] whether
+    there is one.
+    """
+
+    members: torch.Tensor
+    kept: torch.Tensor
+    lost: torch.Tensor
+    losers: torch.Tensor
+    enters: torch.Tensor
+
+
+def _ranks(score: torch.Tensor, there: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """score, there [B,H,S] -> candidates from the lowest on, and the place of each: of equal ones the later is higher.
+
+    What is not there is lower than all that is.
+    """
+    lowest = torch.finfo(score.dtype).min
+    order = torch.where(there, score.clamp(min=lowest), -torch.inf).sort(dim=-1, stable=True).indices
+    places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    return order, torch.empty_like(order).scatter_(-1, order, places)
+
+
+def _contest(slots: torch.Tensor, arrivals: torch.Tensor) -> torch.Tensor:
+    """Ranks slots [...,R], which it changes, and arrivals [...,C] -> the rank [...,C] that each arrival drives out."""
+    lost = torch.empty_like(arrivals)
+    for new, out in zip(arrivals.unbind(-1), lost.unbind(-1), strict=True):
+        low, place = slots.min(-1, keepdim=True)
+        torch.minimum(low.squeeze(-1), new, out=out)
+        slots.scatter_(-1, place, torch.maximum(low, new.unsqueeze(-1)))
+    return lost
+
+
+@torch.library.custom_op(
+    "liger_ops::recall",
+    mutates_args=(),
+    schema=f"(Tensor score, Tensor there, int recall, int block) -> ({', '.join(['Tensor'] * 5)})",
+)
+def _recall(score, there, recall, block):
+    R, C, T = recall, block, score.shape[1] - recall
+    N, there = -(-T // C), there.transpose(1, 2)
+    order, rank = _ranks(score.transpose(1, 2), there)
+    # What fills the last block is below all others, and drives out nobody.
+    arrivals = F.pad(rank[..., R:], (0, N * C - T), value=-1).unflatten(-1, (N, C))
+    starts = [rank[..., :R]]
+    for new in arrivals.unbind(2):
+        starts.append(torch.cat([starts[-1], new], -1).topk(R, sorted=False).values)
+    losers = order.gather(-1, _contest(torch.stack(starts[:-1], 2), arrivals).flatten(2)[..., :T])
+    arrival = torch.arange(T, device=rank.device).expand_as(losers)
+    lost = torch.full_like(rank, T).scatter_(-1, losers, arrival).masked_fill_(~there, 0)
+    kept = order.gather(-1, starts[-1]).sort(-1).values
+    members = order.gather(-1, torch.cat(starts[:-1], -1))
+    found = members, kept, lost, losers, there.gather(-1, losers)
+    return tuple(x.transpose(1, 2).contiguous() for x in found)
+
+
+@_recall.register_fake
+def _(score, there, recall, block):
+    B, S, H = score.shape
+    lengths = (-(-(S - recall) // block) * recall, recall, S, S - recall)
+    counts = [torch.empty(B, n, H, dtype=torch.long, device=score.device) for n in lengths]
+    return (*counts, torch.empty_like(counts[-1], dtype=torch.bool))
+
+
+def membership(score: torch.Tensor, there: torch.Tensor, recall: int, block: int) -> Membership:
+    """Of S = R + T candidates, score and there [B,S,H], R = recall and blocks of `block` arrivals. T >= 1."""
+    return Membership(*_recall(score.detach(), there, recall, block))
+
+
+def _arrived(x: AttentionInputs, there: torch.Tensor) -> Recalled:
+    """The T tokens that leave the window, of which there [B,T] marks those which are tokens, and no sinks."""
+    assert x.k_log is not None and x.score is not None
+    (B, T, H), S = x.k_log.shape[:3], x.k.shape[1]
+    g = [] if x.g is None else [x.g.view(B, T, H, -1)]
+    score, there = x.score.detach().to(x.k_log.dtype), there[:, :, None].expand(B, T, H)
+    far = torch.cat([x.k_log, *g, score.unsqueeze(-1), there.unsqueeze(-1).to(x.k_log.dtype)], -1)
+    left = slice(S - T - x.window, S - x.window)
+    return Recalled(x.k[:, left], x.v[:, left], far)
+
+
+def _split(x: AttentionInputs, far: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """k_log and g of what Recalled keeps as far."""
+    assert x.k_log is not None
+    M = x.k_log.shape[-1]
+    return far[..., :M], None if x.g is None else far[..., M] if x.g.ndim == 3 else far[..., M : 2 * M]
+
+
+def _take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """x [B,S,H,D] at index [B,N,H] -> [B,N,H,D]: whole rows, which is far faster than element by element."""
+    (B, S, H), start = x.shape[:3], torch.arange(len(x), device=x.device).view(-1, 1, 1) * x.shape[1]
+    rows = (start + index) * H + torch.arange(H, device=x.device)
+    return x.reshape(B * S * H, -1).index_select(0, rows.flatten()).view(*index.shape, -1)
+
+
+def recalling(x: AttentionInputs, there: torch.Tensor, block: int) -> tuple[dict[str, torch.Tensor | None], Recalled]:
+    """What the joint op takes in place of k_log and g and beside them, and what a state keeps afterwards."""
+    assert x.recalled is not None
+    candidates = Recalled(*(torch.cat(pair, 1) for pair in zip(x.recalled, _arrived(x, there), strict=True)))
+    score, marks = candidates.far[..., -2].detach(), candidates.far[..., -1].detach() > 0
+    R = x.recalled.k.shape[1]
+    found = membership(score, marks, R, block)
+    k_log, g = _split(x, _take(candidates.far, found.losers))
+    given = dict(
+        k_log=k_log,
+        g=g,
+        enters=found.enters,
+        left_v=_take(candidates.v, found.losers),
+        left_lost=found.lost[:, R:],
+        held_k=_take(candidates.k, found.members),
+        held_v=_take(candidates.v, found.members),
+        held_lost=_take(found.lost.unsqueeze(-1), found.members).squeeze(-1),
+    )
+    return given, Recalled(*(_take(y, found.kept) for y in candidates))
+
+
+class Step(NamedTuple):
+    """What a single query sees: k [B,S+R,H,D] and v [B,S+R,H,V], shown [B,H,1,S+R] or not.
+
+    k_log [B,H,M], g, value [B,H,V] and enters [B,H] are of the token that enters the recurrence, if there is one.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    shown: torch.Tensor
+    k_log: torch.Tensor
+    g: torch.Tensor | None
+    value: torch.Tensor
+    enters: torch.Tensor
+    recalled: Recalled
+
+
+def step(x: AttentionInputs, enters: torch.Tensor, near: torch.Tensor) -> Step:
+    """Of T = 1, where near [B,1,1,S] shows without recall, and enters [B,1] marks an arrival that is no sink."""
+    assert x.recalled is not None and x.k_log is not None
+    S, H, R = *x.k.shape[1:3], x.recalled.k.shape[1]
+    arrival, order = S - x.window - 1, torch.arange(R, device=x.k.device).view(1, -1, 1)
+    k, v, far = x.recalled
+    k, v = torch.cat([x.k, k], 1), torch.cat([x.v, v], 1)
+    far = torch.cat([far, _arrived(x, enters).far], 1)
+    marks = far[..., -1] > 0
+    score = torch.where(marks, far[..., -2].clamp(min=torch.finfo(far.dtype).min), -torch.inf)
+    # The first of equal ones: the later a token, the longer it stays.
+    loser = score.argmin(1)
+    kept = order + (order >= loser.unsqueeze(1))
+    shows = marks.scatter(1, loser.unsqueeze(1), False).transpose(1, 2).unsqueeze(2)
+    near = near.expand(-1, H, -1, -1)
+    here = near[..., arrival : arrival + 1] | shows[..., R:]
+    near = torch.cat([near[..., :arrival], here, near[..., arrival + 1 :], shows[..., :R]], -1)
+    # Its column among keys and values.
+    lost, columns = (torch.where(i < R, S + i, arrival) for i in (loser.unsqueeze(1), kept))
+    gone = _take(far, loser.unsqueeze(1)).squeeze(1)
+    k_log, g = _split(x, gone)
+    after = Recalled(_take(k, columns), _take(v, columns), _take(far, kept))
+    return Step(k, v, near, k_log, g, _take(v, lost).squeeze(1), gone[..., -1] > 0, after)
