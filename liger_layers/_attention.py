@@ -13,17 +13,18 @@ from torch import nn
 
 from liger_layers import _arguments
 from liger_layers._memories import RoutedMemories
+from liger_layers._recall import RecallScore
 from liger_layers._recurrent import PooledRecurrence
 from liger_layers._state import LigerState, Origin, Part
 from liger_layers._window import Window
-from liger_layers.choices import Choices, check_memories, settle
+from liger_layers.choices import Choices, check_memories, check_recall, settle
 from liger_layers.feature_maps import FEATURE_MAPS, FeatureMap
 from liger_layers.gates import Mix, log_decay
 from liger_layers.rotary import rotary_tables, rotate
 from liger_ops import errors, liger_attention
 
 # The parts of a state that a layer may keep.
-_NOTHING: dict[str, None] = dict.fromkeys(("k", "v", "visible", "raw", "recurrent", "memories"))
+_NOTHING: dict[str, None] = dict.fromkeys(("k", "v", "visible", "raw", "recurrent", "memories", "scores", "recalled"))
 # cos and sin of rotary positions, each [B or 1,T,D].
 Tables = tuple[torch.Tensor, torch.Tensor]
 
@@ -191,6 +192,9 @@ class LigerAttention(Attention):
     position_embeddings (cos, sin), each [B,T,D], override the built-in RoPE. router_logits is a list that takes in the
     logits [B*T,memories] of routed memories, which `load_balancing_loss` wants.
     softcap bounds the window's scores s to softcap tanh(s / softcap).
+
+    recall > 0, with mixing="joint", keeps as many tokens beyond the window exact for each key/value head: those of the
+    highest `score`, which a token has from its own hidden state, key and value. A state holds them at a constant size.
     """
 
     @errors.lists_keywords
@@ -205,6 +209,7 @@ class LigerAttention(Attention):
         sinks: int = 4,
         gate: str | Choices = "gated_retention",
         tau: float = 1024.0,
+        recall: int = 0,
         feature_map: str | None = None,
         mixing: str | None = None,
         mix: float | None = None,
@@ -225,7 +230,9 @@ class LigerAttention(Attention):
         errors.check_flag("learn_mix", learn_mix)
         self.window, self.recurrence = Window(window, sinks, scale, softcap), PooledRecurrence.of(chosen, tau)
         self.window.check()
-        self.origin += (*self.window.origin, *self.recurrence.origin)
+        check_recall(recall, chosen)
+        self.recall = recall
+        self.origin += (*self.window.origin, *self.recurrence.origin, ("recall", recall))
         H, D = self.num_kv_heads, self.head_dim
         # Whether a token enters the recurrence only when it leaves the window.
         self.delayed = chosen.mixing == "joint"
@@ -234,33 +241,46 @@ class LigerAttention(Attention):
         self.parts["recurrent"] = self.recurrence.part(H, width=D, summed=self.delayed or chosen.normalize)
         self.feature_map = FEATURE_MAPS[chosen.feature_map](num_heads, H, D)
         self.mix = Mix(num_heads, chosen.mix, learn_mix)
+        if recall:
+            self.score = RecallScore(H, D)
+            gate = log_decay(self.recurrence.gate, torch.zeros(1, 1, H, D), tau, chosen.pool)
+            far = D + (0 if gate is None else gate.numel() // H) + 2
+            self.parts |= dict(scores=(window, H), recalled=[(recall, H, width) for width in (D, D, far)])
         self._add_memories(memories, top_k)
 
     def mixer(self, q, k, v, mask, state, tables):
         if not self.delayed:
             return self._summed(q, k, v, mask, state, tables)
         q_near, k_near = (q, k) if tables is None else (rotate(q, *tables), rotate(k, *tables))
-        at, window, recurrence = self.window.gather(q_near, k_near, v, mask, state, k), self.window, self.recurrence
+        waiting, window, recurrence = dict(raw=k), self.window, self.recurrence
+        if self.recall:
+            waiting["scores"] = self.score(k, v)
+        at = window.gather(q_near, k_near, v, mask, state, **waiting)
         # As the state was checked to be.
-        assert at.left is not None and isinstance(state.recurrent, torch.Tensor)
+        assert isinstance(state.recurrent, torch.Tensor)
         # The unrotated keys that leave the window enter the recurrence before each query.
-        o, recurrent = liger_attention(
+        left, more = at.left["raw"], dict(initial_state=state.recurrent)
+        if self.recall:
+            more = dict(initial_state=(state.recurrent, state.recalled), recall=self.recall, score=at.left["scores"])
+        o, after = liger_attention(
             at.q,
             at.k,
             at.v,
             self.feature_map(q if at.ranks is None else at.ranks.queries(q), "query"),
-            self.feature_map(at.left, "key"),
-            log_decay(recurrence.gate, at.left, recurrence.tau, recurrence.chosen.pool),
+            self.feature_map(left, "key"),
+            log_decay(recurrence.gate, left, recurrence.tau, recurrence.chosen.pool),
             self.mix().clamp(min=0),
             window=window.size,
             sinks=window.sinks,
             scale=window.scale,
-            initial_state=state.recurrent,
             output_final_state=True,
             visible=at.visible,
             softcap=window.softcap,
+            **more,
         )
-        return o if at.ranks is None else at.ranks.back(o), {**at.kept, "recurrent": recurrent}
+        after = after if self.recall else (after, state.recalled)
+        kept = {**at.kept, **dict(zip(("recurrent", "recalled"), after, strict=True))}
+        return o if at.ranks is None else at.ranks.back(o), kept
 
     def _summed(self, q, k, v, mask, state, tables):
         """Window and recurrence one by one, the recurrence over every token."""

@@ -22,7 +22,8 @@ Part = tuple[int | None, ...] | list[tuple[int, ...]] | None
 # A part that is there.
 Held = torch.Tensor | tuple[torch.Tensor, ...]
 Self = TypeVar("Self", bound="_State")
-_KINDS = dict(visible=torch.bool, position=torch.long, recurrent=torch.float32, memories=torch.float32)
+_KINDS = dict(visible=torch.bool, position=torch.long)
+_KINDS |= dict.fromkeys(("recurrent", "memories", "scores"), torch.float32)
 
 
 @dataclass(kw_only=True)
@@ -65,7 +66,8 @@ class LigerState(_State):
     k [B,P+W,H,D] as the window scores them, v [B,P+W,H,V], raw [B,W,H,D] the unrotated keys that the recurrence reads
     when a token leaves the window (None when it reads tokens at once), recurrent [B,H,M,V+1] or [B,H,M,V] in
     float32 (a tuple of two where slots are between), position [B] the tokens seen, padding excluded, memories
-    [B,R,H,M,...] those that tokens are routed to.
+    [B,R,H,M,...] those that tokens are routed to. With recall, scores [B,W,H] of the tokens in the window, and recalled
+    those beyond it which stay exact, as `liger_attention` returns them.
     """
 
     k: torch.Tensor | None
@@ -75,6 +77,8 @@ class LigerState(_State):
     recurrent: Held | None
     position: torch.Tensor
     memories: Held | None = None
+    scores: torch.Tensor | None = None
+    recalled: tuple[torch.Tensor, ...] | None = None
 
     @classmethod
     def zeros(
@@ -85,7 +89,10 @@ class LigerState(_State):
         for name, part in parts.items():
             kind = _KINDS.get(name, dtype)
             if isinstance(part, list):
-                made[name] = tuple(torch.zeros((batch, *shape), device=device, dtype=kind) for shape in part)
+                # What is recalled is keys and values, and then what enters the recurrence.
+                kinds = (dtype, dtype, torch.float32) if name == "recalled" else (kind,) * len(part)
+                sizes = zip(part, kinds, strict=True)
+                made[name] = tuple(torch.zeros((batch, *shape), device=device, dtype=kind) for shape, kind in sizes)
             elif part is None:
                 made[name] = None
             else:

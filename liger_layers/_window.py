@@ -16,15 +16,15 @@ from liger_ops.errors import check_factor, check_window
 class Columns(NamedTuple):
     """What queries may look at: those kept from before, then the new ones; and where padding went, if there was any.
 
-    left [B,T,H,D] are the unrotated keys of tokens that leave the window, each before the query at its place, and kept
-    what a state remembers of all this.
+    left is what waited for tokens to leave the window, [B,T,...] of those that do, each before the query at its place,
+    by name: raw, their unrotated keys, and scores; and kept what a state remembers of all this.
     """
 
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
     visible: torch.Tensor
-    left: torch.Tensor | None
+    left: dict[str, torch.Tensor]
     ranks: Ranks | None
     kept: dict[str, Any]
 
@@ -59,28 +59,27 @@ class Window(NamedTuple):
         v: torch.Tensor,
         mask: torch.Tensor | None,
         state: LigerState,
-        raw: torch.Tensor | None = None,
+        **waiting: torch.Tensor,
     ) -> Columns:
-        """Rotated q [B,T,HQ,D] and k [B,T,H,D], v [B,T,H,D] and unrotated keys, behind those that the state keeps.
+        """Rotated q [B,T,HQ,D] and k [B,T,H,D], v [B,T,H,D], behind those that the state keeps, and so what is waiting.
 
-        Tokens close ranks over padding, so that the window counts tokens.
+        Tokens close ranks over padding, so that the window counts tokens. waiting: raw and scores [B,T,...], by the
+        names that the state has for them.
         """
         # As the state was checked to be.
         assert state.k is not None and state.v is not None and state.visible is not None
         visible = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device) if mask is None else mask
         visible = torch.cat([state.visible, visible], 1)
         k, v = torch.cat([state.k, k], 1), torch.cat([state.v, v], 1)
-        waiting = None if raw is None or state.raw is None else torch.cat([state.raw, raw], 1)
+        waiting = {name: torch.cat([getattr(state, name), x], 1) for name, x in waiting.items()}
         ranks, T = None, q.shape[1]
         if mask is not None:
             ranks = close_ranks(mask, self.size)
             q = ranks.queries(q)
             k, v, visible = (ranks.columns(x, self.sinks) for x in (k, v, visible))
-            waiting = None if waiting is None else ranks.columns(waiting)
-        kept = self._keep(k, v, visible)
-        if waiting is None:
-            return Columns(q, k, v, visible, None, ranks, kept)
-        return Columns(q, k, v, visible, waiting[:, :T], ranks, kept | dict(raw=waiting[:, T:].clone()))
+            waiting = {name: ranks.columns(x) for name, x in waiting.items()}
+        kept = self._keep(k, v, visible) | {name: x[:, T:].clone() for name, x in waiting.items()}
+        return Columns(q, k, v, visible, {name: x[:, :T] for name, x in waiting.items()}, ranks, kept)
 
     def attend(self, at: Columns) -> torch.Tensor:
         """Exact softmax over the window and the sinks alone: o [B,T,HQ,D], behind padding as the queries are."""

@@ -73,6 +73,13 @@ def check_memories(memories: int, top_k: int) -> None:
         fail("top_k", f"an integer from 1 to {memories} memories", top_k)
 
 
+def check_recall(recall: int, chosen: Choices) -> None:
+    """How many tokens stay exact beyond the window, for which window and recurrence must share a softmax."""
+    check_positive("recall", recall, 0)
+    if recall and chosen.mixing != "joint":
+        fail("recall", f"0 with mixing={chosen.mixing!r}, as gate {chosen.gate!r} has it", recall)
+
+
 def register_gate(name: str, gate: Gate) -> None:
     """Add a gate under a new name, for LigerAttention, `linearize` and patterns; who loads such a model adds it too.
 

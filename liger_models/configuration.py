@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from liger_layers.choices import Choices, check_memories, settle
+from liger_layers.choices import Choices, check_memories, check_recall, settle
 from liger_layers.patterns import read_pattern, split, spread
 from liger_layers.recurrences import with_gate
 from liger_ops.errors import check_factor, check_flag, check_weight, check_window, fail
@@ -29,7 +29,8 @@ class LigerConfig:
     mixing: "joint", one softmax of window and recurrence, or "sum", mix * recurrence + (1 - mix) * window.
     mix: initial weight of the recurrence per head; learn_mix: whether fine-tuning may change it.
     normalize: divide the recurrence by its accumulated keys ("joint" always does).
-    window, sinks: tokens that keep exact softmax attention. keep: indices of layers that stay as they are.
+    window, sinks: tokens that keep exact softmax attention; recall: how many beyond them do, those of the highest score
+    for each key/value head, with mixing="joint". keep: indices of layers that stay as they are.
     pattern: what the layers are, in letters of liger_layers.patterns ("LLLLLLLF"), names or names by index: "liger" as
     these options say, "full", "window", "memories", or "liger:gla"; it repeats. A gate named there takes every option
     that was given, and what suits it for those which are as `gate` has them by itself.
@@ -47,6 +48,7 @@ class LigerConfig:
     pool: str | None = None
     window: int = 64
     sinks: int = 4
+    recall: int = 0
     memories: int = 0
     top_k: int = 2
     router_aux_loss_coef: float = 0.01
@@ -61,6 +63,7 @@ class LigerConfig:
         check_factor("tau", self.tau)
         check_flag("learn_mix", self.learn_mix)
         check_memories(self.memories, self.top_k)
+        check_recall(self.recall, chosen)
         check_weight("router_aux_loss_coef", self.router_aux_loss_coef)
         object.__setattr__(self, "keep", _indices(self.keep))
         object.__setattr__(self, "pattern", read_pattern(self.pattern, LAYERS))
@@ -126,7 +129,9 @@ class LigerConfig:
         if gate is not None and gate != self.gate:
             told |= {field: None for field, value in self._usual.items() if told[field] == value}
             told["gate"] = gate
-            told |= settle(**{field: told[field] for field in Choices._fields})._asdict()
+            chosen = settle(**{field: told[field] for field in Choices._fields})
+            check_recall(self.recall, chosen)
+            told |= chosen._asdict()
         return told
 
     @functools.cached_property

@@ -84,7 +84,10 @@ def liger_attention(
     if isinstance(mix, torch.Tensor) and (mix.shape not in (q.shape[2:3], (1,), ()) or mix.device != q.device):
         errors.fail("mix", f"a number or [{q.shape[2]}] on {q.device}", f"{tuple(mix.shape)} on {mix.device}")
     _checks.check_decay(g, k_log, (3, 4))
-    initial_state, recalled = _check_recall(recall, score, initial_state, k_log, g, (k, v))
+    recalled = None
+    # What is plainly right costs no call.
+    if recall or score is not None or type(recall) is not int:
+        initial_state, recalled = _check_recall(recall, score, initial_state, k_log, g, (k, v))
     _checks.check_state(initial_state, B, k_log, v.shape[-1] + 1)
     if initial_state is None:
         initial_state = k_log.new_zeros(B, k.shape[2], k_log.shape[-1], v.shape[-1] + 1)
@@ -109,8 +112,7 @@ def _check_recall(
     if not recall:
         if score is not None:
             errors.fail("score", "None without recall", f"a {type(score).__name__}")
-        if type(recall) is not int:
-            errors.check_positive("recall", recall, 0)
+        errors.check_positive("recall", recall, 0)
         return state, None
     errors.check_positive("recall", recall, 0)
     B, T, H, M = k_log.shape
