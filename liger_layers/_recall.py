@@ -8,27 +8,37 @@ from torch import nn
 
 
 class RecallScore(nn.Module):
-    """A score per token and key/value head, linear in features of its unrotated key and its value.
+    """A score per token and key/value head, linear in the layer's unrotated keys and values, of all heads, and lengths.
 
-    Until fitted it is the logarithm of the value's length, which favours keys that are asked for later. The choice
-    among scores takes no gradient, so nothing here learns by descent.
+    Until fitted it is the logarithm of the value's length. The choice among scores takes no gradient, so nothing here
+    learns by descent: `calibrate` sets the weight [H,F] from moments.
     """
 
     def __init__(self, num_kv_heads: int, head_dim: int):
         super().__init__()
-        weight = torch.zeros(num_kv_heads, 2 * head_dim + 4)
-        weight[:, -2] = 1.0
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        H, width = num_kv_heads, 2 * num_kv_heads * head_dim
+        self.weight = nn.Parameter(torch.zeros(H, width + 2 * H), requires_grad=False)
+        self.weight.data[:, width : width + H].fill_diagonal_(1.0)
 
     def features(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """k, v [B,T,H,D] -> [B,T,H,F] in float32."""
+        """k, v [B,T,H,D] -> [B,T,F] in float32."""
         k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (k, v))
-        length = v.norm(dim=-1, keepdim=True)
-        sizes = k.norm(dim=-1, keepdim=True), length, length.clamp(min=1e-6).log(), torch.ones_like(length)
-        return torch.cat([k, v, *sizes], -1)
+        lengths = v.norm(dim=-1).clamp(min=1e-6).log(), k.norm(dim=-1)
+        return torch.cat([k.flatten(2), v.flatten(2), *lengths], -1)
 
     @torch.no_grad()
     def forward(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """k, v [B,T,H,D] -> scores [B,T,H] in float32."""
         x = self.features(k, v)
-        return torch.einsum("bthf,hf->bth", x, self.weight.to(x.dtype))
+        return x @ self.weight.to(x.dtype).T
+
+    @torch.no_grad()
+    def calibrate(self, covariance: torch.Tensor, cross: torch.Tensor, penalty: float = 0.05) -> None:
+        """The ridge regression of a need [H] on the features: their covariance [F,F], and with the need [F,H].
+
+        penalty is in units of the variance of a feature.
+        """
+        size = covariance.diagonal().clamp(min=0).sqrt() + 1e-6
+        gram = covariance / (size[:, None] * size) + penalty * torch.eye(len(size), dtype=size.dtype)
+        weight = torch.linalg.solve(gram, cross / size[:, None]) / size[:, None]
+        self.weight.copy_(weight.T)

@@ -5,7 +5,8 @@ Shapes: B batch, T time, HQ query heads, H key/value heads, D head width.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from tqdm.auto import tqdm
@@ -22,6 +23,8 @@ from liger_ops.errors import fail
 _REACH = 512
 # The first tokens are attention sinks, whose keys are unlike all others.
 _SKIP = 8
+# Tokens of a row that a model draws.
+LENGTH = 256
 # Tokens in a forward pass: weights that lie on a disk are read once for each.
 _AT_ONCE = 2048
 
@@ -52,7 +55,7 @@ def check_calibration(ids: torch.Tensor, vocabulary: int) -> None:
 
 
 @torch.no_grad()
-def draw_text(model: PreTrainedModel, batch: int = 8, length: int = 256) -> torch.Tensor:
+def draw_text(model: PreTrainedModel, batch: int = 8, length: int = LENGTH) -> torch.Tensor:
     """Token ids [batch, length] that the model samples from itself; the same every time."""
     device = input_device(model)
     start = model.config.bos_token_id
@@ -112,30 +115,47 @@ class _Running:
 @torch.no_grad()
 def measure(model: PreTrainedModel, ids: torch.Tensor, layers: list[int]) -> dict[int, Moments]:
     """The moments of layers by index, over one pass of token ids [rows, length]."""
-    decoder, found, hooks = Decoder(model), {}, []
+    found = {}
+    for index in layers:
+        own = traits(Decoder(model).attention(index), model.config)
+        found[index] = tuple(_Running(own.kv_heads, own.width) for _ in range(2))
+
+    def look(index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: Any) -> None:
+        for moments, part in zip(found[index], (q, k), strict=True):
+            moments.add(part)
+
+    at_once = ids.split(max(1, _AT_ONCE // ids.shape[1]))
+    look_into(model, at_once, layers, look, "Measuring queries and keys")
+    return {index: Moments(*q.result(), *k.result()) for index, (q, k) in found.items()}
+
+
+def look_into(
+    model: PreTrainedModel, batches: Sequence[torch.Tensor], layers: Iterable[int], look: Callable[..., None], name: str
+) -> None:
+    """look(index, q, k, v, tables) on unrotated queries, keys and values of layers, for token ids [rows,length] each.
+
+    tables are the cos and sin of positions as the decoder hands them on, or None. name is what a progress bar says.
+    """
+    decoder, hooks = Decoder(model), []
     for index in layers:
         attention = decoder.attention(index)
         own = traits(attention, model.config)
-        pair = tuple(_Running(own.kv_heads, own.width) for _ in range(2))
-        found[index] = pair
 
-        def look(module, args, kwargs, own=own, pair=pair):
+        def projected(module, args, kwargs, index=index, own=own):
             x = args[0] if args else kwargs["hidden_states"]
-            for moments, part in zip(pair, project(module, x, own), strict=False):
-                moments.add(part)
+            look(index, *project(module, x, own), kwargs.get("position_embeddings") if own.rotary else None)
 
-        hooks.append(attention.register_forward_pre_hook(look, with_kwargs=True))
+        hooks.append(attention.register_forward_pre_hook(projected, with_kwargs=True))
     device = input_device(model)
     if device.type == "meta":
         # Weights that lie on a disk are read into ordinary memory.
         device = torch.device("cpu")
     try:
-        for rows in tqdm(ids.split(max(1, _AT_ONCE // ids.shape[1])), desc="Measuring queries and keys", leave=False):
+        for rows in tqdm(batches, desc=name, leave=False):
             decoder.module(rows.to(device), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
-    return {index: Moments(*q.result(), *k.result()) for index, (q, k) in found.items()}
 
 
 def slow_channels(frequencies: torch.Tensor, width: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ Shapes: H key/value heads, D head width.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -19,10 +19,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from liger_layers import FEATURE_MAPS, SoftmaxKernel
 from liger_layers.choices import Choices
 from liger_layers.patterns import split
-from liger_models._calibration import Moments, check_calibration, draw_text, measure, slow_channels
+from liger_models._calibration import LENGTH, Moments, check_calibration, draw_text, measure, slow_channels
 from liger_models._decoder import Decoder, Rotation
 from liger_models._inputs import argument_names
 from liger_models._linearized import LinearizedAttention, LinearizedWindow, before_decoder
+from liger_models._need import RECALL_LENGTH, Need, measure_need
 from liger_models._snapshot import looked_at
 from liger_models.configuration import LigerConfig
 from liger_models.families import own_windows
@@ -37,6 +38,11 @@ class LayerPlan:
     kind: type[LinearizedAttention] | type[LinearizedWindow]
     options: Mapping[str, Any]
     fitted: bool
+
+    @property
+    def recalls(self) -> bool:
+        """Whether it has a score to fit."""
+        return bool(self.options.get("recall"))
 
 
 def plan_layers(hf: PreTrainedConfig, liger: LigerConfig) -> tuple[LayerPlan, ...]:
@@ -91,24 +97,33 @@ def converted(
     not token ids of the model.
     """
     plans, decoder = tuple(plans), Decoder(model)
-    moments = _measured(model, [plan.index for plan in plans if plan.fitted], calibration)
+    moments, needs = _measured(model, plans, calibration)
     for plan in plans:
         old = decoder.attention(plan.index)
         with _at_hand(old):
             new = build(plan, old, model.config)
             if plan.fitted and isinstance(new, LinearizedAttention):
                 fit(new, moments[plan.index], decoder.rotation(plan.index))
+            if plan.recalls and isinstance(new, LinearizedAttention):
+                new.score.calibrate(*needs[plan.index])
             yield plan.index, new
 
 
-def _measured(model: PreTrainedModel, layers: list[int], calibration: torch.Tensor | None) -> dict[int, Moments]:
-    """By layer, what its features are fitted to, on a calibration or else on text that the model draws from itself."""
+def _measured(
+    model: PreTrainedModel, plans: Sequence[LayerPlan], calibration: torch.Tensor | None
+) -> tuple[dict[int, Moments], dict[int, Need]]:
+    """By layer, what features and scores are fitted to, on a calibration or else on text that the model draws."""
     if calibration is not None:
         check_calibration(calibration, model.config.vocab_size)
-    if not layers:
-        return {}
+    fitted = [plan.index for plan in plans if plan.fitted]
+    recalling = {plan.index: plan.options["window"] for plan in plans if plan.recalls}
+    if not fitted and not recalling:
+        return {}, {}
     with looked_at(model):
-        return measure(model, draw_text(model) if calibration is None else calibration, layers)
+        if calibration is None:
+            calibration = draw_text(model, length=RECALL_LENGTH if recalling else LENGTH)
+        moments = measure(model, calibration, fitted) if fitted else {}
+        return moments, measure_need(model, calibration, recalling) if recalling else {}
 
 
 @contextmanager

@@ -28,8 +28,9 @@ PUBLIC = {
     "naive_liger_attention naive_lightnet naive_mlstm naive_recall naive_recurrence naive_rwkv6 "
     "naive_sliding_window_attention parallel_retention sliding_window_attention",
     liger_layers: "FEATURE_MAPS FullAttention Gate GatedRecurrence InterleavedStack LigerAttention LigerState "
-    "LinearMixer MemoryState Mix MixtureOfMemories POOLINGS RECURRENCES Recurrence RuleGate SlidingWindowAttention "
-    "Softmax SoftmaxKernel UpdateRule load_balancing_loss register_gate router_parameters routing_modules",
+    "LinearMixer MemoryState Mix MixtureOfMemories POOLINGS RECURRENCES RecallScore Recurrence RuleGate "
+    "SlidingWindowAttention Softmax SoftmaxKernel UpdateRule load_balancing_loss register_gate router_parameters "
+    "routing_modules",
     liger_models: "FAMILIES Family LigerCacheLayer LigerConfig LigerForCausalLM LigerModelConfig PRESETS Recipe "
     "cache_bytes evaluate finetune generate linearize linearize_on_disk load make_cache perplexity register_family "
     "retrieval save select_layers standard_text",

@@ -32,8 +32,7 @@ def _ranks(score: torch.Tensor, there: torch.Tensor) -> tuple[torch.Tensor, torc
 
     What is not there is lower than all that is.
     """
-    lowest = torch.finfo(score.dtype).min
-    order = torch.where(there, score.clamp(min=lowest), -torch.inf).sort(dim=-1, stable=True).indices
+    order = torch.where(there, score, -torch.inf).sort(dim=-1, stable=True).indices
     places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
     return order, torch.empty_like(order).scatter_(-1, order, places)
 
@@ -89,7 +88,9 @@ def _arrived(x: AttentionInputs, there: torch.Tensor) -> Recalled:
     assert x.k_log is not None and x.score is not None
     (B, T, H), S = x.k_log.shape[:3], x.k.shape[1]
     g = [] if x.g is None else [x.g.view(B, T, H, -1)]
-    score, there = x.score.detach().to(x.k_log.dtype), there[:, :, None].expand(B, T, H)
+    # Below all that is not there is nothing.
+    score = x.score.detach().to(x.k_log.dtype).clamp(min=torch.finfo(x.k_log.dtype).min)
+    there = there[:, :, None].expand(B, T, H)
     far = torch.cat([x.k_log, *g, score.unsqueeze(-1), there.unsqueeze(-1).to(x.k_log.dtype)], -1)
     left = slice(S - T - x.window, S - x.window)
     return Recalled(x.k[:, left], x.v[:, left], far)
@@ -148,24 +149,27 @@ class Step(NamedTuple):
 
 def step(x: AttentionInputs, enters: torch.Tensor, near: torch.Tensor) -> Step:
     """Of T = 1, where near [B,1,1,S] shows without recall, and enters [B,1] marks an arrival that is no sink."""
-    assert x.recalled is not None and x.k_log is not None
-    S, H, R = *x.k.shape[1:3], x.recalled.k.shape[1]
-    arrival, order = S - x.window - 1, torch.arange(R, device=x.k.device).view(1, -1, 1)
-    k, v, far = x.recalled
-    k, v = torch.cat([x.k, k], 1), torch.cat([x.v, v], 1)
+    assert x.recalled is not None
+    (held_k, held_v, far), arrival, H = x.recalled, x.k.shape[1] - x.window - 1, x.k.shape[2]
+    R = held_k.shape[1]
+    # Candidates side by side, the arrival last.
+    k, v = (torch.cat([y[:, :arrival], held, y[:, arrival:]], 1) for y, held in ((x.k, held_k), (x.v, held_v)))
     far = torch.cat([far, _arrived(x, enters).far], 1)
     marks = far[..., -1] > 0
-    score = torch.where(marks, far[..., -2].clamp(min=torch.finfo(far.dtype).min), -torch.inf)
     # The first of equal ones: the later a token, the longer it stays.
-    loser = score.argmin(1)
-    kept = order + (order >= loser.unsqueeze(1))
-    shows = marks.scatter(1, loser.unsqueeze(1), False).transpose(1, 2).unsqueeze(2)
-    near = near.expand(-1, H, -1, -1)
+    loser = torch.where(marks, far[..., -2], -torch.inf).argmin(1, keepdim=True)
+    order = torch.arange(R + 1, device=k.device).view(1, -1, 1)
+    # Those that stay, in order, then the one that does not.
+    order = torch.where(order == R, loser, order + (order >= loser)).unsqueeze(-1)
+    chosen = slice(arrival, arrival + R + 1)
+    k_after, v_after, far_after = (
+        y.gather(1, order.expand(-1, -1, -1, y.shape[-1])) for y in (k[:, chosen], v[:, chosen], far)
+    )
+    shows, near = marks.scatter(1, loser, False).transpose(1, 2).unsqueeze(2), near.expand(-1, H, -1, -1)
+    # A sink that leaves the window shows as before.
     here = near[..., arrival : arrival + 1] | shows[..., R:]
-    near = torch.cat([near[..., :arrival], here, near[..., arrival + 1 :], shows[..., :R]], -1)
-    # Its column among keys and values.
-    lost, columns = (torch.where(i < R, S + i, arrival) for i in (loser.unsqueeze(1), kept))
-    gone = _take(far, loser.unsqueeze(1)).squeeze(1)
+    near = torch.cat([near[..., :arrival], shows[..., :R], here, near[..., arrival + 1 :]], -1)
+    gone = far_after[:, R]
     k_log, g = _split(x, gone)
-    after = Recalled(_take(k, columns), _take(v, columns), _take(far, kept))
-    return Step(k, v, near, k_log, g, _take(v, lost).squeeze(1), gone[..., -1] > 0, after)
+    after = Recalled(k_after[:, :R], v_after[:, :R], far_after[:, :R])
+    return Step(k, v, near, k_log, g, v_after[:, R], gone[..., -1] > 0, after)

@@ -1,0 +1,111 @@
+"""What the queries of a pretrained model ask of tokens that a window has lost: the target of a layer's recall score.
+
+Shapes: T tokens of a row, HQ query heads, H key/value heads, G = HQ / H, D head width, F features of a score.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+
+from liger_layers import RecallScore
+from liger_layers.rotary import rotate
+from liger_models._calibration import look_into
+from liger_models._decoder import Decoder
+from liger_models.families import Traits, traits
+
+# Tokens of a row that a model draws, where needs are measured: they show beyond a window only.
+RECALL_LENGTH = 512
+# The first tokens are sinks; of the last few too little is asked yet.
+_SINKS, _TAIL = 4, 80
+# Queries looked at together.
+_ROWS = 256
+
+
+class Need(NamedTuple):
+    """Covariance [F,F] of a score's features, and theirs [F,H] with what later queries need of a token."""
+
+    covariance: torch.Tensor
+    cross: torch.Tensor
+
+
+class _Running:
+    """Sums over tokens, in double precision: means may be far larger than deviations."""
+
+    def __init__(self, own: Traits):
+        self.own, self.score, self.count = own, RecallScore(own.kv_heads, own.width), 0
+        F, H = self.score.weight.shape[::-1]
+        self.sums = torch.zeros(F + H, F, dtype=torch.float64)
+        self.first = torch.zeros(F + H, dtype=torch.float64)
+
+    def add(self, features: torch.Tensor, need: torch.Tensor) -> None:
+        """features [N,F] and need [N,H]."""
+        features, both = features.double().cpu(), torch.cat([features, need], -1).double().cpu()
+        self.count += len(features)
+        self.sums += both.T @ features
+        self.first += both.sum(0)
+
+    def result(self) -> Need:
+        F, mean = self.sums.shape[1], self.first / self.count
+        moments = self.sums / self.count - mean[:, None] * mean[:F]
+        return Need(moments[:F], moments[F:].T)
+
+
+def far_attention(
+    q: torch.Tensor, k: torch.Tensor, window: int, scale: float, softcap: float | None = None
+) -> torch.Tensor:
+    """Rotated q [T,HQ,D], k [T,H,D] -> [T,H]: the root of the squares that a token receives from beyond the window.
+
+    Of full causal attention, summed over queries and the heads of a group: between the largest weight and their sum.
+    """
+    (T, HQ, _), H = q.shape, k.shape[1]
+    found = q.new_zeros(H, T)
+    for start in range(0, T, _ROWS):
+        rows = torch.arange(start, min(start + _ROWS, T), device=q.device)
+        s = torch.einsum("ihgd,jhd->hgij", q[rows].unflatten(1, (H, HQ // H)), k[: rows[-1] + 1]) * scale
+        s = s if softcap is None else softcap * (s / softcap).tanh()
+        age = rows[:, None] - torch.arange(s.shape[-1], device=q.device)
+        p = s.masked_fill(age < 0, -torch.inf).softmax(-1).masked_fill(age < window, 0.0)
+        found[:, : s.shape[-1]] += p.square().sum((1, 2))
+    return found.sqrt().T
+
+
+@torch.no_grad()
+def measure_need(model: PreTrainedModel, ids: torch.Tensor, windows: Mapping[int, int]) -> dict[int, Need]:
+    """For layers by index, with their windows: needs on token ids [rows,length] and on these asked to be recalled."""
+    decoder = Decoder(model)
+    sums = {index: _Running(traits(decoder.attention(index), model.config)) for index in windows}
+
+    def look(index, q, k, v, tables):
+        own, running = sums[index].own, sums[index]
+        features = running.score.features(k.cpu(), v.cpu())
+        if tables is not None:
+            q, k = rotate(q, *tables), rotate(k, *tables)
+        for row in range(len(q)):
+            length = v[row].float().norm(dim=-1)
+            need = far_attention(q[row].float(), k[row].float(), windows[index], own.scale, own.softcap) * length
+            inner = slice(_SINKS, max(len(need) - _TAIL, _SINKS))
+            running.add(features[row, inner], need[inner].cpu())
+
+    look_into(model, [*ids.split(1), *asked_again(ids)], windows, look, "Measuring what is recalled")
+    return {index: running.result() for index, running in sums.items()}
+
+
+def asked_again(ids: torch.Tensor, seed: int = 7000) -> list[torch.Tensor]:
+    """Rows [1,N] in which something of the text, or out of place in it, is said once more at the end."""
+    draw, rows = random.Random(seed), []
+    words = ids.flatten().tolist()
+    for row in ids.tolist():
+        hidden = draw.sample(words, 12)
+        place = draw.randrange(_SINKS, len(row) // 2)
+        rows.append(row[:place] + hidden + row[place:] + hidden)
+        text, again = list(row), []
+        for _ in range(3):
+            start = draw.randrange(_SINKS, max(len(row) // 2, _SINKS + 1))
+            again += row[start : start + 32]
+        rows.append(text + again)
+    return [torch.tensor([row]) for row in rows]
