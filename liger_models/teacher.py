@@ -13,8 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from liger_layers import LigerAttention
-from liger_layers.calls import attending_in_full
+from liger_layers.calls import Attention, attending_in_full
 from liger_models._decoder import Decoder
 from liger_models.families import family_of, own_windows
 from liger_models.generation import base_of
@@ -67,19 +66,21 @@ def as_original(model: PreTrainedModel | PeftModel) -> Iterator[None]:
                 module.training = mode
 
 
-def _spans(base: PreTrainedModel) -> dict:
+def _spans(base: PreTrainedModel) -> dict[Attention, int | None]:
     """The linearized layers, and the window that the pretrained attention of each had."""
     if not isinstance(base, LigerMixin):
         return {}
-    decoder, windows = Decoder(base), own_windows(base.config)
-    names = enumerate(base.config.liger["pattern"])
-    # Layers with the window of their own are what they were, and so are those that were kept.
-    return {decoder.attention(i): windows[i] for i, name in names if name not in ("own", "full")}
+    windows = own_windows(base.config)
+    return {layer: windows[index] for index, layer in linearized_layers(base).items()}
 
 
-def liger_layers(model: PreTrainedModel) -> list[LigerAttention]:
-    """The layers of a model that have a window and a recurrence."""
-    return [module for module in model.modules() if isinstance(module, LigerAttention)]
+def linearized_layers(model: PreTrainedModel | PeftModel) -> dict[int, Attention]:
+    """The layers of a linearized model by index that are not what they were: neither kept nor with their own window."""
+    base = base_of(model)
+    if not isinstance(base, LigerMixin):
+        return {}
+    decoder, names = Decoder(base), enumerate(base.config.liger["pattern"])
+    return {i: cast(Attention, decoder.attention(i)) for i, name in names if name not in ("own", "full")}
 
 
 def original(model: PreTrainedModel) -> PreTrainedModel:
