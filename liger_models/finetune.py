@@ -28,7 +28,6 @@ from liger_models._training import (
 )
 from liger_models.data import Rows, collate, to_rows
 from liger_models.modeling import AnyModel, forget_name
-from liger_models.recipe import RECIPES as RECIPES
 from liger_models.recipe import Recipe, recipe_of
 from liger_models.teacher import mark_tuned
 from liger_ops.errors import fail

@@ -11,6 +11,7 @@ from typing import cast
 
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedModel
 
 from liger_layers.calls import Attention, attending_in_full
@@ -30,10 +31,14 @@ def mark_tuned(model: PreTrainedModel) -> None:
         setattr(model.config, _TUNED, True)
 
 
-def check_original(model: PreTrainedModel, name: str = "model") -> None:
+def is_tuned(model: nn.Module) -> bool:
+    """Whether it is known that a model's weights are no longer those that were linearized."""
+    return bool(getattr(base_of(model).config, _TUNED, False))
+
+
+def check_original(model: nn.Module, name: str = "model") -> None:
     """ValueError unless adapters off and attention in full make the model what it was linearized from."""
-    base = base_of(model)
-    if getattr(base.config, _TUNED, False):
+    if is_tuned(model):
         fail(name, "weights as they were linearized, or a teacher beside them", "a model whose adapters were merged")
 
 
