@@ -78,7 +78,8 @@ def full_attention(
     softcap: float | None,
 ) -> torch.Tensor:
     """Exact causal softmax of rotated q [B,T,HQ,D] over the last `span` columns (None: all) of k and v [B,T,H,D]."""
-    heads, T, seen = [x.transpose(1, 2) for x in (q, k, v)], q.shape[1], None
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    T, seen = q.shape[2], None
     if mask is not None or (span is not None and span < T) or softcap is not None:
         key = torch.arange(T, device=q.device)
         query = key[:, None]
@@ -87,10 +88,10 @@ def full_attention(
         seen = seen[None] if mask is None else seen & mask[:, None] | (key == query)
         seen = seen[:, None]
     if softcap is not None:
-        return _bounded(*heads, seen, scale, softcap).transpose(1, 2)
+        return _bounded(q, k, v, seen, scale, softcap).transpose(1, 2)
     # Without a mask where none is needed, which kernels take to be quick.
     options: dict[str, Any] = dict(attn_mask=seen, is_causal=seen is None, scale=scale, enable_gqa=True)
-    return F.scaled_dot_product_attention(*heads, **options).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
 
 
 def _bounded(q, k, v, seen, scale: float | None, softcap: float) -> torch.Tensor:

@@ -87,8 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--objective",
         metavar="NAME=W,...",
-        help=f"what to learn from, of {', '.join(OBJECTIVES)}, each alone or with a weight: the text, what the model as "
-        "it was before predicts, what its layers put out (default: next)",
+        help=f"what to learn from, of {', '.join(OBJECTIVES)}, each alone or with a weight: the text, what the model "
+        "as it was before predicts, what its layers put out (default: next)",
     )
     p.add_argument("--window-dropout", type=float, metavar="P", help="share of batches under a shorter window")
     p.add_argument("--retrieval", type=float, metavar="P", help="share of rows that ask for what was hidden in them")

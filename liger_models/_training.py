@@ -146,7 +146,7 @@ def adapted(model: PreTrainedModel, recipe: Recipe) -> tuple[PeftModel, bool]:
 
     What learns as a whole is in float32, whatever the model is in: steps may be smaller than its numbers can tell.
     """
-    named = [("." + name, module) for name, module in model.named_modules()]
+    named: list[tuple[str, nn.Module]] = [("." + name, module) for name, module in model.named_modules()]
     parts = {name.rsplit(".", 1)[-1] for name, _ in named}
     whole = [x for x in _NEW if _learns(named, x)] if recipe.features and isinstance(model, LigerMixin) else []
     routed = sorted(routing_modules(model))

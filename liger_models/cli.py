@@ -1,4 +1,4 @@
-"""What the `liger` command does, once liger_linear has read its words: linearize, finetune, draw, generate, evaluate."""
+"""What the `liger` command does, once liger_linear has read its words."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 from liger_linear.__main__ import main
 from liger_models import checkpoint
@@ -61,7 +62,8 @@ def _finetune(args) -> None:
         fail("data-free", "--text or --data-free", "both")
     text, held_out = _checked(args.text) or standard_text()[0], _checked(args.eval_text, "eval_text")
     names = ("steps", "length", "batch", "learning_rate", "objective", "window_dropout", "retrieval")
-    changes = {name: getattr(args, name) for name in names} | dict(freeze_kept=args.freeze_kept or None)
+    changes: dict[str, Any] = {name: getattr(args, name) for name in names}
+    changes["freeze_kept"] = args.freeze_kept or None
     # Before a model is loaded, which takes longer.
     recipe = recipe_of(args.recipe, changes)
     model, tokenizer = checkpoint.load(args.model, args.dtype)

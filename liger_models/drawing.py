@@ -167,7 +167,8 @@ class _Author(NamedTuple):
 
     def texts(self) -> list[dict[str, Any]]:
         before = framing(self.tokenizer)[0]
-        start = [self.tokenizer.bos_token_id] if not before and self.tokenizer.bos_token_id is not None else before
+        first = self.tokenizer.bos_token_id
+        start = [cast(int, first)] if not before and first is not None else before
         rows = [start or [self._any()] for _ in range(self.batch)]
         written = self._continued(rows, self.length - len(rows[0]), self._ends())
         whole = [part if start else row + part for row, part in zip(rows, written, strict=True)]
