@@ -73,12 +73,12 @@ def test_adapters_and_what_learned_as_a_whole_are_off(memories):
 
 def test_what_was_merged_is_no_longer_its_original(tmp_path):
     whole, tokenizer = tiny(), tiny_tokenizer()
-    model = finetune(linearize_tiny(copy.deepcopy(whole), window=8), tokenizer, TEXT, **QUICK)
-    model.save_pretrained(tmp_path)
+    tuned = finetune(linearize_tiny(copy.deepcopy(whole), window=8), tokenizer, TEXT, **QUICK)
+    tuned.save_pretrained(tmp_path)
     message = (
         "expected weights as they were linearized, or a teacher beside them, got a model whose adapters were merged"
     )
-    for model in (model, type(model).from_pretrained(tmp_path)):
+    for model in (tuned, type(tuned).from_pretrained(tmp_path)):
         for objective in ("kl", "next+match"):
             with pytest.raises(ValueError, match=f"^teacher: {message}$"):
                 finetune(model, tokenizer, TEXT, objective=objective, **QUICK)
