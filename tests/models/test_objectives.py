@@ -309,7 +309,10 @@ def test_bad_input_is_named():
         (dict(objective="kl", teacher=tiny(vocab_size=98)), "teacher: expected a vocabulary of 97, got 98"),
         (dict(objective="match", teacher=tiny(num_hidden_layers=2)), "teacher: expected num_hidden_layers 3, to match"),
         (dict(objective="match", length=10), "length: expected rows of more than 10 tokens, beyond window and sinks"),
-        (dict(text=["short one", "another"], retrieval=1, length=199), "text: expected at least .* tokens to hide something in"),
+        (
+            dict(text=["short one", "another"], retrieval=1, length=199),
+            "text: expected at least .* tokens to hide something in",
+        ),
     ):
         with pytest.raises(ValueError, match=message.replace("+", r"\+")):
             finetune(model, tokenizer, **{**QUICK, "text": TEXT, **arguments})

@@ -8,8 +8,9 @@ from torch import nn
 
 from liger_layers import FullAttention, LigerAttention
 from liger_layers.calls import as_it_is, attending_in_full, with_window
-from liger_models import as_original, finetune
-from liger_models.teacher import mark_tuned, original
+from liger_models import as_original, finetune, load
+from liger_models.checkpoint import quiet_peft
+from liger_models.teacher import is_tuned, mark_tuned, original
 from tests.models.tiny import NAMES, TEXT, linearize_tiny, tiny, tiny_tokenizer
 
 IDS = torch.randint(3, 97, (2, 50), generator=torch.Generator().manual_seed(1))
@@ -93,6 +94,16 @@ def test_what_was_merged_is_no_longer_its_original(tmp_path):
     mark_tuned(plain)
     with as_original(plain):
         pass
+
+
+def test_adapters_that_were_merged_while_loading(tmp_path):
+    linearize_tiny(tiny(), window=8).save_pretrained(tmp_path / "small")
+    tiny_tokenizer().save_pretrained(tmp_path / "small")
+    model, tokenizer = load(tmp_path / "small")
+    assert not is_tuned(model)
+    with quiet_peft():
+        finetune(model, tokenizer, TEXT, merge=False, **QUICK).save_pretrained(tmp_path / "adapters")
+    assert is_tuned(load(tmp_path / "adapters")[0])
 
 
 def test_a_cache_is_refused():
