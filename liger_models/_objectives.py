@@ -28,6 +28,8 @@ from liger_ops.errors import fail
 
 # Positions whose distributions over the vocabulary are in float32 at once.
 _AT_ONCE = 256
+# Of what a layer puts out, the share that its variance is taken to be at least.
+_LEAST = 1e-6
 
 
 class _Divergence(torch.autograd.Function):
@@ -110,7 +112,9 @@ class _Matches:
             mean = (wanted * counted).sum((0, 1)) / counted.sum().clamp(min=1)
             missed = ((given - wanted).square() * counted).sum()
             spread = ((wanted - mean).square() * counted).sum()
-            self.shares.append(missed / spread.clamp(min=torch.finfo(wide).tiny))
+            # One token has no variance to miss, and a layer that always says the same hardly one.
+            least = _LEAST * (wanted.square() * counted).sum() + torch.finfo(wide).tiny
+            self.shares.append(missed * (counted.sum() > 1) / torch.maximum(spread, least))
 
     def _inexact(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
         """[B,T]: tokens that see more than window and sinks, or all where the recurrence is added to the window."""

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from liger_linear.__main__ import main
-from liger_models import draw, finetune
+from liger_models import draw, drawing
 from liger_models.data import to_rows
+from liger_models.teacher import mark_tuned, original
 from tests.models.tiny import linearize_tiny, tiny, tiny_tokenizer
 
 TEMPLATE = "{% for m in messages %}{{ m.role[0] + m.content + '</s>' }}{% endfor %}"
@@ -36,13 +37,16 @@ def test_texts_and_conversations_as_the_original_would_say_them():
     assert to_rows(tokenizer, rows, 64).tokens > 250
 
 
-def test_a_tuned_model_says_what_it_has_learned():
-    model, tokenizer = linearize_tiny(tiny(scale=1.0), window=8), tiny_tokenizer("<s>")
+def test_a_tuned_model_writes_as_it_is(monkeypatch):
+    model, tokenizer, asked = linearize_tiny(tiny(scale=1.0), window=8), tiny_tokenizer("<s>"), []
+    monkeypatch.setattr(drawing, "original", lambda model: asked.append(model) or original(model))
     before = draw(model, tokenizer, 60, **QUICK)
-    tuned = finetune(model, tokenizer, "z" * 400, steps=12, warmup=1, learning_rate=3e-2, **QUICK)
-    after = draw(tuned, tokenizer, 60, **QUICK)
-    zs = ["".join(row["text"] for row in rows).count("z") for rows in (before, after)]
-    assert zs[1] > zs[0] + 20
+    assert asked == [model]
+    mark_tuned(model)
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer.convert_tokens_to_ids("z")] *= 100
+    after = draw(model, tokenizer, 60, **QUICK)
+    assert asked == [model] and after != before
 
 
 def test_an_interrupted_draw_goes_on_to_the_same_rows(tmp_path):
