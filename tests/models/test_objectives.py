@@ -102,7 +102,7 @@ def test_a_row_that_hardly_leaves_the_window_teaches_little(length):
     _, model = learner()
     loss, _ = Objective(dict(match=1.0))(model, model, dict(input_ids=IDS[:1, :length], labels=IDS[:1, :length]))
     loss.backward()
-    assert (loss == 0) == (length < 12) and loss < 1e4
+    assert (loss == 0) == (length < 12) and loss.isfinite()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
