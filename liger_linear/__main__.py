@@ -12,6 +12,7 @@ from liger_linear import __version__
 # What the help lists. The tables themselves lie behind seconds of imports; a test compares them.
 PRESETS = ("default", "paper-gla", "paper-gsa", "paper-hgrn2")
 RECIPES = ("default", "paper")
+OBJECTIVES = ("next", "kl", "match")
 POOLINGS = ("identity", "width", "heads")
 FEATURE_MAPS = ("softmax", "kernel", "unit")
 GATES = ("gla", "gsa", "hgrn2", "mamba2", "mlstm", "gated_retention", "rwkv6", "retention", "linear")
@@ -84,7 +85,32 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--length", type=int, help="tokens in a block")
     p.add_argument("--batch", type=int, help="blocks in a step")
     p.add_argument("--learning-rate", type=float, help="peak learning rate")
+    p.add_argument(
+        "--objective",
+        metavar="NAME=W,...",
+        help=f"what to learn from, of {', '.join(OBJECTIVES)}, each alone or with a weight: the text, what the model "
+        "as it was before predicts, what its layers put out (default: next)",
+    )
+    p.add_argument("--window-dropout", type=float, metavar="P", help="share of batches under a shorter window")
+    p.add_argument("--retrieval", type=float, metavar="P", help="share of rows that ask for what was hidden in them")
+    p.add_argument(
+        "--freeze-kept", action="store_true", help="leave queries and keys of layers that stayed full attention"
+    )
+    p.add_argument(
+        "--data-free", type=int, metavar="TOKENS", help="no text: draw so many tokens from the model (see liger draw)"
+    )
     p.add_argument("--resume", action="store_true", help="continue from the checkpoint of an interrupted run")
+
+    p = _command(commands, "draw", "Let a model write text to train on; the same command continues after Ctrl-C.")
+    p.add_argument("--tokens", type=int, required=True, metavar="N", help="how many tokens to sample at least")
+    p.add_argument("--out", required=True, type=Path, metavar="FILE", help="file of rows to append to (.jsonl)")
+    p.add_argument("--length", type=int, default=512, help="tokens in a row (default: %(default)s)")
+    p.add_argument("--batch", type=int, default=16, help="rows that are sampled at once (default: %(default)s)")
+    p.add_argument(
+        "--chat", type=float, metavar="P", help="share of conversations; default: half, with a chat template"
+    )
+    p.add_argument("--temperature", type=float, default=1.0, help="of sampling (default: %(default)s)")
+    p.add_argument("--seed", type=int, default=0, help="another one draws other rows (default: %(default)s)")
 
     p = _command(commands, "generate", "Continue a prompt.")
     p.add_argument("prompt", help="text to continue")

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 from transformers.trainer_utils import get_last_checkpoint
 
 from liger_models.modeling import forget_name
+from liger_models.teacher import mark_tuned
 from liger_ops.errors import fail
 
 # The settings of the run, beside its checkpoints.
@@ -67,6 +68,7 @@ def _with_adapters(folder: Path, dtype: torch.dtype | str) -> tuple[PreTrainedMo
     with told(str(folder)), quiet_peft():
         merged = PeftModel.from_pretrained(model, folder).merge_and_unload().eval()
     forget_name(merged)
+    mark_tuned(merged)
     return merged, tokenizer
 
 

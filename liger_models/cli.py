@@ -1,4 +1,4 @@
-"""What the `liger` command does, once liger_linear has read its words: linearize, finetune, generate, evaluate."""
+"""What the `liger` command does, once liger_linear has read its words."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ import json
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 from liger_linear.__main__ import main
 from liger_models import checkpoint
 from liger_models.configuration import LigerConfig
 from liger_models.data import read
+from liger_models.drawing import draw
 from liger_models.evaluation import evaluate
 from liger_models.finetune import finetune
 from liger_models.generation import generate
 from liger_models.linearize import linearize
 from liger_models.on_disk import linearize_on_disk
+from liger_models.recipe import recipe_of
 from liger_models.selection import select_layers
 from liger_models.text import standard_text
 from liger_ops.errors import fail
@@ -55,16 +58,33 @@ def _linearize(args) -> None:
 
 def _finetune(args) -> None:
     checkpoint.check_output(args.out, args.overwrite)
+    if args.data_free is not None and args.text is not None:
+        fail("data-free", "--text or --data-free", "both")
     text, held_out = _checked(args.text) or standard_text()[0], _checked(args.eval_text, "eval_text")
+    names = ("steps", "length", "batch", "learning_rate", "objective", "window_dropout", "retrieval")
+    changes: dict[str, Any] = {name: getattr(args, name) for name in names}
+    changes["freeze_kept"] = args.freeze_kept or None
+    # Before a model is loaded, which takes longer.
+    recipe = recipe_of(args.recipe, changes)
     model, tokenizer = checkpoint.load(args.model, args.dtype)
-    names = ("steps", "length", "batch", "learning_rate")
-    changes = {name: getattr(args, name) for name in names}
+    if args.data_free is not None:
+        text = args.out.with_name(args.out.name + ".drawn.jsonl")
+        draw(model, tokenizer, args.data_free, out=text, length=recipe.length)
     changes |= dict(eval_text=held_out, eval_steps=args.eval_steps, report_to=args.report_to, merge=not args.no_merge)
     store = args.out.with_name(args.out.name + ".checkpoints")
     model = finetune(model, tokenizer, text, args.recipe, checkpoints=store, resume=args.resume, **changes)
     checkpoint.save(model, tokenizer, args.out, args.overwrite)
     checkpoint.discard(store)
     print(f"Wrote {args.out}")
+
+
+def _draw(args) -> None:
+    if args.out.is_dir() or args.out.suffix != ".jsonl":
+        fail("out", "a file that ends in .jsonl", args.out)
+    model, tokenizer = checkpoint.load(args.model, args.dtype)
+    names = ("length", "batch", "chat", "temperature", "seed")
+    rows = draw(model, tokenizer, args.tokens, out=args.out, **{name: getattr(args, name) for name in names})
+    print(f"Wrote {len(rows)} rows to {args.out}")
 
 
 def _generate(args) -> None:
@@ -103,7 +123,13 @@ def _import(modules: list[str]) -> None:
 
 def run(args: Namespace) -> int:
     """Do what a command line says; the exit status, after one line on stderr where it is not 0."""
-    commands = {"linearize": _linearize, "finetune": _finetune, "generate": _generate, "evaluate": _evaluate}
+    commands = {
+        "linearize": _linearize,
+        "finetune": _finetune,
+        "draw": _draw,
+        "generate": _generate,
+        "evaluate": _evaluate,
+    }
     try:
         _import(args.modules)
         commands[args.command](args)

@@ -2,124 +2,35 @@
 
 from __future__ import annotations
 
-import math
 import os
-import signal
 import tempfile
-import threading
 from collections.abc import Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast, overload
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
-    TrainerState,
-    TrainingArguments,
-)
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from liger_layers import routing_modules
 from liger_models import checkpoint
+from liger_models._hidden import with_hidden
+from liger_models._objectives import Objective
+from liger_models._training import (
+    Interrupt,
+    LigerTrainer,
+    WindowDropout,
+    activation_checkpointing,
+    adapted,
+    without_adapters,
+)
 from liger_models.data import Rows, collate, to_rows
-from liger_models.evaluation import mean_loss
-from liger_models.modeling import AnyModel, LigerMixin, forget_name
+from liger_models.modeling import AnyModel, forget_name
+from liger_models.recipe import Recipe, recipe_of
+from liger_models.teacher import mark_tuned
 from liger_ops.errors import fail
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to fine-tune. steps None means `epochs` passes over the text.
-
-    features: train, beside the adapters on `targets`, the feature maps and the mix (where learn_mix allows). Routers of
-    memories and the mix behind them are always trained, and their load is balanced.
-    """
-
-    rank: int = 16
-    alpha: int = 32
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
-    learning_rate: float = 1e-3
-    length: int = 512
-    batch: int = 2
-    epochs: float = 1.0
-    steps: int | None = None
-    warmup: int = 6
-    features: bool = True
-    gradient_checkpointing: bool = False
-
-    def __post_init__(self):
-        for name, low in (("rank", 1), ("length", 2), ("batch", 1), ("steps", 1), ("warmup", 0)):
-            value = getattr(self, name)
-            if not (value is None and name == "steps") and (
-                isinstance(value, bool) or not isinstance(value, int) or value < low
-            ):
-                fail(name, f"an integer >= {low}", repr(value))
-        for name in ("learning_rate", "epochs"):
-            if not 0 < getattr(self, name) < math.inf:
-                fail(name, "a number > 0", repr(getattr(self, name)))
-
-
-RECIPES = {
-    "default": Recipe(),
-    # The published recipe, arXiv 2503.01496, section 4.1.
-    "paper": Recipe(
-        rank=8,
-        alpha=8,
-        targets=("q_proj", "k_proj", "v_proj"),
-        learning_rate=1e-3,
-        length=1024,
-        batch=8,
-        epochs=2.0,
-        warmup=0,
-        features=False,
-    ),
-}
-
-
-class _Interrupt(TrainerCallback):
-    """Ctrl-C finishes the step, saves a checkpoint and stops; a second one stops at once."""
-
-    def __init__(self):
-        self.asked = False
-
-    @contextmanager
-    def listening(self):
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = signal.getsignal(signal.SIGINT)
-
-        def ask(number, frame):
-            self.asked = True
-            signal.signal(signal.SIGINT, before)
-
-        signal.signal(signal.SIGINT, ask)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.asked:
-            control.should_save = control.should_training_stop = True
-
-
-class _Trainer(Trainer):
-    """Evaluates as `perplexity` does: every token with a label counts alike, and routers do not count."""
-
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        loss = mean_loss(cast(PreTrainedModel, self.model), cast(Rows, eval_dataset or self.eval_dataset))
-        figures = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_perplexity": math.exp(loss)}
-        self.log(figures)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
-        return figures
 
 
 @overload
@@ -158,6 +69,7 @@ def finetune(
     resume: bool = False,
     seed: int = 0,
     merge: bool = True,
+    teacher: PreTrainedModel | None = None,
     report_to: str | Sequence[str] = (),
     callbacks: Sequence[TrainerCallback] = (),
     **changes: Any,
@@ -176,26 +88,32 @@ def finetune(
         eval_steps: measure them also every so many steps.
         checkpoints: folder for the checkpoint that Ctrl-C leaves; None leaves none.
         resume: continue from the last checkpoint in that folder, under the same settings and on the same text.
-        seed: of the order of rows and the adapters.
+        seed: of the order of rows, the adapters, shorter windows and what is hidden in rows.
         merge: False returns the peft model with its adapters, which is all that its save_pretrained then writes.
+        teacher: the model that an objective with "kl" or "match" learns from; None is the pretrained model that this
+            one was linearized from, on the same weights (see `as_original`).
         report_to: where the Trainer reports to, such as "tensorboard".
         callbacks: further callbacks of the Trainer; state.log_history holds the losses.
-        changes: fields of Recipe: steps, length, batch, learning_rate, rank, ...
+        changes: fields of Recipe: steps, length, batch, learning_rate, rank, objective, window_dropout, retrieval, ...
 
     Raises:
-        ValueError: no model of transformers, or one in adapters; unknown recipe or field, a field out of range, text
-            that cannot be read or teaches nothing, nothing to resume, or a folder that holds something else.
+        ValueError: no model of transformers, or one in adapters; unknown recipe, objective or field, a field out of
+            range, text that cannot be read, is too short or teaches nothing, nothing to resume, a folder that holds
+            something else, or a teacher asked of a model whose adapters were merged.
         KeyboardInterrupt: after Ctrl-C, once the checkpoint is written; the model then has no adapters.
     """
     if not isinstance(model, PreTrainedModel):
         fail("model", "a causal LM of transformers, adapters merged first", type(model).__name__)
-    recipe = _recipe(recipe, changes)
+    recipe = recipe_of(recipe, changes)
     _check_eval(eval_text, eval_steps)
     reports = _reports(report_to, checkpoints)
-    rows = to_rows(tokenizer, text, recipe.length)
+    objective = Objective(cast(dict[str, float], recipe.objective), teacher)
+    objective.check(model)
+    rows = with_hidden(tokenizer, to_rows(tokenizer, text, recipe.length), recipe.retrieval, recipe.length, seed)
+    objective.check_rows(model, rows)
     held_out = None if eval_text is None else to_rows(tokenizer, eval_text, recipe.length, "eval_text")
     pad = next((cast(int, x) for x in (tokenizer.pad_token_id, tokenizer.eos_token_id) if x is not None), 0)
-    job = _Job(rows, held_out, pad, recipe, seed, merge, eval_steps, reports, tuple(callbacks))
+    job = _Job(rows, held_out, pad, recipe, objective, seed, merge, eval_steps, reports, tuple(callbacks))
     return _run(model, job, checkpoints, resume)
 
 
@@ -227,6 +145,8 @@ def _run(
     run = {**asdict(job.recipe), "targets": list(job.recipe.targets), "seed": job.seed, "text": job.rows.digest()}
     run["model"] = f"{type(model).__name__} with {model.num_parameters():,} parameters"
     run["liger"] = getattr(model.config, "liger", None)
+    teacher = job.objective.teacher
+    run["teacher"] = None if teacher is None else f"{type(teacher).__name__}, {teacher.num_parameters():,} parameters"
     last = checkpoint.claim(folder, run, resume)
     try:
         return _train(model, job, folder, last)
@@ -238,30 +158,9 @@ def _run(
         checkpoint.discard(folder, unless_checkpoint=True)
 
 
-def _recipe(recipe: str | Recipe, changes: dict[str, Any]) -> Recipe:
-    """The recipe of a name with some of its fields changed; None changes nothing."""
-    if isinstance(recipe, str):
-        if recipe not in RECIPES:
-            fail("recipe", f"one of {', '.join(RECIPES)}", repr(recipe))
-        recipe = RECIPES[recipe]
-    known = {f.name for f in fields(Recipe)}
-    if unknown := sorted(set(changes) - known):
-        raise ValueError(f"{unknown[0]}: unknown; expected one of {', '.join(sorted(known))}")
-    return replace(recipe, **{name: value for name, value in changes.items() if value is not None})
-
-
 def _measured(state: TrainerState) -> bool:
     """Whether the Trainer measured after the last step by itself, as some versions do."""
     return any("eval_loss" in x and x["step"] == state.global_step for x in state.log_history)
-
-
-def _checkpointing(wanted: bool) -> dict[str, Any]:
-    """TrainingArguments under the name that the installed transformers uses."""
-    if not wanted:
-        return {}
-    known = {f.name for f in fields(TrainingArguments)}
-    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
-    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
 
 
 @dataclass(frozen=True)
@@ -272,6 +171,7 @@ class _Job:
     held_out: Rows | None
     pad: int
     recipe: Recipe
+    objective: Objective
     seed: int
     merge: bool
     eval_steps: int | None
@@ -283,6 +183,7 @@ class _Job:
         return TrainingArguments(
             output_dir=str(folder),
             per_device_train_batch_size=recipe.batch,
+            gradient_accumulation_steps=recipe.accumulate,
             num_train_epochs=recipe.epochs,
             max_steps=recipe.steps or -1,
             learning_rate=recipe.learning_rate,
@@ -299,47 +200,29 @@ class _Job:
             train_sampling_strategy="random" if self.rows.even else "group_by_length",
             dataloader_pin_memory=False,
             use_cpu=not torch.cuda.is_available(),
-            **_checkpointing(recipe.gradient_checkpointing),
+            **activation_checkpointing(recipe.gradient_checkpointing),
         )
-
-
-def _adapted(model: PreTrainedModel, recipe: Recipe) -> tuple[PeftModel, bool]:
-    """The model with adapters, and whether it has routers to train."""
-    whole = []
-    if recipe.features and isinstance(model, LigerMixin):
-        whole = ["feature_map", "mix"] if model.config.liger["learn_mix"] else ["feature_map"]
-    names = ["." + name for name, _ in model.named_modules()]
-    parts = {name.rsplit(".", 1)[-1] for name in names}
-    # A pattern may leave no layer that recurs.
-    whole = [x for x in whole if any(name.endswith("." + x) for name in names)]
-    routed = sorted(routing_modules(model))
-    targets = [*recipe.targets, *(["qkv_proj"] if "qkv_proj" in parts else [])]
-    config = LoraConfig(
-        r=recipe.rank,
-        lora_alpha=recipe.alpha,
-        target_modules=[x for x in targets if x in parts],
-        modules_to_save=[*whole, *routed] or None,
-        task_type="CAUSAL_LM",
-    )
-    with checkpoint.quiet_peft():
-        return get_peft_model(model, config), bool(routed)
 
 
 def _train(model: PreTrainedModel, job: _Job, folder: Path, last: str | None) -> PreTrainedModel | PeftModel:
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    arguments, interrupt = job.arguments(folder), _Interrupt()
+    arguments, interrupt = job.arguments(folder), Interrupt()
     torch.manual_seed(job.seed)
-    adapted, routed = _adapted(model, job.recipe)
+    dropout = WindowDropout(model, job.recipe.window_dropout, job.seed)
+    peft, routed = adapted(model, job.recipe)
     done, told = False, vars(model.config).get("output_router_logits")
     try:
-        trainer = _Trainer(
-            model=adapted,
+        trainer = LigerTrainer(
+            objective=job.objective,
+            dropout=dropout,
+            model=peft,
             args=arguments,
             train_dataset=job.rows,
             eval_dataset=job.held_out,
             data_collator=partial(collate, pad=job.pad),
             callbacks=[interrupt, *job.callbacks],
         )
+        job.objective.place(arguments.device)
         if routed:
             # The load of memories is to be balanced while they learn.
             model.config.output_router_logits = True
@@ -354,7 +237,7 @@ def _train(model: PreTrainedModel, job: _Job, folder: Path, last: str | None) ->
         elif routed:
             model.config.output_router_logits = told
         if not done or job.merge:
-            model = adapted.merge_and_unload() if done else adapted.unload()
+            model = without_adapters(peft, keep=done)
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name in trainable)
     if not done:
@@ -362,4 +245,5 @@ def _train(model: PreTrainedModel, job: _Job, folder: Path, last: str | None) ->
     model.config.use_cache = True
     if job.merge:
         forget_name(model)
-    return (model if job.merge else adapted).eval()
+        mark_tuned(model)
+    return (model if job.merge else peft).eval()

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from liger_models._inputs import input_device
@@ -13,10 +14,10 @@ from liger_models.text import chat_ids, framing, token_ids
 from liger_ops.errors import fail
 
 
-def base_of(model: PreTrainedModel) -> PreTrainedModel:
+def base_of(model: nn.Module) -> PreTrainedModel:
     """The model itself, where adapters that are not merged wrap it."""
     unwrap = getattr(model, "get_base_model", None)
-    return model if unwrap is None else unwrap()
+    return cast(PreTrainedModel, model if unwrap is None else unwrap())
 
 
 @contextmanager
@@ -37,10 +38,16 @@ def without_settings(model: PreTrainedModel):
             holder.generation_config = own
 
 
-def continued(model: PreTrainedModel, ids: torch.Tensor, **options: Any) -> torch.Tensor:
-    """Token ids [B,T+N] that begin with ids [B,T], all of them shown; options go to model.generate."""
+def continued(
+    model: PreTrainedModel, ids: torch.Tensor, shown: torch.Tensor | None = None, **options: Any
+) -> torch.Tensor:
+    """Token ids [B,T+N] that begin with ids [B,T], all of them shown or those where shown [B,T] is 1.
+
+    Options go to model.generate.
+    """
     # Not every pretrained model has it, but every causal LM.
-    return cast(Any, model).generate(ids, attention_mask=torch.ones_like(ids), **options)
+    mask = torch.ones_like(ids) if shown is None else shown
+    return cast(Any, model).generate(ids, attention_mask=mask, **options)
 
 
 @torch.no_grad()

@@ -9,7 +9,8 @@ import torch
 from transformers import TrainerCallback
 
 from liger_models import LigerForCausalLM, LigerModelConfig, checkpoint, evaluate, finetune
-from liger_models.finetune import RECIPES, _Interrupt
+from liger_models._training import Interrupt
+from liger_models.recipe import RECIPES
 from tests.models.test_exactness import ids
 from tests.models.tiny import TEXT, linearize_tiny, tiny, tiny_tokenizer
 
@@ -91,7 +92,7 @@ def test_control_c_leaves_a_checkpoint_that_resumes(tmp_path, monkeypatch):
 
     before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
-        patch.setattr(_Interrupt, "on_step_begin", strike)
+        patch.setattr(Interrupt, "on_step_begin", strike)
         with pytest.raises(KeyboardInterrupt, match="can be resumed"):
             finetune(linearize_tiny(tiny(), window=8), tiny_tokenizer(), TEXT, steps=8, checkpoints=store, **QUICK)
     assert signal.getsignal(signal.SIGINT) is before
@@ -120,7 +121,7 @@ def test_a_failure_leaves_the_model_without_adapters(tmp_path, monkeypatch):
         raise RuntimeError("struck by lightning")
 
     with monkeypatch.context() as patch:
-        patch.setattr(_Interrupt, "on_step_end", fail)
+        patch.setattr(Interrupt, "on_step_end", fail)
         with pytest.raises(RuntimeError, match="lightning"):
             finetune(model, tiny_tokenizer(), TEXT, steps=2, checkpoints=tmp_path / "c", **QUICK)
     assert {n: p.requires_grad for n, p in model.named_parameters()} == before

@@ -23,7 +23,7 @@ from liger_linear import __main__ as command
 from liger_models import LigerForCausalLM, LigerModelConfig, _versions, checkpoint, linearize_on_disk
 from liger_models.configuration import LAYERS
 from liger_models.data import Rows
-from liger_models.finetune import RECIPES
+from liger_models.recipe import OBJECTIVES, RECIPES
 from tests.models.test_exactness import ids
 from tests.models.tiny import NAMES, linearize_tiny, tiny, tiny_tokenizer
 
@@ -190,6 +190,7 @@ def test_the_manual_names_what_there_is():
     letters = {letter: name for letter, name in LETTERS.items() if name.partition(":")[0] in LAYERS}
     assert (letters, tuple(liger_models.PRESETS)) == (command.LETTERS, command.PRESETS)
     assert (tuple(liger_layers.POOLINGS), tuple(RECIPES)) == (command.POOLINGS, command.RECIPES)
+    assert command.OBJECTIVES == OBJECTIVES
     assert tuple(liger_layers.FEATURE_MAPS) == command.FEATURE_MAPS
 
 
