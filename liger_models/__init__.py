@@ -9,6 +9,7 @@ from liger_models.checkpoint import load, save
 from liger_models.configuration import PRESETS, LigerConfig
 from liger_models.evaluation import evaluate, perplexity
 from liger_models.families import Family
+from liger_models.figures import measure_variants
 from liger_models.finetune import Recipe, finetune
 from liger_models.from_scratch import LigerForCausalLM, LigerModelConfig
 from liger_models.generation import generate
@@ -18,6 +19,7 @@ from liger_models.on_disk import linearize_on_disk
 from liger_models.registration import register_family
 from liger_models.retrieval import retrieval
 from liger_models.selection import select_layers
+from liger_models.tasks import run_tasks
 from liger_models.text import standard_text
 
 __all__ = [
@@ -37,9 +39,11 @@ __all__ = [
     "linearize_on_disk",
     "load",
     "make_cache",
+    "measure_variants",
     "perplexity",
     "register_family",
     "retrieval",
+    "run_tasks",
     "save",
     "select_layers",
     "standard_text",

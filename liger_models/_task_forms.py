@@ -46,6 +46,9 @@ class Task(NamedTuple):
 
 def _choose(context: str, choices: Sequence[str], right: int) -> Question:
     """One context before every choice."""
+    for choice in choices:
+        if not isinstance(choice, str):
+            raise ValueError(f"expected text in every choice, got {choice!r:.80}")
     if not 0 <= right < len(choices):
         raise ValueError(f"expected an answer among {len(choices)} choices, got number {right}")
     return Question((context,) * len(choices), tuple(f" {x}" for x in choices), right, tuple(choices))
@@ -123,6 +126,8 @@ def _social_iqa(row: Row, shots: Sequence[Row]) -> Question:
 
 def _mmlu(row: Row, shots: Sequence[Row]) -> Question:
     def ask(one: Row) -> str:
+        if len(one["choices"]) != 4:
+            raise ValueError(f"expected 4 choices, got {len(one['choices'])}")
         lines = [f"{letter}. {choice}" for letter, choice in zip("ABCD", one["choices"], strict=True)]
         return "\n".join([one["question"].strip(), *lines, "Answer:"])
 
@@ -152,6 +157,8 @@ def _fda(row: Row, shots: Sequence[Row]) -> Completion:
 
 
 def _kv_retrieval(row: Row, shots: Sequence[Row]) -> Completion:
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in row["ordered_kv_records"]):
+        raise ValueError("expected pairs in ordered_kv_records")
     records = ",\n ".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in row["ordered_kv_records"])
     asked = f'Key: "{row["key"]}"\nCorresponding value:'
     about = "Extract the value corresponding to the specified key in the JSON object below.\n\nJSON data:\n"
@@ -184,7 +191,9 @@ TASKS: dict[str, Task] = {
     ),
     "squad": Task(dict(context=str, cloze=object, value=str), _squad, "contains"),
     "fda_510k": Task(dict(text=str, value=str), _fda, "contains"),
-    "kv_retrieval": Task(dict(ordered_kv_records=list, key=str, value=str), _kv_retrieval, "contains", "kv_retrieval_75.jsonl"),
+    "kv_retrieval": Task(
+        dict(ordered_kv_records=list, key=str, value=str), _kv_retrieval, "contains", "kv_retrieval_75.jsonl"
+    ),
     "nq": Task(dict(title=str, context=str, question=str, answers=list), _nq, "contains", "nq_gold_passage.jsonl"),
 }
 # What a linearized model is asked to keep, as published conversions report.

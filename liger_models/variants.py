@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,13 +35,15 @@ def without_recall(model: nn.Module):
 
     Caches that were filled before or inside belong to another layer afterwards.
     """
-    before = [(layer, layer.recall) for layer in model.modules() if _recalls(layer)]
+    # Of any type, for torch's stubs take every attribute for a tensor or a module.
+    layers: list[Any] = [layer for layer in model.modules() if _recalls(layer)]
+    before = [layer.recall for layer in layers]
     try:
-        for layer, _ in before:
+        for layer in layers:
             layer.recall = 0
         yield
     finally:
-        for layer, recall in before:
+        for layer, recall in zip(layers, before, strict=True):
             layer.recall = recall
 
 

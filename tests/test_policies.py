@@ -31,8 +31,8 @@ PUBLIC = {
     "LinearMixer MemoryState Mix MixtureOfMemories POOLINGS RECURRENCES Recurrence RuleGate SlidingWindowAttention "
     "Softmax SoftmaxKernel UpdateRule load_balancing_loss register_gate router_parameters routing_modules",
     liger_models: "FAMILIES Family LigerCacheLayer LigerConfig LigerForCausalLM LigerModelConfig PRESETS Recipe "
-    "cache_bytes evaluate finetune generate linearize linearize_on_disk load make_cache perplexity register_family "
-    "retrieval save select_layers standard_text",
+    "cache_bytes evaluate finetune generate linearize linearize_on_disk load make_cache measure_variants "
+    "perplexity register_family retrieval run_tasks save select_layers standard_text",
 }
 
 
