@@ -87,12 +87,9 @@ def chosen_variants(model: PreTrainedModel, names: Sequence[str] | None) -> list
 
 
 def exact_tokens(model: PreTrainedModel) -> int:
-    """The most tokens that a recurrent layer sees exactly: window, sinks and recall; 0 where none recurs."""
-    found = [0]
-    for layer in model.modules():
-        if isinstance(getattr(layer, "mix", None), Mix) and (window := getattr(layer, "window", None)) is not None:
-            found.append(window.size + window.sinks + getattr(layer, "recall", 0))
-    return max(found)
+    """The most tokens that a linearized layer sees exactly: window, sinks and recall; 0 where none is linearized."""
+    windows = [(layer, getattr(layer, "window", None)) for layer in model.modules()]
+    return max((w.size + w.sinks + getattr(m, "recall", 0) for m, w in windows if hasattr(w, "sinks")), default=0)
 
 
 def _recalls(layer: nn.Module) -> bool:

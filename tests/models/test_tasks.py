@@ -123,7 +123,9 @@ def test_what_is_read_alike_is_read_once(monkeypatch):
 def test_scores_are_shares_of_right_choices(tmp_path):
     model, tokenizer = linearize_tiny(tiny(), window=8, sinks=2).train(), tiny_tokenizer()
     rows = [
-        dict(goal=f"sort {i}", sol1=f"by hand {i} " + "or not " * (i % 3), sol2="no" * (i % 4 + 1), label=int(i % 4 > 0))
+        dict(
+            goal=f"sort {i}", sol1=f"by hand {i} " + "or not " * (i % 3), sol2="no" * (i % 4 + 1), label=int(i % 4 > 0)
+        )
         for i in range(20)
     ]
     write(tmp_path, "piqa", rows)
