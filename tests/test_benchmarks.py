@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks import recovery
 from liger_models import checkpoint
 from tests.models.tiny import TEXT, tiny, tiny_tokenizer
 
@@ -45,15 +46,15 @@ def test_two_checkouts_are_timed_in_turns(tmp_path):
     assert row["low"] <= row["ratio"] <= row["high"] and row["old_ms"] > 0
 
 
-def test_the_study_of_recovery_goes_on_where_it_stopped(tmp_path):
+def test_the_study_of_recovery_goes_on_where_it_stopped(tmp_path, capsys):
     checkpoint.save(tiny(), tiny_tokenizer(), tmp_path / "model")
     (tmp_path / "text.txt").write_text(TEXT)
     small = "--tokens", "64", "--batch", "1", "--length", "32", "--blocks", "1", "--contexts", "64", "--depths", "1"
     where = "--model", str(tmp_path / "model"), "--text", str(tmp_path / "text.txt"), "--out", str(tmp_path / "out")
 
     def study(*arguments):
-        command = [sys.executable, "-m", "benchmarks.recovery", *where, *small, *arguments]
-        return subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True, timeout=300).stdout
+        recovery.main([*where, *small, *arguments])
+        return capsys.readouterr().out
 
     said = study("--only", "original,default")
     assert "default: " in said and "there already" not in said
