@@ -63,20 +63,20 @@ class _Subject:
         return found
 
 
-def _perplexity(model: PreTrainedModel, subject: _Subject, losses: Losses) -> dict[str, Any]:
-    return {"perplexity": math.exp(losses.mean())}
+def _perplexity(model: PreTrainedModel, subject: _Subject, losses: Callable[[], Losses]) -> dict[str, Any]:
+    return {"perplexity": math.exp(losses().mean())}
 
 
-def _positions(model: PreTrainedModel, subject: _Subject, losses: Losses) -> dict[str, Any]:
+def _positions(model: PreTrainedModel, subject: _Subject, losses: Callable[[], Losses]) -> dict[str, Any]:
     """Also the loss of those predictions that have seen more than the exact tokens."""
-    found: dict[str, Any] = {"positions": binned(losses)}
-    return found | ({"loss_beyond": losses.mean(subject.beyond)} if subject.beyond else {})
+    found: dict[str, Any] = {"positions": binned(losses())}
+    return found | ({"loss_beyond": losses().mean(subject.beyond)} if subject.beyond else {})
 
 
 def _hidden(name: str, **options: str) -> Callable[..., dict[str, Any]]:
     """Keys found at each context; options name the fields of a subject that say how many are hidden."""
 
-    def measure(model: PreTrainedModel, subject: _Subject, losses: Losses) -> dict[str, Any]:
+    def measure(model: PreTrainedModel, subject: _Subject, losses: Callable[[], Losses]) -> dict[str, Any]:
         told = {key: getattr(subject, field) for key, field in options.items()}
         return {
             f"{name}_{n}": retrieval(model, subject.tokenizer, subject.filler, n, depths=subject.depths, **told)
@@ -87,7 +87,7 @@ def _hidden(name: str, **options: str) -> Callable[..., dict[str, Any]]:
 
 
 @torch.no_grad()
-def _agreement(model: PreTrainedModel, subject: _Subject, losses: Losses) -> dict[str, Any]:
+def _agreement(model: PreTrainedModel, subject: _Subject, losses: Callable[[], Losses]) -> dict[str, Any]:
     """Share of the tokens, said greedily by the original, that this model would say in their place."""
     if model is subject.original:
         return {}
@@ -101,7 +101,7 @@ def _agreement(model: PreTrainedModel, subject: _Subject, losses: Losses) -> dic
 
 
 @torch.no_grad()
-def _divergence(model: PreTrainedModel, subject: _Subject, losses: Losses) -> dict[str, Any]:
+def _divergence(model: PreTrainedModel, subject: _Subject, losses: Callable[[], Losses]) -> dict[str, Any]:
     """Mean KL(original || model) in nats, over the predictions that perplexity is of."""
     original = cast(PreTrainedModel, subject.original)
     if model is original:
@@ -119,7 +119,7 @@ def _divergence(model: PreTrainedModel, subject: _Subject, losses: Losses) -> di
     return {"kl": total / count}
 
 
-def _tasks(model: PreTrainedModel, subject: _Subject, losses: Losses) -> dict[str, Any]:
+def _tasks(model: PreTrainedModel, subject: _Subject, losses: Callable[[], Losses]) -> dict[str, Any]:
     """Every task, and the average score of those that choose."""
     if subject.questions is None:
         found = run_harness(model, subject.tokenizer, subject.tasks, examples=subject.examples)
@@ -199,14 +199,9 @@ def measure_variants(
     rows, exact = to_rows(tokenizer, text, length).first(max_blocks), exact_tokens(model)
     if "positions" in chosen and exact and max(map(len, rows.ids)) <= exact + 1:
         fail("length", f"more than {exact + 1} tokens, so that some lie beyond the exact ones", max(map(len, rows.ids)))
-    questions = None
-    if tasks and tasks_from is not None:
-        questions = read_tasks(tokenizer, tasks, tasks_from, examples=examples, passage=passage)
-    elif tasks:
-        check_installed()
+    questions = _questions(tokenizer, tasks, tasks_from, examples, passage)
     filler = documents(text) if contexts else ""
-    if contexts:
-        _check_contexts(tokenizer, filler, contexts, keys, values)
+    _check_contexts(tokenizer, filler, contexts, keys, values)
     subject = _Subject(
         tokenizer, rows, filler, original, exact, contexts, depths, keys, values, tasks, questions, examples
     )
@@ -233,6 +228,17 @@ def _figures(asked: Sequence[str] | None, given: Mapping[str, Any]) -> list[str]
     return [name for name in FIGURES if name in asked]
 
 
+def _questions(tokenizer, tasks: Sequence[str], folder: str | Path | None, examples: int | None, passage: int):
+    """Of tasks that lie in a folder; None where the harness has them, which is to be there."""
+    if folder is not None and not tasks:
+        fail("tasks", "tasks to read from the folder", "none")
+    if folder is not None:
+        return read_tasks(tokenizer, tasks, folder, examples=examples, passage=passage)
+    if tasks:
+        check_installed()
+    return None
+
+
 def _check_contexts(tokenizer, text: str, contexts: Sequence[int], keys: int, values: int) -> None:
     """A context that the text cannot fill is to be known at once."""
     filler = torch.tensor(token_ids(tokenizer, text))
@@ -242,13 +248,14 @@ def _check_contexts(tokenizer, text: str, contexts: Sequence[int], keys: int, va
 
 
 def _side_by_side(models: Mapping[str, PreTrainedModel], subject: _Subject, chosen: Sequence[str]) -> dict[str, Any]:
-    found, tokens = {}, 0
+    found = {}
     for name, model in models.items():
         start, training = time.perf_counter(), model.training
         with VARIANTS.get(name, nullcontext)(model):
             model.eval()
-            losses = position_losses(model, subject.rows, f"Losses, {name}")
-            found[name], tokens = {}, losses.predictions
+            # Where no figure asks for them they are not measured.
+            losses = functools.cache(functools.partial(position_losses, model, subject.rows, f"Losses, {name}"))
+            found[name] = {}
             for figure in chosen:
                 found[name] |= FIGURES[figure][0](model, subject, losses)
         model.train(training)
@@ -257,4 +264,5 @@ def _side_by_side(models: Mapping[str, PreTrainedModel], subject: _Subject, chos
     for row in found.values():
         if whole and "average" in row:
             row["share"] = row["average"] / whole
+    tokens = sum(int((labels[1:] != IGNORED).sum()) for labels in subject.rows.labels)
     return {"tokens": tokens, "variants": found}

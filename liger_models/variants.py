@@ -88,7 +88,7 @@ def chosen_variants(model: PreTrainedModel, names: Sequence[str] | None) -> list
 
 def exact_tokens(model: PreTrainedModel) -> int:
     """The most tokens that a linearized layer sees exactly: window, sinks and recall; 0 where none is linearized."""
-    windows = [(layer, getattr(layer, "window", None)) for layer in model.modules()]
+    windows: list[tuple[nn.Module, Any]] = [(layer, getattr(layer, "window", None)) for layer in model.modules()]
     return max((w.size + w.sinks + getattr(m, "recall", 0) for m, w in windows if hasattr(w, "sinks")), default=0)
 
 

@@ -157,6 +157,7 @@ def test_all_values_or_none(monkeypatch, said):
         (dict(max_blocks=0), "max_blocks: expected an integer >= 1"),
         (dict(contexts=[40], values=99), "values: expected 1 to 8"),
         (dict(original=tiny(vocab_size=99)), "original: expected a vocabulary of 97, got 99"),
+        (dict(tasks_from="x"), "tasks: expected tasks to read from the folder, got none"),
         (dict(tasks=["piqa"]), "tasks: expected a folder of JSONL files .* pip install 'liger-linear.eval.'"),
         (dict(tokenizer=None), "tokenizer: expected the model's tokenizer, got None"),
     ],
