@@ -11,8 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from liger_models.retrieval import check_tokenizer
 from liger_ops.errors import fail
 
-# Which of a task's figures stands for it, the first that it has.
-_SCORES = ("acc_norm", "acc", "exact_match", "contains", "f1", "word_perplexity")
+# Which of a task's figures stands for it, the first that it has: shares alone, for they are averaged.
+_SCORES = ("acc_norm", "acc", "exact_match", "contains", "f1")
 
 
 def run_harness(
@@ -26,7 +26,8 @@ def run_harness(
 ) -> dict[str, dict[str, float]]:
     """What lm-evaluation-harness measures of a model on tasks by its own names; it fetches their data itself.
 
-    Returns for each task its figures by name, such as acc and acc_norm, and score, the one that stands for it.
+    Returns for each task its figures by name, such as acc and acc_norm, and score, the share that stands for
+    it, where there is one.
     ValueError where the harness is not installed, or knows no such task.
     """
     check_tokenizer(tokenizer)
