@@ -17,6 +17,8 @@ POOLINGS = ("identity", "width", "heads")
 FEATURE_MAPS = ("softmax", "kernel", "unit")
 GATES = ("gla", "gsa", "hgrn2", "mamba2", "mlstm", "gated_retention", "rwkv6", "retention", "linear")
 GATES += ("deltanet", "gated_deltanet", "kda")
+FIGURES = ("perplexity", "positions", "passkey", "multikey", "multivalue", "agreement", "kl", "tasks")
+VARIANTS = ("window", "no_recall", "no_recurrence", "everything")
 LETTERS = dict(L="liger", F="full", W="window", M="memories")
 LETTERS |= {letter: f"liger:{gate}" for letter, gate in zip("GSHBXRVTNDEK", GATES, strict=True)}
 
@@ -121,7 +123,8 @@ def _parser() -> argparse.ArgumentParser:
     p = _command(
         commands,
         "evaluate",
-        "Perplexity on held-out text, also without the recurrence, and keys hidden in it.",
+        "Perplexity on held-out text, also without the recurrence, and keys hidden in it; or, with any of --original, "
+        "--figures, --variants, --tasks, --markdown and --report, a table of the model with each part switched off.",
     )
     _text(p, "text or rows to score, as for finetune; default: the held-out help topics of the standard library")
     p.add_argument("--length", type=int, default=512, help="tokens in a block (default: %(default)s)")
@@ -130,7 +133,34 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--depths", type=int, default=8, help="depths to hide them at (default: %(default)s)")
     p.add_argument("--keys", type=int, default=4, help="keys hidden together, for multikey (default: %(default)s)")
     p.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to a file")
+    _side_by_side(p)
     return parser
+
+
+def _side_by_side(p: argparse.ArgumentParser) -> None:
+    """What else evaluate takes, for variants side by side."""
+    p.add_argument("--original", metavar="MODEL", help="the model that was linearized, to measure beside it")
+    p.add_argument(
+        "--figures", type=_names, metavar="A,B,...", help=f"of {', '.join(FIGURES)}; default: all that the rest allows"
+    )
+    p.add_argument(
+        "--variants",
+        type=_names,
+        metavar="A,B,...",
+        help=f"of original, {', '.join(VARIANTS)}; default: all that differ",
+    )
+    p.add_argument("--values", type=int, metavar="N", help="values hidden under one name, for multivalue (default: 4)")
+    p.add_argument("--tasks", type=_names, metavar="A,B,...", help="public tasks, such as piqa,arc_easy,squad")
+    p.add_argument(
+        "--tasks-from",
+        type=Path,
+        metavar="FOLDER",
+        help="their JSONL files; without it they are tasks of lm-evaluation-harness: pip install liger-linear[eval]",
+    )
+    p.add_argument("--examples", type=int, metavar="N", help="only the first examples of each task")
+    p.add_argument("--passage", type=int, metavar="N", help="of squad, passages of more tokens (default: 150)")
+    p.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table to a file")
+    p.add_argument("--report", type=Path, metavar="FOLDER", help="also write report.json, report.md and report.png")
 
 
 def _command(commands, name: str, text: str) -> argparse.ArgumentParser:
@@ -154,6 +184,10 @@ def _indices(text: str) -> list[int]:
         return [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected indices such as 0,7,-1, got {text!r}") from None
+
+
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _layers(text: str) -> str | list[str]:

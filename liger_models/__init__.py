@@ -10,6 +10,7 @@ from liger_models.configuration import PRESETS, LigerConfig
 from liger_models.drawing import draw
 from liger_models.evaluation import evaluate, perplexity
 from liger_models.families import Family
+from liger_models.figures import measure_variants
 from liger_models.finetune import finetune
 from liger_models.from_scratch import LigerForCausalLM, LigerModelConfig
 from liger_models.generation import generate
@@ -20,6 +21,7 @@ from liger_models.recipe import Recipe
 from liger_models.registration import register_family
 from liger_models.retrieval import retrieval
 from liger_models.selection import select_layers
+from liger_models.tasks import run_tasks
 from liger_models.teacher import as_original
 from liger_models.text import standard_text
 
@@ -42,9 +44,11 @@ __all__ = [
     "linearize_on_disk",
     "load",
     "make_cache",
+    "measure_variants",
     "perplexity",
     "register_family",
     "retrieval",
+    "run_tasks",
     "save",
     "select_layers",
     "standard_text",

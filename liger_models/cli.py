@@ -15,6 +15,7 @@ from liger_models.configuration import LigerConfig
 from liger_models.data import read
 from liger_models.drawing import draw
 from liger_models.evaluation import evaluate
+from liger_models.figures import measure_variants
 from liger_models.finetune import finetune
 from liger_models.generation import generate
 from liger_models.linearize import linearize
@@ -96,17 +97,53 @@ def _generate(args) -> None:
     )
 
 
+# With one of these, evaluate measures variants side by side.
+_LONG = ("original", "figures", "variants", "tasks", "markdown", "report")
+
+
 def _evaluate(args) -> None:
-    if args.json and not args.json.parent.is_dir():
-        fail("json", "a file in a folder that exists", args.json)
+    for name in ("json", "markdown"):
+        path = getattr(args, name)
+        if path and not path.parent.is_dir():
+            fail(name, "a file in a folder that exists", path)
+    if args.report and args.report.exists() and not (args.report / "report.json").is_file():
+        fail("report", "a new folder or an earlier report's", args.report)
     text = _checked(args.text) or standard_text()[1]
-    model, tokenizer = checkpoint.load(args.model, args.dtype)
     names = ("length", "max_blocks", "contexts", "depths", "keys")
-    figures = evaluate(model, tokenizer, text, **{name: getattr(args, name) for name in names})
+    options = {name: getattr(args, name) for name in names}
+    if any(getattr(args, name) for name in _LONG):
+        _measure_variants(args, text, options)
+        return
+    for name in ("values", "tasks_from", "examples", "passage"):
+        if getattr(args, name) is not None:
+            fail(name, f"one of --{', --'.join(_LONG)} beside it", "none")
+    model, tokenizer = checkpoint.load(args.model, args.dtype)
+    figures = evaluate(model, tokenizer, text, **options)
     for name, value in figures.items():
         print(f"{name:24} {value:,.4g}")
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def _measure_variants(args, text, options) -> None:
+    """The long form of evaluate: variants side by side, in one table."""
+    # Here, for matplotlib takes a second.
+    from liger_models._figures_report import markdown, write_report
+
+    names = ("figures", "variants", "values", "tasks", "tasks_from", "examples", "passage")
+    options |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    model, tokenizer = checkpoint.load(args.model, args.dtype)
+    original = checkpoint.load(args.original, args.dtype)[0] if args.original else None
+    found = measure_variants(model, tokenizer, text, original=original, **options)
+    result = {"model": str(args.model), "original": args.original, **found}
+    table = markdown(result)
+    print(table, end="")
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    if args.markdown:
+        args.markdown.write_text(table, encoding="utf-8")
+    if args.report:
+        write_report(args.report, result, Path(args.model).name)
 
 
 def _import(modules: list[str]) -> None:

@@ -4,68 +4,83 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from liger_layers import Mix
 from liger_models._inputs import input_device
 from liger_models.data import IGNORED, Rows, documents, to_rows
 from liger_models.generation import base_of
 from liger_models.modeling import LigerMixin
-from liger_models.retrieval import retrieval
+from liger_models.retrieval import check_tokenizer, retrieval
+from liger_models.variants import without_recurrence
 from liger_ops.errors import fail
 
 
 def perplexity(model: PreTrainedModel, blocks: torch.Tensor | Rows, description: str = "Perplexity") -> float:
     """exp of the mean next-token loss over token ids [n, length] or rows with labels, one row at a time.
 
-    Every token with a label counts alike, however long its row.
+    Every token with a label counts alike, however long its row. ValueError for blocks of another shape.
     """
     return math.exp(mean_loss(model, blocks, description))
 
 
-@torch.no_grad()
 def mean_loss(model: PreTrainedModel, rows: torch.Tensor | Rows, description: str = "Evaluating") -> float:
     """Mean next-token loss over the tokens with a label, the first of a row aside; as `perplexity` takes them."""
+    return position_losses(model, rows, description).mean()
+
+
+class Losses(NamedTuple):
+    """Sums of next-token losses [L-1] by position, float64, and of how many predictions [L-1] each is the sum."""
+
+    sums: torch.Tensor
+    counts: torch.Tensor
+
+    def mean(self, start: int = 0, stop: int | None = None) -> float:
+        """Of the predictions that have seen more than `start` tokens, and no more than `stop`; NaN where none has."""
+        return (self.sums[start:stop].sum() / self.counts[start:stop].sum()).item()
+
+    @property
+    def predictions(self) -> int:
+        return int(self.counts.sum())
+
+
+@torch.no_grad()
+def position_losses(model: PreTrainedModel, rows: torch.Tensor | Rows, description: str = "Evaluating") -> Losses:
+    """Losses of a model by position over token ids [n, length] or rows with labels, one forward pass a row."""
+    rows = _rows(rows)
     model.eval()
     device = input_device(model)
-    rows = rows if isinstance(rows, Rows) else Rows(tuple(rows), tuple(rows))
-    total, count = 0.0, 0
+    longest = max(map(len, rows.ids), default=1)
+    found = Losses(torch.zeros(longest - 1, dtype=torch.float64), torch.zeros(longest - 1, dtype=torch.long))
     for row in tqdm(rows, desc=description, leave=False):
         labels = row["labels"][1:]
-        asked = int((labels != IGNORED).sum())
-        if asked:
-            total += _losses(model, row["input_ids"][None].to(device), labels.to(device)).sum().item()
-            count += asked
-    if not count:
+        asked = labels != IGNORED
+        if asked.any():
+            losses = _losses(model, row["input_ids"][None].to(device), labels.to(device))
+            found.sums[: len(labels)] += losses.cpu().double()
+            found.counts[: len(labels)] += asked
+    if not found.predictions:
         fail("blocks", "rows with a token to predict", "none")
-    return total / count
+    return found
+
+
+def _rows(blocks: torch.Tensor | Rows) -> Rows:
+    if isinstance(blocks, Rows):
+        return blocks
+    if not isinstance(blocks, torch.Tensor) or blocks.ndim != 2 or blocks.is_floating_point():
+        given = f"{blocks.dtype} {tuple(blocks.shape)}" if isinstance(blocks, torch.Tensor) else type(blocks).__name__
+        fail("blocks", "token ids [n, length] or rows with labels", given)
+    return Rows(tuple(blocks), tuple(blocks))
 
 
 def _losses(model: PreTrainedModel, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Losses [T-1] of ids [1,T] on the labels [T-1] of all but the first; the model's own may hold its routers'."""
     logits = model(ids, use_cache=False).logits[0, :-1]
     return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="none")
-
-
-@contextmanager
-def without_recurrence(model: PreTrainedModel):
-    """Take every layer's mix, and that of its routed memories, for zero for a while: the window branch alone."""
-    hooks = [m.register_forward_hook(_nothing) for m in model.modules() if isinstance(m, Mix)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _nothing(module: Mix, args: tuple, weight: torch.Tensor) -> torch.Tensor:
-    return torch.zeros_like(weight)
 
 
 def evaluate(
@@ -83,12 +98,13 @@ def evaluate(
 
     text may be anything that `finetune` takes; of conversations and completions only what the model would say counts.
 
-    Returns perplexity and tokens, those with a label; for a linearized model also perplexity_window_only, with the
-    recurrence switched off: the closer the two, the less the recurrence does. For each context, a number of tokens of
-    text, also passkey_N, the share of keys found that are hidden in it one at a time, each at one of `depths`, and
-    multikey_N, the same among `keys` of them. ValueError if the text cannot be read, or is shorter than a block or a
-    context.
+    Returns perplexity and tokens, the predictions that it is of; for a linearized model also perplexity_window_only,
+    with the recurrence switched off: the closer the two, the less the recurrence does. For each context, a number of
+    tokens of text, also passkey_N, the share of keys found that are hidden in it one at a time, each at one of
+    `depths`, and multikey_N, the same among `keys` of them. `measure_variants` measures more, side by side. ValueError
+    if the text cannot be read, or is shorter than a block or a context.
     """
+    check_tokenizer(tokenizer)
     if max_blocks is not None and max_blocks < 1:
         fail("max_blocks", "at least 1", max_blocks)
     rows = to_rows(tokenizer, text, length).first(max_blocks)
@@ -98,7 +114,8 @@ def evaluate(
     for context in sorted(contexts, reverse=True):
         found[f"multikey_{context}"] = retrieval(model, tokenizer, filler, context, depths=depths, keys=keys)
         found[f"passkey_{context}"] = retrieval(model, tokenizer, filler, context, depths=depths)
-    result = {"perplexity": perplexity(model, rows), "tokens": rows.tokens}
+    losses = position_losses(model, rows, "Perplexity")
+    result = {"perplexity": math.exp(losses.mean()), "tokens": losses.predictions}
     if isinstance(base_of(model), LigerMixin):
         with without_recurrence(model):
             result["perplexity_window_only"] = perplexity(model, rows, "Perplexity, window only")
@@ -106,27 +123,21 @@ def evaluate(
     return result | dict(reversed(found.items()))
 
 
-@torch.no_grad()
-def perplexity_by_position(model: PreTrainedModel, blocks: torch.Tensor, first: int = 64) -> list[dict[str, float]]:
-    """Perplexity over token ids [n, length] by how many tokens of its block a prediction has seen.
+def perplexity_by_position(model: PreTrainedModel, blocks: torch.Tensor | Rows, first: int = 64) -> list[dict]:
+    """Perplexity over token ids [n, length] or rows by how many tokens of its row a prediction has seen.
 
     Bins [0, first), [first, 2 first) and then twice as wide each, up to length: rows with start, stop, perplexity, and
     tokens, the number of predictions. The tokens' mean of log(perplexity) is the log of `perplexity`.
     """
-    model.eval()
-    device = input_device(model)
-    rows = tqdm(blocks, desc="Perplexity by position", leave=False)
-    losses = torch.stack([_losses(model, row[None].to(device), row[1:].to(device)).cpu() for row in rows])
-    found, start, stop = [], 0, first
-    while start < losses.shape[1]:
-        part = losses[:, start:stop]
-        found.append(
-            {
-                "start": start,
-                "stop": min(stop, blocks.shape[1]),
-                "perplexity": part.mean(dtype=torch.float64).exp().item(),
-                "tokens": part.numel(),
-            }
-        )
+    return binned(position_losses(model, blocks, "Perplexity by position"), first)
+
+
+def binned(losses: Losses, first: int = 64) -> list[dict]:
+    """The rows of `perplexity_by_position`; a bin without a prediction is left out."""
+    found, start, stop, length = [], 0, first, len(losses.sums) + 1
+    while start < length - 1:
+        if tokens := int(losses.counts[start:stop].sum()):
+            perplexity = math.exp(losses.mean(start, stop))
+            found.append({"start": start, "stop": min(stop, length), "perplexity": perplexity, "tokens": tokens})
         start, stop = stop, 2 * stop
     return found

@@ -5,6 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks import recovery
+from liger_models import checkpoint
+from tests.models.tiny import TEXT, tiny, tiny_tokenizer
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -40,3 +44,28 @@ def test_two_checkouts_are_timed_in_turns(tmp_path):
     found = run("versions", tmp_path / "versions.json", "--against", str(ROOT), *names)
     row = found["ratios"]["chunk_linear_attn 1x512 forward"]
     assert row["low"] <= row["ratio"] <= row["high"] and row["old_ms"] > 0
+
+
+def test_the_study_of_recovery_goes_on_where_it_stopped(tmp_path, capsys):
+    checkpoint.save(tiny(), tiny_tokenizer(), tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    small = "--tokens", "64", "--batch", "1", "--length", "32", "--blocks", "1", "--contexts", "64", "--depths", "1"
+    where = "--model", str(tmp_path / "model"), "--text", str(tmp_path / "text.txt"), "--out", str(tmp_path / "out")
+
+    def study(*arguments):
+        recovery.main([*where, *small, *arguments])
+        return capsys.readouterr().out
+
+    said = study("--only", "original,default")
+    assert "default: " in said and "there already" not in said
+    found = json.loads((tmp_path / "out" / "default-64.json").read_text())
+    assert (found["steps"], found["tokens"], found["name"]) == (2, 64, "default")
+    assert set(found["measured"]["variants"]) == {"window", "everything"}
+    assert {"kl", "agreement", "passkey_64", "positions"} < set(found["measured"]["variants"]["everything"])
+    said = study("--only", "default,window", "--minutes", "0")
+    assert "default: there already" in said and "window: no time left" in said
+    said = study("--report")
+    table = (tmp_path / "out" / "report.md").read_text()
+    assert table.index("| original | 64 |") < table.index("| default | 64 |") and "passkey 64" in table
+    assert (tmp_path / "out" / "report.png").stat().st_size > 1000
+    assert study("--list").count("\n") > 30

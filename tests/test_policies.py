@@ -32,8 +32,8 @@ PUBLIC = {
     "SlidingWindowAttention Softmax SoftmaxKernel UpdateRule load_balancing_loss register_gate router_parameters "
     "routing_modules",
     liger_models: "FAMILIES Family LigerCacheLayer LigerConfig LigerForCausalLM LigerModelConfig PRESETS Recipe "
-    "as_original cache_bytes draw evaluate finetune generate linearize linearize_on_disk load make_cache perplexity "
-    "register_family retrieval save select_layers standard_text",
+    "as_original cache_bytes draw evaluate finetune generate linearize linearize_on_disk load make_cache "
+    "measure_variants perplexity register_family retrieval run_tasks save select_layers standard_text",
 }
 
 

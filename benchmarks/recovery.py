@@ -1,0 +1,331 @@
+"""What a linearized SmolLM2-135M keeps of the original, by configuration, at equal tokens: the study of recovery.
+
+python -m benchmarks.recovery --tokens 100000 --data FOLDER            the grid, on a CPU
+python -m benchmarks.recovery --only default,recall-64 --tokens 20000  a rehearsal
+python -m benchmarks.recovery --device cuda --minutes 9 --tokens 20000000 --batch 16 --text corpus.jsonl
+python -m benchmarks.recovery --report                                 one table and one picture of what is there
+
+Each row of ROWS is linearized, fine-tuned on as many tokens (--tokens 0: not at all) and measured with each of its
+parts switched off; a JSON file a row is written as it goes, and a row whose file is there is not run again. With
+--minutes, training ends early enough to be measured, and no row is begun that has no time.
+"""
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import TrainerCallback
+
+from benchmarks.report import describe
+from liger_layers import RECURRENCES
+from liger_models import LigerConfig, Recipe, checkpoint, finetune, linearize, measure_variants, select_layers
+from liger_models.data import read
+from liger_models.demo import bundled_model
+from liger_models.tasks import SIX_TASKS
+from liger_models.text import standard_text
+from liger_models.variants import distinct_variants
+
+OUT = Path("benchmarks/results/recovery")
+# Passages to complete; each is decoded token by token.
+SQUAD = 60
+# What is left for measuring when --minutes ends training, as a share of them.
+_MEASURING = 0.35
+
+
+class Row(NamedTuple):
+    """liger: options of `linearize`, None for the original tuned alike. recipe: changes of `finetune`'s. select: how
+    many layers stay full attention by selection."""
+
+    liger: dict[str, Any] | None
+    recipe: dict[str, Any] = {}  # noqa: RUF012
+    select: int = 0
+
+
+# What the whole recipe has, of which one is left out at a time.
+_WHOLE = dict(objective="distill", window_dropout=0.5, retrieval=0.1)
+_LEFT_OUT = {
+    "no-window-dropout": {**_WHOLE, "window_dropout": 0.0},
+    "no-kl": {**_WHOLE, "objective": "next_token"},
+    "no-retrieval": {**_WHOLE, "retrieval": 0.0},
+    "no-features": {**_WHOLE, "features": False},
+}
+_RECALLS = (32, 64, 128, 256)
+# The default's has rows of its own.
+_GATES = tuple(name for name, entry in RECURRENCES.items() if entry.gate is not None and name != LigerConfig().gate)
+ROWS: dict[str, Row] = {
+    "original": Row(None),
+    "default": Row({}),
+    **{name: Row(dict(preset=name)) for name in ("paper-gla", "paper-gsa", "paper-hgrn2")},
+    # Softmax over the window and the sinks, and nothing else.
+    "window": Row(dict(pattern="W")),
+    **{f"gate-{name}": Row(dict(gate=name)) for name in _GATES},
+    **{f"gate-{name}-recall-64": Row(dict(gate=name, recall=64)) for name in _GATES},
+    **{f"recall-{n}": Row(dict(recall=n)) for n in _RECALLS},
+    # A longer window in the place of recall: a token of either takes as much of the cache.
+    **{f"window-{64 + n}": Row(dict(window=64 + n)) for n in _RECALLS},
+    **{f"recall-{n}-alone": Row(dict(recall=n, mix=0.0, learn_mix=False)) for n in (64, 128)},
+    "selected": Row({}, select=4),
+    "selected-recall-64": Row(dict(recall=64), select=4),
+    "mom": Row(dict(memories=4)),
+    "whole": Row(dict(recall=128), _WHOLE),
+    "whole-no-recall": Row({}, _WHOLE),
+    **{f"whole-{name}": Row(dict(recall=128), recipe) for name, recipe in _LEFT_OUT.items()},
+    "original-whole": Row(None, dict(retrieval=0.1)),
+}
+
+
+def waits_for(row: Row) -> str | None:
+    """Why a row cannot be run with what there is, or None."""
+    try:
+        if row.liger is not None:
+            LigerConfig.from_preset(**row.liger)
+        if unknown := sorted(set(row.recipe) - {f.name for f in dataclasses.fields(Recipe)}):
+            return f"{unknown[0]}: no such field of a recipe"
+        Recipe(**row.recipe)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+class _Deadline(TrainerCallback):
+    """Ends training in time, and knows after how many steps."""
+
+    def __init__(self, end: float | None):
+        self.end, self.steps = end, 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps = state.global_step
+        if self.end is not None and time.monotonic() > self.end:
+            control.should_training_stop = True
+
+
+def run(row: Row, args: argparse.Namespace, end: float | None) -> dict[str, Any]:
+    """What one configuration gives, as its file says."""
+    training, held_out = texts(args)
+    model, tokenizer = load(args)
+    found: dict[str, Any] = {"liger": row.liger, "recipe": row.recipe, "select": row.select}
+    start = time.monotonic()
+    if row.liger is not None:
+        options = dict(row.liger)
+        if row.select:
+            options["keep"] = select_layers(model, documents_of(training), row.select, tokenizer=tokenizer, **options)
+            found["keep"] = sorted(options["keep"])
+        linearize(model, **options)
+    found["linearizing_s"] = time.monotonic() - start
+    if args.tokens:
+        recipe = Recipe(**{"batch": args.batch, "length": args.length, **row.recipe})
+        steps = max(1, args.tokens // (recipe.batch * recipe.length))
+        deadline, start = _Deadline(end), time.monotonic()
+        options = dict(steps=steps, warmup=min(recipe.warmup, steps // 2), callbacks=[deadline])
+        model = finetune(model, tokenizer, training, recipe, **options)
+        found |= {"steps": deadline.steps, "tokens": deadline.steps * recipe.batch * recipe.length}
+        found |= {"wanted_steps": steps, "training_s": time.monotonic() - start}
+    if args.keep:
+        checkpoint.save(model, tokenizer, args.keep / row_name(row), overwrite=True)
+    start = time.monotonic()
+    found["measured"] = measure(model, tokenizer, held_out, args)
+    return found | {"measuring_s": time.monotonic() - start}
+
+
+def measure(model, tokenizer, held_out: str, args: argparse.Namespace) -> dict[str, Any]:
+    """What `measure_variants` finds. The original is there for tokens agreed and KL; its figures are a row's own."""
+    options: dict[str, Any] = dict(length=512, max_blocks=args.blocks)
+    options |= dict(variants=args.variants or distinct_variants(model), original=load(args)[0])
+    needles = dict(contexts=args.contexts, depths=args.depths) if args.contexts else {}
+    tasks = dict(tasks=SIX_TASKS, tasks_from=args.data, examples=args.examples) if args.data else {}
+    found = measure_variants(model, tokenizer, held_out, **options, **needles, **tasks)
+    if args.data:
+        tasks |= dict(tasks=["squad"], examples=min(SQUAD, args.examples))
+        asked = measure_variants(model, tokenizer, held_out, figures=["tasks"], **options, **tasks)
+        for name, row in asked["variants"].items():
+            found["variants"][name]["tasks"] |= row["tasks"]
+    return found
+
+
+def texts(args: argparse.Namespace) -> tuple[Any, str]:
+    """Text to train on, and the standard library's help topics, which nobody trains on, every eighth of them."""
+    own, held_out = standard_text()
+    return (args.text or own), held_out
+
+
+def documents_of(training: Any) -> str:
+    """The first of the training text, to hide keys in."""
+    found = read(training)
+    text = found if isinstance(found, str) else "\n\n".join(row["text"] for _, row in found[:2000] if "text" in row)
+    return text[: 2**20] or standard_text()[0]
+
+
+def load(args: argparse.Namespace):
+    model, tokenizer = checkpoint.load(args.model or str(bundled_model()), getattr(torch, args.dtype))
+    return model.to(args.device), tokenizer
+
+
+def row_name(row: Row) -> str:
+    return next(name for name, other in ROWS.items() if other is row)
+
+
+def run_all(args: argparse.Namespace) -> None:
+    """Every row that is asked for and not there yet."""
+    start, longest, end = time.monotonic(), 0.0, None
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in args.only or ROWS:
+        path = args.out / f"{name}-{args.tokens}.json"
+        left = float("inf") if args.minutes is None else 60 * args.minutes - (time.monotonic() - start)
+        if path.exists():
+            print(f"{name}: there already", flush=True)
+        elif why := waits_for(ROWS[name]):
+            print(f"{name}: waits, {why}", flush=True)
+        elif left <= longest:
+            print(f"{name}: no time left", flush=True)
+        else:
+            began = time.monotonic()
+            if args.minutes is not None:
+                end = began + max(0.0, left - _MEASURING * 60 * args.minutes)
+            about = describe(torch.device(args.device)) | {"name": name, "wanted_tokens": args.tokens}
+            found = about | run(ROWS[name], args, end)
+            # Whole or not at all.
+            path.with_suffix(".part").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            path.with_suffix(".part").replace(path)
+            longest = max(longest, time.monotonic() - began)
+            print(f"{name}: {longest:.0f} s, perplexity {whole(found)['perplexity']:.2f}", flush=True)
+
+
+def whole(found: dict[str, Any]) -> dict[str, Any]:
+    """The figures of the model as it is."""
+    return found["measured"]["variants"]["everything"]
+
+
+# Columns of the report: a title, the figure of the model as it is, and whether it is a share.
+_COLUMNS: tuple[tuple[str, str, bool], ...] = (
+    ("perplexity", "perplexity", False),
+    ("loss beyond", "loss_beyond", False),
+    ("KL", "kl", False),
+    ("tokens agreed", "agreement", True),
+    ("six tasks", "average", True),
+)
+_NEEDLES = ("passkey", "multikey", "multivalue")
+
+
+def report(out: Path) -> str:
+    """A table of all that lies in a folder, a row a file, and beside it a picture, report.png."""
+    rows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*-*.json"))]
+    if not rows:
+        raise ValueError(f"out: expected results in {out}, got none")
+    rows.sort(key=lambda r: (r["wanted_tokens"], list(ROWS).index(r["name"]) if r["name"] in ROWS else len(ROWS)))
+    needles = sorted({k for r in rows for k in whole(r) if k.startswith(_NEEDLES)}, key=_needle)
+    titles = [title for title, *_ in _COLUMNS] + ["SQuAD", *(k.replace("_", " ") for k in needles)]
+    titles[1:1] = ["of the original's", "late tokens"]
+    titles += ["loss beyond without recurrence", "without recall", "minutes"]
+    lines = [f"| configuration | tokens | {' | '.join(titles)} |", "|---" * (len(titles) + 2) + "|"]
+    for row in rows:
+        cells = " | ".join(_cells(row, rows, needles))
+        lines.append(f"| {row['name']} | {row.get('tokens', 0):,} | {cells} |")
+    devices = ", ".join(sorted({r["device"] for r in rows}))
+    predictions = ", ".join(sorted({f"{r['measured']['tokens']:,}" for r in rows}))
+    about = "Late tokens: the last bin of perplexity by position. "
+    about += "Loss beyond: of the predictions that have read more than the exact tokens of their own row, in nats."
+    lines += ["", f"Perplexity of {predictions} predictions, on {devices}. {about}"]
+    _picture(rows, out / "report.png")
+    return "\n".join([*lines, "", "![perplexity, and pass-keys found by length](report.png)", ""])
+
+
+def _needle(key: str) -> tuple[int, int]:
+    kind, _, length = key.rpartition("_")
+    return _NEEDLES.index(kind), int(length)
+
+
+def _cells(row: dict[str, Any], rows: list[dict[str, Any]], needles: list[str]) -> list[str]:
+    """Of one row what the table says of it, "-" where it was not measured."""
+    own, others = whole(row), row["measured"]["variants"]
+    first = [_said(own.get(key), share) for _, key, share in _COLUMNS]
+    last = own["positions"][-1]["perplexity"]
+    base = [r for r in rows if r["name"] == "original" and r["wanted_tokens"] == row["wanted_tokens"]]
+    first[1:1] = [_said(own["perplexity"] / whole(base[0])["perplexity"] if base else None, False), _said(last, False)]
+    first.append(_said(own.get("tasks", {}).get("squad", {}).get("score"), True))
+    first += [_said(own.get(key), True) for key in needles]
+    recalls = "no_recall" in others
+    for name in ("no_recurrence" if recalls else "window", "no_recall"):
+        other = others.get(name, {}).get("loss_beyond")
+        first.append("-" if other is None else f"{other - own['loss_beyond']:+.3f}")
+    seconds = sum(row.get(key, 0.0) for key in ("linearizing_s", "training_s", "measuring_s"))
+    return [*first, f"{seconds / 60:.1f}"]
+
+
+def _said(value: float | None, share: bool) -> str:
+    if value is None:
+        return "-"
+    return f"{100 * value:.1f} %" if share else f"{value:.3f}"
+
+
+def _picture(rows: list[dict[str, Any]], path: Path) -> None:
+    """Two panels: perplexity, and pass-keys found by length, a line a row."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 0.28 * len(rows) + 3.2), layout="constrained")
+    names = [f"{r['name']}, {r.get('tokens', 0):,}" for r in rows]
+    left.barh(names, [whole(r)["perplexity"] for r in rows], color="#D55E00")
+    left.set(xscale="log", title="Perplexity", ylim=(len(rows) - 0.4, -0.6))
+    for name, row in zip(names, rows, strict=True):
+        lengths = sorted(int(k.partition("_")[2]) for k in whole(row) if k.startswith("passkey_"))
+        if lengths:
+            right.plot(lengths, [100 * whole(row)[f"passkey_{n}"] for n in lengths], marker="o", label=name)
+    right.set(title="Pass-keys found, %", xlabel="tokens of text", ylim=(-3, 103))
+    right.set_xscale("log", base=2)
+    if right.lines:
+        right.legend(fontsize=7, frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",") if part]
+
+
+def _names(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := [name for name in names if name not in ROWS]:
+        raise argparse.ArgumentTypeError(f"expected rows of {', '.join(ROWS)}, got {unknown[0]!r}")
+    return names
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--only", type=_names, metavar="NAME,...", help="only these rows, in this order")
+    parser.add_argument("--list", action="store_true", help="name the rows, and what those wait for that cannot be run")
+    parser.add_argument("--report", action="store_true", help="run nothing: write report.md and report.png of --out")
+    parser.add_argument("--model", help="default: the bundled SmolLM2-135M-Instruct")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--minutes", type=float, help="end training early, and begin no row, when time is short")
+    parser.add_argument("--tokens", type=int, default=100_000, help="of training, each row; 0 for none")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--text", type=Path, help="to train on; default: the standard library's help topics")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="JSONL files of the tasks; without it, no tasks")
+    parser.add_argument("--examples", type=int, default=200, help=f"of each task (squad: {SQUAD} at most)")
+    parser.add_argument("--blocks", type=int, default=12, help="held-out blocks of 512 tokens")
+    parser.add_argument("--contexts", type=_numbers, default=[512, 1024, 2048])
+    parser.add_argument("--depths", type=int, default=8)
+    parser.add_argument("--variants", type=lambda text: text.split(","), help="default: those that differ")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="also save the models there")
+    args = parser.parse_args(arguments)
+    if args.list:
+        for name, row in ROWS.items():
+            print(f"{name}: {waits_for(row) or 'can be run'}")
+    elif args.report:
+        (args.out / "report.md").write_text(report(args.out), encoding="utf-8")
+        print(f"Wrote {args.out / 'report.md'} and report.png")
+    else:
+        run_all(args)
+
+
+if __name__ == "__main__":
+    main()

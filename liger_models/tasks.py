@@ -1,0 +1,270 @@
+"""Public tasks from local JSONL files: multiple choice by likelihood, completion by greedy decoding. No network.
+
+Shapes: B rows of a batch, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from tqdm.auto import tqdm
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from liger_models._inputs import input_device
+from liger_models._task_forms import SIX_TASKS as SIX_TASKS
+from liger_models._task_forms import TASKS as TASKS
+from liger_models._task_forms import Completion, Question, Row, Task
+from liger_models.data import read
+from liger_models.generation import continued, without_settings
+from liger_models.retrieval import check_tokenizer
+from liger_models.text import framing, token_ids
+from liger_ops.errors import check_known, check_positive, fail
+
+# As the completion tasks of lm-evaluation-harness: so many new tokens, and no second line.
+_NEW_TOKENS = 48
+# Passages of fewer tokens lie mostly inside a window.
+PASSAGE = 150
+# Tokens of a forward pass, padding included, and how much of it may be padding.
+_AT_ONCE, _PADDING = {"cpu": 1024, "cuda": 16384}, 0.15
+_KINDS = {str: "text", int: "a whole number", list: "a list", object: "text or null"}
+
+
+def run_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    folder: str | Path,
+    *,
+    examples: int | None = None,
+    passage: int = PASSAGE,
+) -> dict[str, dict[str, float]]:
+    """Scores of a model on public tasks, whose JSONL files lie in a folder under the tasks' names.
+
+    Zero-shot, MMLU with the shots of its subject, in the prompt forms of lm-evaluation-harness; no chat template.
+
+    Args:
+        tasks: names in TASKS.
+        folder: holds `piqa.jsonl` and so on, in the field names of lm-evaluation-harness's data sets.
+        examples: only the first ones of each.
+        passage: of squad, rows whose passage has more tokens than this.
+
+    Returns:
+        For each task examples, how many; score, the figure that stands for it; and that by its name: acc (the likeliest
+        choice), acc_norm (the likeliest by characters), exact (greedy decoding says the ending), contains (it says an
+        answer in its first line of 48 tokens at most, in any case of letters).
+
+    Raises:
+        ValueError: a task that is not known; a file, a line or a field that is missing or of another kind.
+    """
+    questions = read_tasks(tokenizer, tasks, folder, examples=examples, passage=passage)
+    return {name: score_task(model, tokenizer, name, found) for name, found in questions.items()}
+
+
+def read_tasks(
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    folder: str | Path,
+    *,
+    examples: int | None = None,
+    passage: int = PASSAGE,
+) -> dict[str, list[Question] | list[Completion]]:
+    """The questions of each task, read and checked; as `run_tasks` takes them."""
+    check_tokenizer(tokenizer)
+    if isinstance(tasks, str):
+        fail("tasks", "a list of names", repr(tasks))
+    for name in tasks:
+        check_known("tasks", name, TASKS)
+    if examples is not None:
+        check_positive("examples", examples)
+    check_positive("passage", passage, 0)
+    if not Path(folder).is_dir():
+        fail("tasks_from", "a folder of JSONL files", folder)
+    found = {}
+    for name in dict.fromkeys(tasks):
+        found[name] = _questions(tokenizer, name, Path(folder), examples, passage)
+    return found
+
+
+def _questions(tokenizer, name: str, folder: Path, examples: int | None, passage: int) -> list:
+    task, found = TASKS[name], []
+    path = folder / (task.file or f"{name}.jsonl")
+    shots = [row for _, row in _checked(name, task, folder / task.shots)] if task.shots else []
+    for where, row in _checked(name, task, path):
+        if len(found) == examples:
+            break
+        try:
+            question = task.form(row, shots)
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            raise ValueError(f"{where}: {error}") from error
+        if question is None:
+            continue
+        if name == "squad" and len(token_ids(tokenizer, cast(Completion, question).passage)) <= passage:
+            continue
+        found.append(question)
+    if not found:
+        fail("tasks_from", f"rows of {name} in {path.name}", "none")
+    return found
+
+
+def _checked(name: str, task: Task, path: Path) -> list[tuple[str, Row]]:
+    """Rows of a file with where each stands, and every field that the task reads."""
+    if not path.is_file():
+        fail("tasks_from", f"a file {path.name} for {name}", f"nothing at {path}")
+    rows = cast(list, read(path, "tasks_from"))
+    for where, row in rows:
+        if not isinstance(row, Mapping):
+            raise ValueError(f"{where}: expected an object with the fields of {name}, got {type(row).__name__}")
+        for field, kind in task.fields.items():
+            value: Any = row
+            for part in field.split("."):
+                if not isinstance(value, Mapping) or part not in value:
+                    raise ValueError(f"{where}: {name} expected a field {field}, got {', '.join(map(str, row))}")
+                value = value[part]
+            wrong = not isinstance(value, kind) or (kind is int and isinstance(value, bool))
+            if wrong or (kind is object and not isinstance(value, str | None)):
+                raise ValueError(f"{where}: {name} expected {_KINDS[kind]} in {field}, got {value!r:.80}")
+    return rows
+
+
+def score_task(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    questions: Sequence[Question] | Sequence[Completion],
+) -> dict[str, float]:
+    """The scores of one task, as `run_tasks` returns them, on questions that `read_tasks` found."""
+    training = model.training
+    model.eval()
+    try:
+        if TASKS[name].score == "contains":
+            shares = {"contains": _contained(model, tokenizer, cast(Sequence[Completion], questions), name)}
+        else:
+            shares = _chosen(model, tokenizer, cast(Sequence[Question], questions), name)
+    finally:
+        model.train(training)
+    return {**shares, "score": shares[TASKS[name].score], "examples": len(questions)}
+
+
+def _chosen(model, tokenizer, questions: Sequence[Question], name: str) -> dict[str, float]:
+    """Shares of questions whose right choice is the likeliest."""
+    pairs = [pair for q in questions for pair in zip(q.contexts, q.endings, strict=True)]
+    scores, at, hits = log_likelihoods(model, tokenizer, pairs, name), 0, {"acc": 0, "acc_norm": 0, "exact": 0}
+    for question in questions:
+        own = scores[at : at + len(question.endings)]
+        at += len(own)
+        plain = torch.tensor([score.sum for score in own], dtype=torch.float64)
+        characters = torch.tensor([max(len(choice), 1) for choice in question.names], dtype=torch.float64)
+        hits["acc"] += int(plain.argmax()) == question.right
+        hits["acc_norm"] += int((plain / characters).argmax()) == question.right
+        hits["exact"] += own[question.right].greedy
+    asked = {"exact": ("exact",), "acc": ("acc",), "acc_norm": ("acc", "acc_norm")}[TASKS[name].score]
+    return {key: hits[key] / len(questions) for key in asked}
+
+
+class Score(NamedTuple):
+    """Log-likelihood of an ending behind its context, and whether greedy decoding says it."""
+
+    sum: float
+    greedy: bool
+
+
+@torch.no_grad()
+def log_likelihoods(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[tuple[str, str]],
+    description: str = "Likelihoods",
+) -> list[Score]:
+    """A score for each (context, ending). What is read alike is read once; rows of like lengths share a batch."""
+    asked: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
+    for i, (context, ending) in enumerate(pairs):
+        start, rest = _encoded(tokenizer, context, ending)
+        # The last token is only asked for.
+        asked.setdefault(tuple(start + rest[:-1]), []).append((i, rest))
+    device, scores = input_device(model), {}
+    with tqdm(total=len(pairs), desc=description, leave=False) as bar:
+        for batch in _batches(sorted(asked, key=len), _AT_ONCE.get(device.type, _AT_ONCE["cuda"])):
+            for row, logs in zip(batch, _log_probabilities(model, batch, asked, device), strict=True):
+                for i, rest in asked[row]:
+                    own, wanted = logs[len(logs) - len(rest) :], torch.tensor(rest, device=logs.device)
+                    sums = own.gather(1, wanted[:, None]).double().sum().item()
+                    scores[i] = Score(sums, bool((own.argmax(1) == wanted).all()))
+                bar.update(len(asked[row]))
+    return [scores[i] for i in range(len(pairs))]
+
+
+def _encoded(tokenizer, context: str, ending: str) -> tuple[list[int], list[int]]:
+    """Token ids of a context, begun as the tokenizer begins a text, and of its ending.
+
+    A border of tokens is a border of words: blanks at the context's end belong to the ending.
+    """
+    bare = context.rstrip()
+    context, ending = bare, context[len(bare) :] + ending
+    before, start = framing(tokenizer)[0], token_ids(tokenizer, context)
+    rest = token_ids(tokenizer, context + ending)[len(start) :]
+    if not rest:
+        fail("ending", "at least one token", repr(ending))
+    first = [x for x in (tokenizer.bos_token_id, tokenizer.eos_token_id) if x is not None][:1]
+    return (before + start) or cast(list[int], first), rest
+
+
+def _batches(rows: Sequence[tuple[int, ...]], tokens: int) -> list[list[tuple[int, ...]]]:
+    """Rows, sorted by length, in groups of so many tokens, of which few are padding."""
+    found: list[list[tuple[int, ...]]] = []
+    for row in rows:
+        last = found[-1] if found else []
+        if last and len(row) * (len(last) + 1) <= tokens and len(row) * (1 - _PADDING) <= len(last[0]):
+            last.append(row)
+        else:
+            found.append([row])
+    return found
+
+
+def _log_probabilities(model, batch, asked, device: torch.device) -> list[torch.Tensor]:
+    """For each row of a batch, log-probabilities [N,vocabulary] behind its last N tokens, N the longest ending."""
+    lengths = [len(row) for row in batch]
+    longest = [max(len(rest) for _, rest in asked[row]) for row in batch]
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in batch], batch_first=True).to(device)
+    mask = (torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]).long().to(device)
+    # Nothing is asked before the earliest ending.
+    first = min(length - n for length, n in zip(lengths, longest, strict=True))
+    options = {} if mask.all() else {"attention_mask": mask}
+    logits = model(ids, use_cache=False, logits_to_keep=ids.shape[1] - first, **options).logits
+    rows = zip(logits, lengths, longest, strict=True)
+    return [own[length - n - first : length - first].float().log_softmax(-1) for own, length, n in rows]
+
+
+class _Line(StoppingCriteria):
+    """Stop where a line ends, once there is anything in it."""
+
+    def __init__(self, tokenizer, start: int):
+        self.tokenizer, self.start = tokenizer, start
+
+    def __call__(self, input_ids, scores, **kwargs):
+        done = "\n" in self.tokenizer.decode(input_ids[0, self.start :]).lstrip()
+        return torch.full((len(input_ids),), done, dtype=torch.bool, device=input_ids.device)
+
+
+@torch.no_grad()
+def _contained(model, tokenizer, questions: Sequence[Completion], name: str) -> float:
+    """Share of prompts behind which the first line of greedy decoding holds an answer."""
+    device, found, ends = input_device(model), 0, tokenizer.eos_token_id
+    plain = GenerationConfig(do_sample=False, max_new_tokens=_NEW_TOKENS, pad_token_id=0, eos_token_id=ends)
+    with without_settings(model):
+        for question in tqdm(questions, desc=name, leave=False):
+            ids = framing(tokenizer)[0] + token_ids(tokenizer, question.prompt.rstrip())
+            line = StoppingCriteriaList([_Line(tokenizer, len(ids))])
+            given = torch.tensor([ids], device=device)
+            out = continued(model, given, generation_config=plain, stopping_criteria=line)
+            said = tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).lstrip().partition("\n")[0].lower()
+            found += any(answer.lower() in said for answer in question.answers)
+    return found / len(questions)

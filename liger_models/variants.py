@@ -1,0 +1,97 @@
+"""A linearized model with parts of it switched off for a while: what each of them carries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from liger_layers import Mix
+from liger_ops.errors import check_known
+
+
+@contextmanager
+def without_recurrence(model: nn.Module):
+    """Take every layer's mix, and that of its routed memories, for zero for a while: only exact tokens count."""
+    hooks = [m.register_forward_hook(_nothing) for m in model.modules() if isinstance(m, Mix)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _nothing(module: Mix, args: tuple, weight: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(weight)
+
+
+@contextmanager
+def without_recall(model: nn.Module):
+    """Let every layer keep no exact token beyond its window and sinks for a while: all of them enter the recurrence.
+
+    Caches that were filled before or inside belong to another layer afterwards.
+    """
+    # Of any type, for torch's stubs take every attribute for a tensor or a module.
+    layers: list[Any] = [layer for layer in model.modules() if _recalls(layer)]
+    before = [layer.recall for layer in layers]
+    try:
+        for layer in layers:
+            layer.recall = 0
+        yield
+    finally:
+        for layer, recall in zip(layers, before, strict=True):
+            layer.recall = recall
+
+
+@contextmanager
+def window_alone(model: nn.Module):
+    """Only the window and the sinks: neither recall nor the recurrence."""
+    with without_recall(model), without_recurrence(model):
+        yield
+
+
+# Name and what is switched off, in the order of reports; the last is the model as it is.
+VARIANTS: dict[str, Callable[[nn.Module], AbstractContextManager]] = {
+    "window": window_alone,
+    "no_recall": without_recall,
+    "no_recurrence": without_recurrence,
+    "everything": nullcontext,
+}
+# What no model beside the linearized one is called.
+ORIGINAL = "original"
+
+
+def distinct_variants(model: PreTrainedModel) -> list[str]:
+    """The variants of a model that differ from each other: one that coincides with a later or simpler one is left out.
+
+    A model without recurrent layers is itself alone; one without recall has no row of its own for that.
+    """
+    recurs = any(isinstance(m, Mix) for m in model.modules())
+    recalls = any(_recalls(m) for m in model.modules())
+    if recurs and recalls:
+        return list(VARIANTS)
+    return ["window", "everything"] if recurs or recalls else ["everything"]
+
+
+def chosen_variants(model: PreTrainedModel, names: Sequence[str] | None) -> list[str]:
+    """The named variants in the order of the table, or those that differ; ValueError for an unknown name."""
+    if names is None:
+        return distinct_variants(model)
+    for name in names:
+        check_known("variants", name, [ORIGINAL, *VARIANTS])
+    return [name for name in VARIANTS if name in names]
+
+
+def exact_tokens(model: PreTrainedModel) -> int:
+    """The most tokens that a linearized layer sees exactly: window, sinks and recall; 0 where none is linearized."""
+    windows: list[tuple[nn.Module, Any]] = [(layer, getattr(layer, "window", None)) for layer in model.modules()]
+    return max((w.size + w.sinks + getattr(m, "recall", 0) for m, w in windows if hasattr(w, "sinks")), default=0)
+
+
+def _recalls(layer: nn.Module) -> bool:
+    recall = getattr(layer, "recall", 0)
+    return isinstance(recall, int) and recall > 0
