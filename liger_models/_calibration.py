@@ -23,8 +23,6 @@ from liger_ops.errors import fail
 _REACH = 512
 # The first tokens are attention sinks, whose keys are unlike all others.
 _SKIP = 8
-# Tokens of a row that a model draws.
-LENGTH = 256
 # Tokens in a forward pass: weights that lie on a disk are read once for each.
 _AT_ONCE = 2048
 
@@ -55,7 +53,7 @@ def check_calibration(ids: torch.Tensor, vocabulary: int) -> None:
 
 
 @torch.no_grad()
-def draw_text(model: PreTrainedModel, batch: int = 8, length: int = LENGTH) -> torch.Tensor:
+def draw_text(model: PreTrainedModel, batch: int = 8, length: int = 256) -> torch.Tensor:
     """Token ids [batch, length] that the model samples from itself; the same every time."""
     device = input_device(model)
     start = model.config.bos_token_id

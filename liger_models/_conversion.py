@@ -14,19 +14,20 @@ from typing import Any, cast
 import torch
 from accelerate.utils import align_module_device
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from liger_layers import FEATURE_MAPS, SoftmaxKernel
 from liger_layers.choices import Choices
 from liger_layers.patterns import split
-from liger_models._calibration import LENGTH, Moments, check_calibration, draw_text, measure, slow_channels
+from liger_models._calibration import Moments, check_calibration, draw_text, measure, slow_channels
 from liger_models._decoder import Decoder, Rotation
 from liger_models._inputs import argument_names
 from liger_models._linearized import LinearizedAttention, LinearizedWindow, before_decoder
-from liger_models._need import RECALL_LENGTH, Need, measure_need
+from liger_models._need import Need, asking_rows, measure_need
 from liger_models._snapshot import looked_at
 from liger_models.configuration import LigerConfig
 from liger_models.families import own_windows
+from liger_models.text import find_tokenizer
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,10 @@ def fit(layer: LinearizedAttention, moments: Moments, rotation: Rotation) -> Non
 
 
 def converted(
-    model: PreTrainedModel, plans: Iterable[LayerPlan], calibration: torch.Tensor | None
+    model: PreTrainedModel,
+    plans: Iterable[LayerPlan],
+    calibration: torch.Tensor | None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Iterator[tuple[int, LinearizedAttention | LinearizedWindow]]:
     """Index and new attention, built and fitted, of one planned layer after the other. The model is as before.
 
@@ -97,7 +101,7 @@ def converted(
     not token ids of the model.
     """
     plans, decoder = tuple(plans), Decoder(model)
-    moments, needs = _measured(model, plans, calibration)
+    moments, needs = _measured(model, plans, calibration, tokenizer)
     for plan in plans:
         old = decoder.attention(plan.index)
         with _at_hand(old):
@@ -110,7 +114,10 @@ def converted(
 
 
 def _measured(
-    model: PreTrainedModel, plans: Sequence[LayerPlan], calibration: torch.Tensor | None
+    model: PreTrainedModel,
+    plans: Sequence[LayerPlan],
+    calibration: torch.Tensor | None,
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> tuple[dict[int, Moments], dict[int, Need]]:
     """By layer, what features and scores are fitted to, on a calibration or else on text that the model draws."""
     if calibration is not None:
@@ -120,10 +127,12 @@ def _measured(
     if not fitted and not recalling:
         return {}, {}
     with looked_at(model):
-        if calibration is None:
-            calibration = draw_text(model, length=RECALL_LENGTH if recalling else LENGTH)
-        moments = measure(model, calibration, fitted) if fitted else {}
-        return moments, measure_need(model, calibration, recalling) if recalling else {}
+        ids = draw_text(model) if calibration is None else calibration
+        moments = measure(model, ids, fitted) if fitted else {}
+        if not recalling:
+            return moments, {}
+        rows = asking_rows(ids, tokenizer or find_tokenizer(model))
+        return moments, measure_need(model, rows, recalling)
 
 
 @contextmanager

@@ -14,7 +14,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from liger_models.data import IGNORED, Rows
-from liger_models.retrieval import _key_text, _question
 from liger_models.text import framing
 from liger_ops.errors import fail
 
@@ -35,6 +34,14 @@ class Hidden(NamedTuple):
     asked: list[tuple[str, str]]
 
 
+def key_text(name: str, key: str) -> str:
+    return f"\n\nThe pass key{name} is {key}. Remember it: {key} is the pass key{name}.\n\n"
+
+
+def key_question(name: str) -> str:
+    return f"\n\nWhat is the pass key{name}? The pass key{name} is"
+
+
 def _number(draw: random.Random) -> str:
     """A value that nobody guesses: five digits mostly, or letters among digits."""
     if draw.random() < 0.7:
@@ -48,13 +55,15 @@ def _some(draw: random.Random, asked: list[tuple[str, str]]) -> list[tuple[str, 
 
 def _pass_key(draw: random.Random) -> Hidden:
     key = _number(draw)
-    return Hidden([_key_text("", key)], [(_question(""), f" {key}")])
+    return Hidden([key_text("", key)], [(key_question(""), f" {key}")])
 
 
 def _named_keys(draw: random.Random) -> Hidden:
     names = [f" of the {thing}" for thing in draw.sample(_THINGS, draw.randint(2, 6))]
     keys = [(name, _number(draw)) for name in names]
-    return Hidden([_key_text(*key) for key in keys], _some(draw, [(_question(name), f" {key}") for name, key in keys]))
+    return Hidden(
+        [key_text(*key) for key in keys], _some(draw, [(key_question(name), f" {key}") for name, key in keys])
+    )
 
 
 def _entries(draw: random.Random) -> Hidden:

@@ -6,20 +6,22 @@ Shapes: T tokens of a row, HQ query heads, H key/value heads, G = HQ / H, D head
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from liger_layers import RecallScore
 from liger_layers.rotary import rotate
 from liger_models._calibration import look_into
 from liger_models._decoder import Decoder
+from liger_models._hidden import with_hidden
+from liger_models.data import Rows
 from liger_models.families import Traits, traits
 
-# Tokens of a row that a model draws, where needs are measured: they show beyond a window only.
-RECALL_LENGTH = 512
+# Tokens of a row: needs show beyond a window only. Rows that ask for something, and the seed of what they ask for.
+_LENGTH, _ASKING, _SEED = 512, 24, 7000
 # The first tokens are sinks; of the last few too little is asked yet.
 _SINKS, _TAIL = 4, 80
 # Queries looked at together.
@@ -75,8 +77,8 @@ def far_attention(
 
 
 @torch.no_grad()
-def measure_need(model: PreTrainedModel, ids: torch.Tensor, windows: Mapping[int, int]) -> dict[int, Need]:
-    """For layers by index, with their windows: needs on token ids [rows,length] and on these asked to be recalled."""
+def measure_need(model: PreTrainedModel, rows: Sequence[torch.Tensor], windows: Mapping[int, int]) -> dict[int, Need]:
+    """For layers by index, with their windows: needs on rows of token ids, [1,T] each."""
     decoder = Decoder(model)
     sums = {index: _Running(traits(decoder.attention(index), model.config)) for index in windows}
 
@@ -85,27 +87,30 @@ def measure_need(model: PreTrainedModel, ids: torch.Tensor, windows: Mapping[int
         features = running.score.features(k.cpu(), v.cpu())
         if tables is not None:
             q, k = rotate(q, *tables), rotate(k, *tables)
-        for row in range(len(q)):
-            length = v[row].float().norm(dim=-1)
-            need = far_attention(q[row].float(), k[row].float(), windows[index], own.scale, own.softcap) * length
-            inner = slice(_SINKS, max(len(need) - _TAIL, _SINKS))
-            running.add(features[row, inner], need[inner].cpu())
+        far = far_attention(q[0].float(), k[0].float(), windows[index], own.scale, own.softcap)
+        need = far * v[0].float().norm(dim=-1)
+        inner = slice(_SINKS, max(len(need) - _TAIL, _SINKS))
+        running.add(features[0, inner], need[inner].cpu())
 
-    look_into(model, [*ids.split(1), *asked_again(ids)], windows, look, "Measuring what is recalled")
+    look_into(model, rows, windows, look, "Measuring what is recalled")
     return {index: running.result() for index, running in sums.items()}
 
 
-def asked_again(ids: torch.Tensor, seed: int = 7000) -> list[torch.Tensor]:
-    """Rows [1,N] in which something of the text, or out of place in it, is said once more at the end."""
-    draw, rows = random.Random(seed), []
-    words = ids.flatten().tolist()
-    for row in ids.tolist():
-        hidden = draw.sample(words, 12)
-        place = draw.randrange(_SINKS, len(row) // 2)
-        rows.append(row[:place] + hidden + row[place:] + hidden)
-        text, again = list(row), []
-        for _ in range(3):
-            start = draw.randrange(_SINKS, max(len(row) // 2, _SINKS + 1))
-            again += row[start : start + 32]
-        rows.append(text + again)
-    return [torch.tensor([row]) for row in rows]
+def asking_rows(ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase | None) -> list[torch.Tensor]:
+    """Token ids [rows,length] in rows of about _LENGTH, and as many again that ask for what was hidden in them."""
+    text = ids.flatten()
+    plain = [row[None] for row in text.split(_LENGTH) if len(row) == min(_LENGTH, len(text))]
+    if tokenizer is None:
+        return plain + _said_again(plain)
+    hidden = with_hidden(tokenizer, Rows((text,) * _ASKING, (text,) * _ASKING), 1.0, _LENGTH, _SEED)
+    return plain + [row[None] for row in hidden.ids]
+
+
+def _said_again(rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Each row with something out of place in it, and some of its own text, that come once more at the end."""
+    draw, found = random.Random(_SEED), []
+    for row in (x[0].tolist() for x in rows):
+        hidden, place = draw.sample(row, min(12, len(row))), draw.randint(0, len(row) // 2)
+        start = draw.randint(0, len(row) // 2)
+        found.append(row[:place] + hidden + row[place:] + row[start : start + 32] + hidden)
+    return [torch.tensor([row]) for row in found]

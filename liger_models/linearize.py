@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from liger_models._checks import check_architecture, check_weights
 from liger_models._conversion import converted, plan_layers, swap_attention
@@ -25,6 +25,7 @@ def linearize(
     preset: str = "default",
     keep: Iterable[int] | None = None,
     calibration: torch.Tensor | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     **changes: Any,
 ) -> AnyModel:
     """Turn a causal LM of a family in FAMILIES into a gated linear-recurrent one, in place, and return it.
@@ -40,7 +41,9 @@ def linearize(
         keep: indices of layers that stay full attention (negative ones count from the end). Layers that slide by
             themselves keep just their window, if others do not slide or if it is not wider than `window`.
         calibration: token ids to measure instead of the model's own draw.
-        changes: fields of LigerConfig: gate, pattern, window, sinks, mix, tau, feature_map, memories, top_k, ...
+        tokenizer: with recall, hides facts in the calibration and asks for them; loaded by the model's name if None,
+            and where there is none, parts of the text are said again instead.
+        changes: fields of LigerConfig: gate, pattern, window, sinks, recall, mix, tau, feature_map, memories, ...
 
     Quantized weights that are tensors of a type of their own (bitsandbytes, torchao) stay as they are; there are no
     memories then. Whatever stops the conversion, an interrupt too, leaves the model as it was.
@@ -53,7 +56,7 @@ def linearize(
     check_weights(model, config)
     plans = plan_layers(model.config, config)
     with whole_or_not(model):
-        attention = dict(converted(model, plans, calibration))
+        attention = dict(converted(model, plans, calibration, tokenizer))
         before, after = model.config, linearized_config(model, config)
         swap_attention(model, attention)
         for module in model.modules():

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
@@ -77,15 +77,18 @@ def linearize_on_disk(
     files, skeleton = _files(source), _skeleton(source)
     config = resolved(skeleton, config, preset, keep, changes)
     plans = plan_layers(skeleton.config, config)
-    if calibration is None and any(plan.fitted for plan in plans):
-        calibration = _standard_rows(source)
+    tokenizer = None
+    if any(plan.fitted or plan.recalls for plan in plans):
+        tokenizer = _tokenizer(source, needed=calibration is None)
+    if calibration is None and tokenizer is not None:
+        calibration = _standard_rows(tokenizer)
     if calibration is not None:
         check_calibration(calibration, skeleton.config.vocab_size)
     with checkpoint.written_whole(out, overwrite) as part, tempfile.TemporaryDirectory(dir=part) as scratch:
         written, size = _copy(source, files, part, skeleton)
         model = _open(source, files, skeleton, scratch)
         limit = max(path.stat().st_size for path in written) // 2
-        for tensors in _pieces(_new_tensors(model, plans, calibration), limit):
+        for tensors in _pieces(_new_tensors(model, plans, calibration, tokenizer), limit):
             path = part / f"{len(written)}.part"
             save_file(tensors, path, metadata={"format": "pt"})
             size += sum(tensor.nbytes for tensor in tensors.values())
@@ -218,22 +221,27 @@ def _check(path: Path, names: list[str], shapes: dict[str, list[int]]) -> int:
     return size
 
 
-def _standard_rows(folder: Path) -> torch.Tensor:
-    """Token ids [_ROWS,_LENGTH] from all over the standard text."""
+def _tokenizer(folder: Path, needed: bool) -> PreTrainedTokenizerBase | None:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, TypeError) as error:
+        if not needed:
+            return None
         raise ValueError(f"calibration: expected token ids, or a tokenizer in {folder} to read text with") from error
+
+
+def _standard_rows(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """Token ids [_ROWS,_LENGTH] from all over the standard text."""
     blocks = to_blocks(tokenizer, standard_text()[0], _LENGTH)
     return blocks[:: max(1, len(blocks) // _ROWS)][:_ROWS]
 
 
 def _new_tensors(
-    model: PreTrainedModel, plans: Iterable[LayerPlan], calibration: torch.Tensor | None
+    model: PreTrainedModel, plans: Iterable[LayerPlan], calibration: torch.Tensor | None, tokenizer: Any
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and value of everything that linearizing adds to a model whose weights lie on a disk, layer by layer."""
     decoder = Decoder(model)
-    for index, attention in converted(model, plans, calibration):
+    for index, attention in converted(model, plans, calibration, tokenizer):
         found = attention.state_dict()
         for key in found.keys() - decoder.attention(index).state_dict().keys():
             yield f"{decoder.where(index)}.{key}", found[key].detach().clone().contiguous()

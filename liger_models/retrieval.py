@@ -12,6 +12,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from liger_models._hidden import key_question, key_text
 from liger_models._inputs import input_device
 from liger_models.generation import continued, without_settings
 from liger_models.text import framing, token_ids
@@ -40,16 +41,8 @@ def check_tokenizer(tokenizer: object) -> None:
         fail("tokenizer", "the model's tokenizer", "None" if tokenizer is None else type(tokenizer).__name__)
 
 
-def _key_text(name: str, key: str) -> str:
-    return f"\n\nThe pass key{name} is {key}. Remember it: {key} is the pass key{name}.\n\n"
-
-
 def _one_of_several(name: str, key: str) -> str:
     return f"\n\nOne pass key{name} is {key}. Remember it: {key} is one pass key{name}.\n\n"
-
-
-def _question(name: str) -> str:
-    return f"\n\nWhat is the pass key{name}? The pass key{name} is"
 
 
 def _question_for_all(name: str) -> str:
@@ -95,7 +88,7 @@ def make_prompt(
     if values > 1:
         words, question, answers = _one_of_several, _question_for_all(names[0]), tuple(hidden)
     else:
-        words, question, answers = _key_text, _question(names[asked]), (hidden[asked],)
+        words, question, answers = key_text, key_question(names[asked]), (hidden[asked],)
     ids, before = list(framing(tokenizer)[0]), 0
     for i, (value, place) in enumerate(zip(hidden, depths, strict=True)):
         cut = int(length * place)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from liger_models._checks import check_weights
 from liger_models._conversion import converted, plan_layers
@@ -20,7 +20,7 @@ from liger_models._snapshot import looked_at
 from liger_models.configuration import LigerConfig
 from liger_models.linearize import resolved
 from liger_models.retrieval import make_prompt
-from liger_models.text import token_ids
+from liger_models.text import find_tokenizer, token_ids
 from liger_ops.errors import fail
 
 # Prompts, and the seed of the first: `retrieval` hides other keys.
@@ -60,9 +60,9 @@ def select_layers(
     open_to = [i for i, name in enumerate(config.pattern) if name not in ("full", "own")]
     if isinstance(keep, bool) or not isinstance(keep, int) or not 0 <= keep <= len(open_to):
         fail("keep", f"a number of layers from 0 to {len(open_to)}", repr(keep))
-    device = input_device(model)
-    rows = hidden_keys(tokenizer or _tokenizer(model), text, length, device)
-    with torch.no_grad(), looked_at(model), _Bench.of(model, config, open_to, rows, calibration) as bench:
+    device, tokenizer = input_device(model), tokenizer or _tokenizer(model)
+    rows = hidden_keys(tokenizer, text, length, device)
+    with torch.no_grad(), looked_at(model), _Bench.of(model, config, open_to, rows, calibration, tokenizer) as bench:
         return _choose(bench, keep)
 
 
@@ -88,11 +88,10 @@ def _choose(bench: _Bench, keep: int) -> list[int]:
 
 
 def _tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:
-    name = model.config.name_or_path
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"tokenizer: expected the model's, found none under its name {name!r}") from error
+    found = find_tokenizer(model)
+    if found is None:
+        raise ValueError(f"tokenizer: expected the model's, found none under its name {model.config.name_or_path!r}")
+    return found
 
 
 def hidden_keys(
@@ -140,10 +139,10 @@ class _Bench:
 
     @classmethod
     @contextmanager
-    def of(cls, model: PreTrainedModel, config: LigerConfig, open_to: list[int], rows: list, calibration):
+    def of(cls, model: PreTrainedModel, config: LigerConfig, open_to: list[int], rows: list, calibration, tokenizer):
         """A bench that may linearize the layers open_to, while it is needed; the model is as it was afterwards."""
         plans = [plan for plan in plan_layers(model.config, config) if plan.index in open_to]
-        others = dict(converted(model, plans, calibration))
+        others = dict(converted(model, plans, calibration, tokenizer))
         for other in others.values():
             other.register_forward_pre_hook(_unpadded, with_kwargs=True)
         bench = cls(model, others, rows)

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 from jinja2 import TemplateError
-from transformers import BatchEncoding, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from liger_ops.errors import fail
@@ -27,6 +27,14 @@ def hold_out(text: str) -> tuple[str, str]:
     """Split a user's text: (its first seven eighths, the last eighth)."""
     cut = len(text) * 7 // 8
     return text[:cut], text[cut:]
+
+
+def find_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
+    """The tokenizer under a model's name, if there is one."""
+    try:
+        return AutoTokenizer.from_pretrained(model.config.name_or_path)
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def framing(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
