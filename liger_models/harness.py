@@ -26,7 +26,7 @@ def run_harness(
 ) -> dict[str, dict[str, float]]:
     """What lm-evaluation-harness measures of a model on tasks by its own names; it fetches their data itself.
 
-    Returns for each task its figures by name, such as acc and acc_norm, and score, the share that stands for
+    Returns for each task its figures by name, such as acc and acc_norm, examples, and score, the share that stands for
     it, where there is one.
     ValueError where the harness is not installed, or knows no such task.
     """
@@ -37,7 +37,7 @@ def run_harness(
     training = model.training
     try:
         found = evaluator.simple_evaluate(
-            model=wrapper.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch),
+            model=wrapper.HFLM(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch),
             tasks=list(tasks),
             num_fewshot=shots,
             limit=examples,
@@ -65,7 +65,7 @@ def _figures(row: Mapping[str, Any]) -> dict[str, float]:
     """Figures by name; the harness names them with the filter of answers behind a comma."""
     found: dict[str, float] = {}
     for key, value in row.items():
-        name, _, kind = key.partition(",")
+        name, _, kind = key.replace("sample_len", "examples").partition(",")
         if isinstance(value, int | float) and not isinstance(value, bool) and "stderr" not in name:
             found.setdefault(name if kind in ("", "none") else f"{name}_{kind}", float(value))
     score = next((found[name] for name in _SCORES if name in found), None)

@@ -202,11 +202,12 @@ def stub(monkeypatch, results):
 
 
 def test_the_harness_measures_the_model_at_hand(monkeypatch):
-    row = {"alias": "piqa", "acc,none": 0.5, "acc_stderr,none": 0.1, "acc_norm,none": 0.75, "exact_match,strict": 0.25}
+    row = {"alias": "piqa", "sample_len": 7, "acc,none": 0.5, "acc_stderr,none": 0.1, "acc_norm,none": 0.75}
+    row["exact_match,strict"] = 0.25
     asked = stub(monkeypatch, {"piqa": row, "long": {"perplexity,none": 3.0}})
     model, tokenizer = linearize_tiny(tiny(), window=8), tiny_tokenizer()
     found = run_harness(model, tokenizer, ["piqa", "long"], examples=7, shots=2)
-    assert found["piqa"] == dict(acc=0.5, acc_norm=0.75, exact_match_strict=0.25, score=0.75)
+    assert found["piqa"] == dict(examples=7, acc=0.5, acc_norm=0.75, exact_match_strict=0.25, score=0.75)
     assert found["long"] == dict(perplexity=3.0)
     assert asked["model"]["pretrained"] is model and asked["model"]["tokenizer"] is tokenizer
     assert (asked["tasks"], asked["limit"], asked["num_fewshot"]) == (["piqa", "long"], 7, 2)
