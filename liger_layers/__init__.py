@@ -1,6 +1,7 @@
 """Modules that compose gated recurrences and windowed attention; plain PyTorch on liger_ops."""
 
-from liger_layers._attention import FullAttention, GatedRecurrence, LigerAttention, SlidingWindowAttention
+from liger_layers._alone import FullAttention, GatedRecurrence, SlidingWindowAttention
+from liger_layers._attention import LigerAttention
 from liger_layers._recall import RecallScore
 from liger_layers._routing import load_balancing_loss, router_parameters, routing_modules
 from liger_layers._state import LigerState, MemoryState

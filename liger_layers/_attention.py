@@ -1,6 +1,6 @@
 """Layers on one set of projections: what stands between them is a window, a recurrence, both, or full attention.
 
-Shapes: B batch, T time, S keys so far, HQ query heads, H key/value heads, D head width, W window, P sinks, M features.
+Shapes: B batch, T time, HQ query heads, H key/value heads, D head width, W window, P sinks, M features.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from liger_layers import _arguments
@@ -241,10 +240,10 @@ class LigerAttention(Attention):
         self.parts["recurrent"] = self.recurrence.part(H, width=D, summed=self.delayed or chosen.normalize)
         self.feature_map = FEATURE_MAPS[chosen.feature_map](num_heads, H, D)
         self.mix = Mix(num_heads, chosen.mix, learn_mix)
+        self.score = RecallScore(H, D) if recall else None
         if recall:
-            self.score = RecallScore(H, D)
-            gate = log_decay(self.recurrence.gate, torch.zeros(1, 1, H, D), tau, chosen.pool)
-            far = D + (0 if gate is None else gate.numel() // H) + 2
+            decay = log_decay(self.recurrence.gate, torch.zeros(1, 1, H, D), tau, chosen.pool)
+            far = D + (0 if decay is None else decay.numel() // H) + 2
             self.parts |= dict(scores=(window, H), recalled=[(recall, H, width) for width in (D, D, far)])
         self._add_memories(memories, top_k)
 
@@ -253,13 +252,14 @@ class LigerAttention(Attention):
             return self._summed(q, k, v, mask, state, tables)
         q_near, k_near = (q, k) if tables is None else (rotate(q, *tables), rotate(k, *tables))
         waiting, window, recurrence = dict(raw=k), self.window, self.recurrence
-        if self.recall:
+        if self.score is not None:
             waiting["scores"] = self.score(k, v)
         at = window.gather(q_near, k_near, v, mask, state, **waiting)
         # As the state was checked to be.
         assert isinstance(state.recurrent, torch.Tensor)
         # The unrotated keys that leave the window enter the recurrence before each query.
-        left, more = at.left["raw"], dict(initial_state=state.recurrent)
+        left: torch.Tensor = at.left["raw"]
+        more: dict[str, Any] = dict(initial_state=state.recurrent)
         if self.recall:
             more = dict(initial_state=(state.recurrent, state.recalled), recall=self.recall, score=at.left["scores"])
         o, after = liger_attention(
@@ -278,8 +278,9 @@ class LigerAttention(Attention):
             softcap=window.softcap,
             **more,
         )
-        after = after if self.recall else (after, state.recalled)
-        kept = {**at.kept, **dict(zip(("recurrent", "recalled"), after, strict=True))}
+        kept = {**at.kept, "recurrent": after, "recalled": state.recalled}
+        if isinstance(after, tuple):
+            kept["recurrent"], kept["recalled"] = after
         return o if at.ranks is None else at.ranks.back(o), kept
 
     def _summed(self, q, k, v, mask, state, tables):
@@ -291,113 +292,3 @@ class LigerAttention(Attention):
         far, recurrent = self.recurrence.run(self.feature_map, q, k, v, mask, state.recurrent)
         mix = self.mix().to(o.dtype).unsqueeze(-1)
         return mix * far + (1 - mix) * o, {**at.kept, "recurrent": recurrent}
-
-
-class GatedRecurrence(Attention):
-    """The recurrence alone: gated linear attention on softmax or kernel features.
-
-    Arguments and calls as in LigerAttention.
-    """
-
-    @errors.lists_keywords
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        *,
-        gate: str = "gated_retention",
-        tau: float = 1024.0,
-        feature_map: str | None = None,
-        normalize: bool | None = None,
-        pool: str | None = None,
-        memories: int = 0,
-        top_k: int = 2,
-        bias: bool = False,
-        projections: dict[str, nn.Module] | None = None,
-    ):
-        super().__init__(hidden_size, num_heads, num_kv_heads, head_dim, None, bias, projections)
-        chosen = settle(gate, feature_map, None, None, normalize, pool)
-        self.recurrence = PooledRecurrence.of(chosen, tau)
-        self.origin += self.recurrence.origin
-        part = self.recurrence.part(self.num_kv_heads, width=self.head_dim, summed=chosen.normalize)
-        self.parts["recurrent"] = part
-        self.feature_map = FEATURE_MAPS[chosen.feature_map](num_heads, self.num_kv_heads, self.head_dim)
-        self._add_memories(memories, top_k)
-
-    def mixer(self, q, k, v, mask, state, tables):
-        o, recurrent = self.recurrence.run(self.feature_map, q, k, v, mask, state.recurrent)
-        return o, dict(recurrent=recurrent)
-
-
-class SlidingWindowAttention(Attention):
-    """The window alone, with attention sinks. Arguments and calls as in LigerAttention."""
-
-    @errors.lists_keywords
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        *,
-        window: int = 64,
-        sinks: int = 4,
-        scale: float | None = None,
-        softcap: float | None = None,
-        rope_theta: float | None = 10000.0,
-        bias: bool = False,
-        projections: dict[str, nn.Module] | None = None,
-    ):
-        super().__init__(hidden_size, num_heads, num_kv_heads, head_dim, rope_theta, bias, projections)
-        self.window = Window(window, sinks, scale, softcap)
-        self.window.check()
-        self.origin += self.window.origin
-        self.parts |= self.window.parts(self.num_kv_heads, self.head_dim)
-
-    def mixer(self, q, k, v, mask, state, tables):
-        if tables is not None:
-            q, k = (rotate(x, *tables) for x in (q, k))
-        at = self.window.gather(q, k, v, mask, state)
-        o = self.window.attend(at)
-        return o if at.ranks is None else at.ranks.back(o), at.kept
-
-
-class FullAttention(Attention):
-    """Causal softmax attention over every token, whose state grows. Arguments and calls as in LigerAttention."""
-
-    @errors.lists_keywords
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        *,
-        scale: float | None = None,
-        rope_theta: float | None = 10000.0,
-        bias: bool = False,
-        projections: dict[str, nn.Module] | None = None,
-    ):
-        super().__init__(hidden_size, num_heads, num_kv_heads, head_dim, rope_theta, bias, projections)
-        errors.check_factor("scale", scale, optional=True)
-        self.scale = scale
-        kept = (None, self.num_kv_heads, self.head_dim)
-        self.parts |= dict(k=kept, v=kept, visible=(None,))
-
-    def mixer(self, q, k, v, mask, state, tables):
-        if tables is not None:
-            q, k = (rotate(x, *tables) for x in (q, k))
-        # As the state was checked to be.
-        assert state.k is not None and state.v is not None and state.visible is not None
-        k, v = torch.cat([state.k, k], 1), torch.cat([state.v, v], 1)
-        mask = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device) if mask is None else mask
-        visible = torch.cat([state.visible, mask], 1)
-        T, S = q.shape[1], k.shape[1]
-        query, key = torch.arange(S - T, S, device=q.device)[:, None], torch.arange(S, device=q.device)
-        # Padding sees itself: a row that sees nothing would be NaN.
-        seen = (key <= query) & visible[:, None] | (key == query)
-        heads = (x.transpose(1, 2) for x in (q, k, v))
-        o = F.scaled_dot_product_attention(*heads, attn_mask=seen[:, None], scale=self.scale, enable_gqa=True)
-        return o.transpose(1, 2), dict(k=k, v=v, visible=visible)

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from liger_layers._attention import FullAttention, GatedRecurrence, LigerAttention, SlidingWindowAttention
+from liger_layers._alone import FullAttention, GatedRecurrence, SlidingWindowAttention
+from liger_layers._attention import LigerAttention
 from liger_layers.mixture_of_memories import LinearMixer, MixtureOfMemories
 from liger_layers.patterns import KINDS, MEMORIES, split
 from liger_ops.errors import fail

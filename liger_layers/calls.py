@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from liger_layers._attention import Attention, LigerAttention, SlidingWindowAttention
+from liger_layers._alone import SlidingWindowAttention
+from liger_layers._attention import Attention, LigerAttention
 from liger_layers._state import LigerState
 from liger_layers.rotary import rotary_tables, rotate
 from liger_ops.errors import check_window, fail
@@ -124,7 +125,7 @@ def with_window(layers: Iterable[LigerAttention], size: int) -> Iterator[None]:
 
 
 # Parts of a state that have a place for every token in the window.
-_IN_WINDOW = ("k", "v", "visible", "raw")
+_IN_WINDOW = ("k", "v", "visible", "raw", "scores")
 
 
 def _resized(name: str, part: Any, more: int) -> Any:

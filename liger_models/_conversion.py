@@ -108,7 +108,7 @@ def converted(
             new = build(plan, old, model.config)
             if plan.fitted and isinstance(new, LinearizedAttention):
                 fit(new, moments[plan.index], decoder.rotation(plan.index))
-            if plan.recalls and isinstance(new, LinearizedAttention):
+            if isinstance(new, LinearizedAttention) and new.score is not None:
                 new.score.calibrate(*needs[plan.index])
             yield plan.index, new
 
@@ -127,7 +127,8 @@ def _measured(
     if not fitted and not recalling:
         return {}, {}
     with looked_at(model):
-        ids = draw_text(model) if calibration is None else calibration
+        # Scores have more to be fitted.
+        ids = draw_text(model, batch=16 if recalling else 8) if calibration is None else calibration
         moments = measure(model, ids, fitted) if fitted else {}
         if not recalling:
             return moments, {}

@@ -3,6 +3,8 @@
 Shapes: B batch, T queries, S = W + T keys, HQ query heads, H key/value heads, D width, M features, V value width.
 """
 
+from typing import cast
+
 import torch
 
 from liger_ops import _backend, _checks, errors
@@ -84,16 +86,17 @@ def liger_attention(
     if isinstance(mix, torch.Tensor) and (mix.shape not in (q.shape[2:3], (1,), ()) or mix.device != q.device):
         errors.fail("mix", f"a number or [{q.shape[2]}] on {q.device}", f"{tuple(mix.shape)} on {mix.device}")
     _checks.check_decay(g, k_log, (3, 4))
-    recalled = None
     # What is plainly right costs no call.
     if recall or score is not None or type(recall) is not int:
-        initial_state, recalled = _check_recall(recall, score, initial_state, k_log, g, (k, v))
-    _checks.check_state(initial_state, B, k_log, v.shape[-1] + 1)
-    if initial_state is None:
-        initial_state = k_log.new_zeros(B, k.shape[2], k_log.shape[-1], v.shape[-1] + 1)
+        state, recalled = _check_recall(recall, score, initial_state, k_log, g, (k, v))
+    else:
+        state, recalled = cast("torch.Tensor | None", initial_state), None
+    _checks.check_state(state, B, k_log, v.shape[-1] + 1)
+    if state is None:
+        state = k_log.new_zeros(B, k.shape[2], k_log.shape[-1], v.shape[-1] + 1)
     fine = torch.promote_types(q.dtype, torch.float32)
     mix = torch.as_tensor(mix, dtype=fine, device=q.device).expand(q.shape[2])
-    far = q_log, k_log, g, mix, initial_state, score, recalled
+    far = q_log, k_log, g, mix, state, score, recalled
     o, state, after = _backend.joint(AttentionInputs(q, k, v, window, sinks, scale, softcap, visible, *far))
     if not output_final_state:
         return o, None
@@ -113,10 +116,11 @@ def _check_recall(
         if score is not None:
             errors.fail("score", "None without recall", f"a {type(score).__name__}")
         errors.check_positive("recall", recall, 0)
-        return state, None
+        return cast("torch.Tensor | None", state), None
     errors.check_positive("recall", recall, 0)
     B, T, H, M = k_log.shape
     errors.check_tensor("score", score)
+    assert isinstance(score, torch.Tensor)
     if score.shape != (B, T, H) or score.device != k_log.device or not score.is_floating_point():
         given = f"{score.dtype} {tuple(score.shape)} on {score.device}"
         errors.fail("score", f"a floating tensor {[B, T, H]} on {k_log.device}", given)

@@ -4,7 +4,7 @@ Shapes: as in `window` and `additive`; M features, U = V + 1, the last value col
 A block's first C keys are those that leave the window during the block: the chunk that its recurrence lets in.
 """
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +52,7 @@ def _segment(
     view: View,
     enters: torch.Tensor | None = None,
     left_v: torch.Tensor | None = None,
-    **recalled: torch.Tensor | None,
+    **recalled: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of `joint`: out [B,T,HQ,V] or None, state [B,H,M,U], mix [H,1,1,G,1].
 
@@ -157,15 +157,15 @@ def joint(x: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor, Recalled | No
     assert x.mix is not None
     sinks, rest = take_sinks(x.k, x.v, x.sinks, x.visible)
     block = limits.CHUNK_PER_CHANNEL if x.g is not None and x.g.ndim == 4 else limits.CHUNK
-    more, recall, recalled = dict.fromkeys(_RECALL), 0, None
-    far = dict(k_log=x.k_log, g=x.g)
+    recall, recalled = 0, None
+    far: dict[str, torch.Tensor | None] = dict(k_log=x.k_log, g=x.g) | dict.fromkeys(_RECALL)
     if x.recalled is not None:
         T, S, recall = x.q.shape[1], x.k.shape[1], x.recalled.k.shape[1]
         given, recalled = recalling(x, rest[:, S - T - x.window : S - x.window], block)
-        more |= given
+        far |= given
     o, state = _joint(
         **{n: getattr(x, n) for n in ("q", "k", "v", "q_log", "state", "window", "scale", "softcap")},
-        **{**far, **more},
+        **far,
         sink_k=sinks.k,
         sink_v=sinks.v,
         sink_column=sinks.column,
