@@ -46,10 +46,10 @@ class Row(NamedTuple):
 
 
 # What the whole recipe has, of which one is left out at a time.
-_WHOLE = dict(objective="distill", window_dropout=0.5, retrieval=0.1)
+_WHOLE = dict(objective="kl", window_dropout=0.5, retrieval=0.25, learning_rate=5e-4)
 _LEFT_OUT = {
     "no-window-dropout": {**_WHOLE, "window_dropout": 0.0},
-    "no-kl": {**_WHOLE, "objective": "next_token"},
+    "no-kl": {**_WHOLE, "objective": "next"},
     "no-retrieval": {**_WHOLE, "retrieval": 0.0},
     "no-features": {**_WHOLE, "features": False},
 }
@@ -74,7 +74,7 @@ ROWS: dict[str, Row] = {
     "whole": Row(dict(recall=128), _WHOLE),
     "whole-no-recall": Row({}, _WHOLE),
     **{f"whole-{name}": Row(dict(recall=128), recipe) for name, recipe in _LEFT_OUT.items()},
-    "original-whole": Row(None, dict(retrieval=0.1)),
+    "original-whole": Row(None, dict(retrieval=0.25, learning_rate=5e-4)),
 }
 
 
@@ -114,7 +114,7 @@ def run(row: Row, args: argparse.Namespace, end: float | None) -> dict[str, Any]
         if row.select:
             options["keep"] = select_layers(model, documents_of(training), row.select, tokenizer=tokenizer, **options)
             found["keep"] = sorted(options["keep"])
-        linearize(model, **options)
+        linearize(model, tokenizer=tokenizer, **options)
     found["linearizing_s"] = time.monotonic() - start
     if args.tokens:
         recipe = Recipe(**{"batch": args.batch, "length": args.length, **row.recipe})

@@ -4,6 +4,7 @@ Shapes: B batch, T time, H key/value heads, D head width, F features.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 
@@ -11,14 +12,20 @@ class RecallScore(nn.Module):
     """A score per token and key/value head, linear in the layer's unrotated keys and values, of all heads, and lengths.
 
     Until fitted it is the logarithm of the value's length. The choice among scores takes no gradient, so nothing here
-    learns by descent: `calibrate` sets the weight [H,F] from moments.
+    learns by descent: `calibrate` sets weight [H,F] and bias [H] from moments. Scores are whole thousandths, so that
+    equal tokens, as a first layer sees them, are equal whatever a product rounds, and the later one stays.
     """
+
+    weight: torch.Tensor
+    bias: torch.Tensor
 
     def __init__(self, num_kv_heads: int, head_dim: int):
         super().__init__()
         H, width = num_kv_heads, 2 * num_kv_heads * head_dim
-        self.weight = nn.Parameter(torch.zeros(H, width + 2 * H), requires_grad=False)
-        self.weight.data[:, width : width + H].fill_diagonal_(1.0)
+        weight = torch.zeros(H, width + 2 * H)
+        weight[:, width : width + H].fill_diagonal_(1.0)
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", torch.zeros(H))
 
     def features(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """k, v [B,T,H,D] -> [B,T,F] in float32."""
@@ -30,15 +37,20 @@ class RecallScore(nn.Module):
     def forward(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """k, v [B,T,H,D] -> scores [B,T,H] in float32."""
         x = self.features(k, v)
-        return x @ self.weight.to(x.dtype).T
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype)).round_(decimals=3)
 
     @torch.no_grad()
-    def calibrate(self, covariance: torch.Tensor, cross: torch.Tensor, penalty: float = 0.05) -> None:
-        """The ridge regression of a need [H] on the features: their covariance [F,F], and with the need [F,H].
+    def calibrate(
+        self, mean: torch.Tensor, covariance: torch.Tensor, cross: torch.Tensor, penalty: float = 0.05
+    ) -> None:
+        """The ridge regression of a need on the features, in units of its own deviation.
 
-        penalty is in units of the variance of a feature.
+        mean [F] and covariance [F,F] of the features, cross [F,H] their covariance with the need of each head; penalty
+        in units of a feature's variance.
         """
         size = covariance.diagonal().clamp(min=0).sqrt() + 1e-6
         gram = covariance / (size[:, None] * size) + penalty * torch.eye(len(size), dtype=size.dtype)
         weight = torch.linalg.solve(gram, cross / size[:, None]) / size[:, None]
+        weight = weight / (weight * (covariance @ weight)).sum(0).clamp(min=1e-12).sqrt()
         self.weight.copy_(weight.T)
+        self.bias.copy_(-mean @ weight)

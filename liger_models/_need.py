@@ -29,8 +29,9 @@ _ROWS = 256
 
 
 class Need(NamedTuple):
-    """Covariance [F,F] of a score's features, and theirs [F,H] with what later queries need of a token."""
+    """Mean [F] and covariance [F,F] of a score's features, and theirs [F,H] with what later queries need of a token."""
 
+    mean: torch.Tensor
     covariance: torch.Tensor
     cross: torch.Tensor
 
@@ -54,7 +55,7 @@ class _Running:
     def result(self) -> Need:
         F, mean = self.sums.shape[1], self.first / self.count
         moments = self.sums / self.count - mean[:, None] * mean[:F]
-        return Need(moments[:F], moments[F:].T)
+        return Need(mean[:F], moments[:F], moments[F:].T)
 
 
 def far_attention(

@@ -81,6 +81,9 @@ def resolved(
     if not isinstance(config, LigerConfig):
         fail("config", "a LigerConfig", repr(config))
     check_architecture(model)
+    most = getattr(model.config, "max_position_embeddings", None)
+    if config.recall and most and config.recall > most - config.window - config.sinks:
+        fail("recall", f"at most the {most} tokens of the model's longest text, less window and sinks", config.recall)
     return config.resolve(own_windows(model.config))
 
 

@@ -15,7 +15,7 @@ def make(gate="gated_retention", seed=0, **options):
     sizes = dict(window=7, sinks=2, recall=5) | options
     layer = LigerAttention(36, 6, 3, gate=gate, **sizes).double()
     if sizes["recall"]:
-        layer.score.weight.data.normal_()
+        layer.score.weight.normal_()
     return layer
 
 
@@ -40,7 +40,7 @@ def test_any_pieces_give_one_forward(gate, pool):
     state_free = make(gate, pool=pool, recall=0)
     state_free.load_state_dict({n: y for n, y in layer.state_dict().items() if not n.startswith("score")})
     other = make(gate, pool=pool)
-    other.score.weight.data.neg_()
+    other.score.weight.neg_()
     for changed in (state_free, other):
         assert (changed(x)[0] - whole).abs().amax(-1)[:, 20:].median() > 1e-4
 

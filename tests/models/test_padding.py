@@ -69,6 +69,7 @@ def test_every_family_in_every_pattern(name):
 
 
 OPTIONS = {gate: dict(gate=gate, tau=2.0) for gate in with_gate()} | {f"{n}, variant": VARIANTS[n] for n in VARIANTS}
+OPTIONS |= {f"{gate}, recalling": dict(gate=gate, tau=2.0, recall=4) for gate in ("gated_retention", "gla", "linear")}
 
 
 @pytest.mark.parametrize("options", OPTIONS)

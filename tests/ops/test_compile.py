@@ -54,6 +54,21 @@ def joint(T=T):
     )
 
 
+def recalling(T=T):
+    """With tokens that stay exact, from a state that holds some."""
+    (_, (q, k, v, q_log, k_log, g)), score = joint(T), torch.randn(B, T, H)
+    held = leaf(B, 5, H, D), leaf(B, 5, H, D), torch.cat([torch.randn(B, 5, H, D + 2), torch.ones(B, 5, H, 1)], -1)
+    held[2][..., D] = -1.0
+
+    def run(q, k, v, q_log, k_log, g, score, h, held_k, held_v, far):
+        options = dict(window=16, sinks=2, output_final_state=True, recall=5, score=score)
+        given = (h, (held_k, held_v, far))
+        o, (state, after) = liger_attention(q, k, v, q_log, k_log, g, torch.ones(HQ), initial_state=given, **options)
+        return o, state, *after
+
+    return run, (q, k, v, q_log, k_log, g, score, leaf(B, H, D, D + 1), *held)
+
+
 def memory(T=T):
     gates = leaf(B, T, H), (-torch.rand(B, T, H)).requires_grad_()
 
@@ -114,6 +129,7 @@ CASES = {
     "gla": gla,
     "simple_gla": simple_gla,
     "joint": joint,
+    "recalling": recalling,
     "mlstm": memory,
     "rwkv6": receptive,
     "gsa": slots,
@@ -176,8 +192,17 @@ SAMPLES = {
         *(leaf(B, T, HQ, D), leaf(B, T + 16, H, D), leaf(B, T + 16, H, D)),
         *(leaf(B, H, 2, D), leaf(B, H, 2, D), torch.arange(2).expand(B, 2).contiguous()),
         *(leaf(B, T, HQ, D), leaf(B, T, H, D), None, torch.ones(H, 1, 1, HQ // H, 1)),
-        *(torch.ones(B, T + 16, dtype=torch.bool), leaf(B, H, D, D + 1), 16, 32, 0.3, 2.0),
+        *(torch.ones(B, T + 16, dtype=torch.bool), *[None] * 6, leaf(B, H, D, D + 1), 16, 32, 0, 0.3, 2.0),
     ),
+    "joint, recalling": lambda: (
+        *(leaf(B, T, HQ, D), leaf(B, T + 16, H, D), leaf(B, T + 16, H, D)),
+        *(leaf(B, H, 2, D), leaf(B, H, 2, D), torch.arange(2).expand(B, 2).contiguous()),
+        *(leaf(B, T, HQ, D), leaf(B, T, H, D), None, torch.ones(H, 1, 1, HQ // H, 1)),
+        *(torch.ones(B, T + 16, dtype=torch.bool), torch.rand(B, T, H) > 0.3, leaf(B, T, H, D)),
+        *(torch.randint(T, (B, T, H)), leaf(B, 15, H, D), leaf(B, 15, H, D), torch.randint(T, (B, 15, H))),
+        *(leaf(B, H, D, D + 1), 16, 32, 5, 0.3, 2.0),
+    ),
+    "recall": lambda: (torch.randn(B, T + 5, H), torch.rand(B, T + 5, H) > 0.3, 5, 32),
     "units": lambda: (torch.randn(B, T, H), -torch.rand(B, T, H), torch.randn(B, H), None),
 }
 
