@@ -10,7 +10,7 @@ from pathlib import Path
 from liger_linear import __version__
 
 # What the help lists. The tables themselves lie behind seconds of imports; a test compares them.
-PRESETS = ("default", "paper-gla", "paper-gsa", "paper-hgrn2")
+PRESETS = ("default", "recall", "paper-gla", "paper-gsa", "paper-hgrn2")
 RECIPES = ("default", "paper")
 OBJECTIVES = ("next", "kl", "match")
 POOLINGS = ("identity", "width", "heads")

@@ -52,7 +52,7 @@ def _linearize(args) -> None:
         text = standard_text()[0]
         keep = select_layers(model, text, args.select, tokenizer=tokenizer, preset=args.preset, **changes)
         print(f"Full attention stays in layers {', '.join(map(str, sorted(keep))) or 'none'}")
-    linearize(model, preset=args.preset, keep=keep, **changes)
+    linearize(model, preset=args.preset, keep=keep, tokenizer=tokenizer, **changes)
     checkpoint.save(model, tokenizer, args.out, args.overwrite)
     print(f"Wrote {args.out}")
 

@@ -167,6 +167,8 @@ def _indices(keep: Iterable[int]) -> tuple[int, ...]:
 _PAPER = dict(feature_map="softmax", mixing="sum", mix=0.5, learn_mix=False, normalize=False, sinks=0)
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
+    # What answers from a text need: bench and reasons in docs/recovery.md.
+    "recall": dict(recall=128),
     "paper-gla": dict(gate="gla", tau=16.0, **_PAPER),
     "paper-gsa": dict(gate="gsa", tau=16.0, **_PAPER),
     "paper-hgrn2": dict(gate="hgrn2", tau=1.0, **_PAPER),
