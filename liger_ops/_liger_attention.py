@@ -124,15 +124,11 @@ def _check_recall(
     if score.shape != (B, T, H) or score.device != k_log.device or not score.is_floating_point():
         given = f"{score.dtype} {tuple(score.shape)} on {score.device}"
         errors.fail("score", f"a floating tensor {[B, T, H]} on {k_log.device}", given)
-    widths = {n: x.shape[-1] for n, x in zip(("k", "v"), columns, strict=True)}
-    widths["far"] = M + (0 if g is None else 1 if g.ndim == 3 else M) + 2
+    (k, v), gate = columns, 0 if g is None else 1 if g.ndim == 3 else M
+    shapes = [(B, recall, H, width) for width in (k.shape[-1], v.shape[-1], M + gate + 2)]
     if state is None:
-        k, v = columns
-        fine = torch.promote_types(k.dtype, torch.float32)
-        kinds = k.dtype, v.dtype, fine
-        sizes = zip(widths.values(), kinds, strict=True)
-        return None, Recalled(*(k.new_zeros(B, recall, H, width, dtype=kind) for width, kind in sizes))
+        kinds = k.dtype, v.dtype, torch.promote_types(k.dtype, torch.float32)
+        return None, Recalled(*(k.new_zeros(shape, dtype=kind) for shape, kind in zip(shapes, kinds, strict=True)))
     if not isinstance(state, tuple | list) or len(state) != 2:
         errors.fail("initial_state", "(state, recalled) with recall", type(state).__name__)
-    parts = _checks.check_parts(state[1], {n: (B, recall, H, width) for n, width in widths.items()}, k_log)
-    return state[0], Recalled(*parts)
+    return state[0], Recalled(*_checks.check_parts(state[1], dict(zip(Recalled._fields, shapes, strict=True)), k_log))

@@ -83,17 +83,21 @@ def membership(score: torch.Tensor, there: torch.Tensor, recall: int, block: int
     return Membership(*_recall(score.detach(), there, recall, block))
 
 
+def _far(x: AttentionInputs, there: torch.Tensor) -> torch.Tensor:
+    """Of the T tokens that leave the window what Recalled keeps as far [B,T,H,F]; there [B,T] marks those that may."""
+    assert x.k_log is not None and x.score is not None
+    (B, T, H, _), dtype = x.k_log.shape, x.k_log.dtype
+    # Below all that is not there is nothing.
+    score = x.score.detach().clamp(min=torch.finfo(x.score.dtype).min).to(dtype).unsqueeze(-1)
+    mark = there.to(dtype).view(B, T, 1, 1).expand(B, T, H, 1)
+    return torch.cat([x.k_log, score, mark] if x.g is None else [x.k_log, x.g.view(B, T, H, -1), score, mark], -1)
+
+
 def _arrived(x: AttentionInputs, there: torch.Tensor) -> Recalled:
     """The T tokens that leave the window, of which there [B,T] marks those which are tokens, and no sinks."""
-    assert x.k_log is not None and x.score is not None
-    (B, T, H), S = x.k_log.shape[:3], x.k.shape[1]
-    g = [] if x.g is None else [x.g.view(B, T, H, -1)]
-    # Below all that is not there is nothing.
-    score = x.score.detach().to(x.k_log.dtype).clamp(min=torch.finfo(x.k_log.dtype).min)
-    there = there[:, :, None].expand(B, T, H)
-    far = torch.cat([x.k_log, *g, score.unsqueeze(-1), there.unsqueeze(-1).to(x.k_log.dtype)], -1)
+    T, S = x.q.shape[1], x.k.shape[1]
     left = slice(S - T - x.window, S - x.window)
-    return Recalled(x.k[:, left], x.v[:, left], far)
+    return Recalled(x.k[:, left], x.v[:, left], _far(x, there))
 
 
 def _split(x: AttentionInputs, far: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -103,11 +107,17 @@ def _split(x: AttentionInputs, far: torch.Tensor) -> tuple[torch.Tensor, torch.T
     return far[..., :M], None if x.g is None else far[..., M] if x.g.ndim == 3 else far[..., M : 2 * M]
 
 
-def _take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """x [B,S,H,D] at index [B,N,H] -> [B,N,H,D]: whole rows, which is far faster than element by element."""
-    (B, S, H), start = x.shape[:3], torch.arange(len(x), device=x.device).view(-1, 1, 1) * x.shape[1]
-    rows = (start + index) * H + torch.arange(H, device=x.device)
-    return x.reshape(B * S * H, -1).index_select(0, rows.flatten()).view(*index.shape, -1)
+def _places(index: torch.Tensor) -> torch.Tensor:
+    """index [B,N,H] of a token of each head -> its place among all heads of all tokens of its row."""
+    H = index.shape[-1]
+    return index * H + torch.arange(H, device=index.device)
+
+
+def _take(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """x [B,S,H,D] at places [B,N,H] -> [B,N,H,D], in whole rows, which is far faster than element by element."""
+    B, S, H = x.shape[:3]
+    rows = torch.arange(B, device=x.device).view(-1, 1, 1) * (S * H) + places
+    return x.reshape(B * S * H, -1).index_select(0, rows.flatten()).view(*places.shape, -1)
 
 
 def recalling(x: AttentionInputs, there: torch.Tensor, block: int) -> tuple[dict[str, torch.Tensor | None], Recalled]:
@@ -117,18 +127,19 @@ def recalling(x: AttentionInputs, there: torch.Tensor, block: int) -> tuple[dict
     score, marks = candidates.far[..., -2].detach(), candidates.far[..., -1].detach() > 0
     R = x.recalled.k.shape[1]
     found = membership(score, marks, R, block)
-    k_log, g = _split(x, _take(candidates.far, found.losers))
+    losers, members, kept = map(_places, (found.losers, found.members, found.kept))
+    k_log, g = _split(x, _take(candidates.far, losers))
     given = dict(
         k_log=k_log,
         g=g,
         enters=found.enters,
-        left_v=_take(candidates.v, found.losers),
+        left_v=_take(candidates.v, losers),
         left_lost=found.lost[:, R:],
-        held_k=_take(candidates.k, found.members),
-        held_v=_take(candidates.v, found.members),
-        held_lost=_take(found.lost.unsqueeze(-1), found.members).squeeze(-1),
+        held_k=_take(candidates.k, members),
+        held_v=_take(candidates.v, members),
+        held_lost=found.lost.gather(1, found.members),
     )
-    return given, Recalled(*(_take(y, found.kept) for y in candidates))
+    return given, Recalled(*(_take(y, kept) for y in candidates))
 
 
 class Step(NamedTuple):
@@ -148,24 +159,36 @@ class Step(NamedTuple):
 
 
 def step(x: AttentionInputs, enters: torch.Tensor, near: torch.Tensor) -> Step:
-    """Of T = 1, where near [B,1,1,S] shows without recall, and enters [B,1] marks an arrival that is no sink."""
+    """Of T = 1, where near [B,1,1,S] shows without recall, and enters [B,1] marks an arrival that is no sink.
+
+    A token decoded notices each operation here.
+    """
     assert x.recalled is not None
-    (held_k, held_v, far), arrival, H = x.recalled, x.k.shape[1] - x.window - 1, x.k.shape[2]
+    (held_k, held_v, far), arrival, (B, _, H) = x.recalled, x.k.shape[1] - x.window - 1, x.k.shape[:3]
     R = held_k.shape[1]
     # Candidates side by side, the arrival last.
-    k, v = (torch.cat([y[:, :arrival], held, y[:, arrival:]], 1) for y, held in ((x.k, held_k), (x.v, held_v)))
-    far = torch.cat([far, _arrived(x, enters).far], 1)
+    k = torch.cat([x.k[:, :arrival], held_k, x.k[:, arrival:]], 1)
+    v = torch.cat([x.v[:, :arrival], held_v, x.v[:, arrival:]], 1)
+    far = torch.cat([far, _far(x, enters)], 1)
     marks = far[..., -1] > 0
     # The first of equal ones: the later a token, the longer it stays.
     loser = torch.where(marks, far[..., -2], -torch.inf).argmin(1, keepdim=True)
     order = torch.arange(R + 1, device=k.device).view(1, -1, 1)
+    order = order + (order >= loser)
     # Those that stay, in order, then the one that does not.
-    order = torch.where(order == R, loser, order + (order >= loser)).unsqueeze(-1)
-    chosen = slice(arrival, arrival + R + 1)
+    order[:, R:] = loser
+    of_far = _places(order)
+    of_keys = of_far + arrival * H
+    if B > 1:
+        row = torch.arange(B, device=k.device).view(-1, 1, 1)
+        of_far, of_keys = of_far + row * (far.shape[1] * H), of_keys + row * (k.shape[1] * H)
+    of_far, of_keys = of_far.flatten(), of_keys.flatten()
     k_after, v_after, far_after = (
-        y.gather(1, order.expand(-1, -1, -1, y.shape[-1])) for y in (k[:, chosen], v[:, chosen], far)
+        y.view(-1, y.shape[-1]).index_select(0, rows).view(B, R + 1, H, -1)
+        for y, rows in ((k, of_keys), (v, of_keys), (far, of_far))
     )
-    shows, near = marks.scatter(1, loser, False).transpose(1, 2).unsqueeze(2), near.expand(-1, H, -1, -1)
+    shows = marks.scatter_(1, loser, False).transpose(1, 2).unsqueeze(2)
+    near = near.expand(-1, H, -1, -1)
     # A sink that leaves the window shows as before.
     here = near[..., arrival : arrival + 1] | shows[..., R:]
     near = torch.cat([near[..., :arrival], shows[..., :R], here, near[..., arrival + 1 :]], -1)
