@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks import recovery
+from benchmarks import recovery, untrained
 from liger_models import checkpoint
 from tests.models.tiny import TEXT, tiny, tiny_tokenizer
 
@@ -44,6 +44,22 @@ def test_two_checkouts_are_timed_in_turns(tmp_path):
     found = run("versions", tmp_path / "versions.json", "--against", str(ROOT), *names)
     row = found["ratios"]["chunk_linear_attn 1x512 forward"]
     assert row["low"] <= row["ratio"] <= row["high"] and row["old_ms"] > 0
+
+
+def test_what_recall_brings_is_measured_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(untrained, "LENGTH", 64)
+    monkeypatch.setattr(untrained, "CONTEXTS", (64,))
+    checkpoint.save(tiny(num_hidden_layers=1, max_position_embeddings=4096), tiny_tokenizer(), tmp_path / "model")
+    (tmp_path / "book_one.txt").write_text(TEXT * 40)
+    arguments = "--model", str(tmp_path / "model"), "--recall", "8", "--data", str(tmp_path)
+    untrained.main([*arguments, "--out", str(tmp_path / "out.json")])
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    figures = {"perplexity_4", "perplexity_12", "perplexity_code", "perplexity_novels", "passkey_64"}
+    assert set(rows) == {"original", "recall 8"} and all(set(row) == figures for row in rows.values())
+    assert rows["original"]["perplexity_4"] != rows["recall 8"]["perplexity_4"]
+    capsys.readouterr()
+    untrained.main([*arguments, "--out", str(tmp_path / "out.json")])
+    assert not capsys.readouterr().out
 
 
 def test_the_study_of_recovery_goes_on_where_it_stopped(tmp_path, capsys):
