@@ -142,6 +142,9 @@ def test_branches_are_switched_off_with_a_cache_too():
             cache = make_cache(model.config)
             got = torch.cat([model(part, **{CACHE: cache}).logits for part in x.split((30, *(1,) * 10), 1)], 1)
         assert (got - other(x).logits).abs().max() <= 1e-4
+    # What was seen without recall is not known with it.
+    with pytest.raises(ValueError, match=r"^state: expected one of a layer with recall 5, got one with 0$"):
+        model(x[:, :1], **{CACHE: cache})
     with without_recurrence(model):
         alone = model(x).logits
     assert (alone - model(x).logits).abs().max() > 1e-4
@@ -166,5 +169,9 @@ def test_bad_input_is_one_line():
     for recall, given in ((-1, "-1"), (1.5, "1.5"), (505, "505")):
         with pytest.raises(ValueError, match=f"^recall: expected .*, got {given}$"):
             linearize(tiny(), calibration=ids(2, 60), window=6, sinks=2, recall=recall)
+    for pattern in ("W", "WF"):
+        with pytest.raises(ValueError, match=r"^recall: expected 0 with a pattern in which no layer recurs, got 5$"):
+            linearize(tiny(), pattern=pattern, recall=5)
+    assert linearize(tiny(), keep=range(3), recall=5).config.liger["recall"] == 0
     with pytest.raises(ValueError, match=r"^recall: expected 0 with mixing='sum', as gate 'kda' has it, got 5"):
         linearize(tiny(), calibration=ids(2, 60), pattern=["liger:kda"], recall=5)

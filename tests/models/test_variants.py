@@ -45,6 +45,13 @@ def test_recall_is_off_for_a_while_and_comes_back():
     assert layer.recall == 3
 
 
+def test_exact_tokens_are_those_of_layers_that_were_linearized():
+    model = linearize_tiny(tiny("gemma2", sliding_window=200), window=8, sinks=2, recall=3)
+    assert model.config.liger["pattern"][0] == "own" and exact_tokens(model) == 13
+    assert "positions" in measure_variants(model, tiny_tokenizer(), TEXT, length=64, max_blocks=1)["variants"]["window"]
+    assert exact_tokens(tiny()) == exact_tokens(linearize_tiny(tiny(), keep=range(3))) == 0
+
+
 def test_variants_that_coincide_are_measured_once():
     model = linearize_tiny(tiny(), window=8, sinks=2)
     assert distinct_variants(tiny()) == ["everything"]
