@@ -104,19 +104,22 @@ _LONG = ("original", "figures", "variants", "tasks", "markdown", "report")
 def _evaluate(args) -> None:
     for name in ("json", "markdown"):
         path = getattr(args, name)
-        if path and not path.parent.is_dir():
+        if path and (path.is_dir() or not path.parent.is_dir()):
             fail(name, "a file in a folder that exists", path)
     if args.report and args.report.exists() and not (args.report / "report.json").is_file():
         fail("report", "a new folder or an earlier report's", args.report)
+    beside = dict(values="contexts", tasks_from="tasks", examples="tasks", passage="tasks_from")
+    for name, wanted in beside.items():
+        if getattr(args, name) is not None and not getattr(args, wanted):
+            fail(name, f"--{wanted.replace('_', '-')} beside it", "none")
     text = _checked(args.text) or standard_text()[1]
     names = ("length", "max_blocks", "contexts", "depths", "keys")
     options = {name: getattr(args, name) for name in names}
     if any(getattr(args, name) for name in _LONG):
         _measure_variants(args, text, options)
         return
-    for name in ("values", "tasks_from", "examples", "passage"):
-        if getattr(args, name) is not None:
-            fail(name, f"one of --{', --'.join(_LONG)} beside it", "none")
+    if args.values is not None:
+        fail("values", f"one of --{', --'.join(_LONG)} beside it", "none")
     model, tokenizer = checkpoint.load(args.model, args.dtype)
     figures = evaluate(model, tokenizer, text, **options)
     for name, value in figures.items():

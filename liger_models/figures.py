@@ -232,6 +232,8 @@ def _questions(tokenizer, tasks: Sequence[str], folder: str | Path | None, examp
     """Of tasks that lie in a folder; None where the harness has them, which is to be there."""
     if folder is not None and not tasks:
         fail("tasks", "tasks to read from the folder", "none")
+    if examples is not None and not tasks:
+        fail("tasks", f"tasks whose first {examples} examples are asked for", "none")
     if folder is not None:
         return read_tasks(tokenizer, tasks, folder, examples=examples, passage=passage)
     if tasks:

@@ -164,6 +164,7 @@ def test_all_values_or_none(monkeypatch, said):
         (dict(max_blocks=0), "max_blocks: expected an integer >= 1"),
         (dict(contexts=[40], values=99), "values: expected 1 to 8"),
         (dict(original=tiny(vocab_size=99)), "original: expected a vocabulary of 97, got 99"),
+        (dict(examples=3), "tasks: expected tasks whose first 3 examples are asked for, got none"),
         (dict(tasks_from="x"), "tasks: expected tasks to read from the folder, got none"),
         (dict(tasks=["piqa"]), "tasks: expected a folder of JSONL files .* pip install 'liger-linear.eval.'"),
         (dict(tokenizer=None), "tokenizer: expected the model's tokenizer, got None"),
@@ -263,7 +264,11 @@ def test_one_command_writes_json_markdown_and_a_picture(folder, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--examples", "3"], "examples: expected one of --original, --figures"),
+        (["--examples", "3", "--figures", "kl"], "examples: expected --tasks beside it, got none"),
+        (["--passage", "3", "--tasks", "piqa"], "passage: expected --tasks-from beside it, got none"),
+        (["--values", "3", "--variants", "window"], "values: expected --contexts beside it, got none"),
+        (["--values", "3", "--contexts", "40"], "values: expected one of --original, --figures"),
+        (["--json", "{0}"], "json: expected a file in a folder"),
         (["--markdown", "{0}/none/x.md"], "markdown: expected a file in a folder"),
         (["--report", "{0}/original"], "report: expected a new folder or an earlier report's"),
         (["--tasks", "chess", "--tasks-from", "{0}"], "tasks: expected one of piqa, arc_easy, "),

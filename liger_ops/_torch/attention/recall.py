@@ -105,8 +105,9 @@ def _split(x: AttentionInputs, far: torch.Tensor) -> tuple[torch.Tensor, torch.T
 
 def _take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """x [B,S,H,D] at index [B,N,H] -> [B,N,H,D]: whole rows, which is far faster than element by element."""
-    (B, S, H), start = x.shape[:3], torch.arange(len(x), device=x.device).view(-1, 1, 1) * x.shape[1]
-    rows = (start + index) * H + torch.arange(H, device=x.device)
+    B, S, H = x.shape[:3]
+    # Not by len, which a trace would hold for the only batch there is.
+    rows = (torch.arange(B, device=x.device).view(-1, 1, 1) * S + index) * H + torch.arange(H, device=x.device)
     return x.reshape(B * S * H, -1).index_select(0, rows.flatten()).view(*index.shape, -1)
 
 
