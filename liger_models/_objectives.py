@@ -39,13 +39,15 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: torch.Tensor, teacher: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
         wide = torch.promote_types(student.dtype, torch.float32)
-        total, gradient = student.new_zeros((), dtype=wide), torch.zeros_like(student)
+        total = student.new_zeros((), dtype=wide)
+        gradient = torch.zeros_like(student) if ctx.needs_input_grad[0] else None
         for rows in where.split(_AT_ONCE):
             log_q, log_p = (x[rows].to(wide).log_softmax(-1) for x in (student, teacher))
             p = log_p.exp()
             # What is never said adds nothing, also where its logarithm is minus infinity.
             total += (p * (log_p - log_q)).masked_fill(p == 0, 0).sum()
-            gradient[rows] = (log_q.exp() - p).to(gradient.dtype)
+            if gradient is not None:
+                gradient[rows] = (log_q.exp() - p).to(gradient.dtype)
         ctx.save_for_backward(gradient)
         return total
 

@@ -23,7 +23,7 @@ from liger_models.on_disk import linearize_on_disk
 from liger_models.recipe import recipe_of
 from liger_models.selection import select_layers
 from liger_models.text import standard_text
-from liger_ops.errors import fail
+from liger_ops.errors import check_positive, fail
 
 
 def _checked(path: Path | None, name: str = "text") -> Path | None:
@@ -61,6 +61,8 @@ def _finetune(args) -> None:
     checkpoint.check_output(args.out, args.overwrite)
     if args.data_free is not None and args.text is not None:
         fail("data-free", "--text or --data-free", "both")
+    if args.data_free is not None:
+        check_positive("data-free", args.data_free)
     text, held_out = _checked(args.text) or standard_text()[0], _checked(args.eval_text, "eval_text")
     names = ("steps", "length", "batch", "learning_rate", "objective", "window_dropout", "retrieval")
     changes: dict[str, Any] = {name: getattr(args, name) for name in names}

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from liger_models._inputs import input_device
+from liger_models._objectives import divergence
 from liger_models.data import IGNORED, Rows, documents, to_rows
 from liger_models.evaluation import Losses, binned, position_losses
 from liger_models.generation import continued, without_settings
@@ -30,8 +32,6 @@ from liger_ops.errors import check_known, check_positive, fail
 
 # Prompts that the original continues greedily, and for how many tokens.
 _PROMPTS, _CONTINUED = 8, 32
-# Positions whose distributions are compared at once.
-_AT_ONCE = 128
 
 
 @dataclass
@@ -108,14 +108,10 @@ def _divergence(model: PreTrainedModel, subject: _Subject, losses: Callable[[], 
         return {}
     total, count = 0.0, 0
     for row in subject.rows:
-        asked = (row["labels"][1:] != IGNORED).nonzero()[:, 0]
-        ids = row["input_ids"][None]
-        p, q = (m(ids.to(input_device(m)), use_cache=False).logits[0] for m in (original, model))
-        for part in asked.split(_AT_ONCE):
-            wanted = p[part.to(p.device)].to(q.device).float().log_softmax(-1)
-            got = q[part.to(q.device)].float().log_softmax(-1)
-            total += (wanted.exp() * (wanted - got)).sum().item()
-        count += len(asked)
+        asked, ids = F.pad(row["labels"][1:] != IGNORED, (0, 1)), row["input_ids"][None]
+        p, q = (m(ids.to(input_device(m)), use_cache=False).logits for m in (original, model))
+        total += divergence(q, p, asked[None].to(q.device)).item()
+        count += int(asked.sum())
     return {"kl": total / count}
 
 

@@ -106,6 +106,14 @@ def test_figures_are_those_of_the_formulas():
             assert row["agreement"] == agreed / 64 and row["kl"] > 1e-3
 
 
+def test_words_that_an_original_never_says_add_nothing_to_its_divergence():
+    original, model = tiny(), linearize_tiny(tiny(), window=8, sinks=2)
+    never = torch.zeros(97).index_fill(0, torch.tensor([96]), -torch.inf)
+    original.lm_head.register_forward_hook(lambda module, args, out: out + never)
+    found = measure_variants(model, tiny_tokenizer(), TEXT, original=original, length=48, max_blocks=1, figures=["kl"])
+    assert 0 < found["variants"]["everything"]["kl"] < math.inf
+
+
 def test_a_window_as_long_as_the_text_agrees_with_the_original():
     model = linearize_tiny(tiny(), window=200, sinks=2)
     options = dict(length=48, max_blocks=2, figures=["agreement", "kl"])
