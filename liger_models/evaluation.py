@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from liger_models._inputs import input_device
 from liger_models.data import IGNORED, Rows, documents, to_rows
-from liger_models.generation import base_of
+from liger_models.generation import base_of, evaluating
 from liger_models.modeling import LigerMixin
 from liger_models.retrieval import check_tokenizer, retrieval
 from liger_models.variants import without_recurrence
@@ -109,17 +109,17 @@ def evaluate(
         fail("max_blocks", "at least 1", max_blocks)
     rows = to_rows(tokenizer, text, length).first(max_blocks)
     filler = documents(text) if contexts else ""
-    training, found = model.training, {}
-    # First, and the longest before the others: a context that the text cannot fill is to be known at once.
-    for context in sorted(contexts, reverse=True):
-        found[f"multikey_{context}"] = retrieval(model, tokenizer, filler, context, depths=depths, keys=keys)
-        found[f"passkey_{context}"] = retrieval(model, tokenizer, filler, context, depths=depths)
-    losses = position_losses(model, rows, "Perplexity")
-    result = {"perplexity": math.exp(losses.mean()), "tokens": losses.predictions}
-    if isinstance(base_of(model), LigerMixin):
-        with without_recurrence(model):
-            result["perplexity_window_only"] = perplexity(model, rows, "Perplexity, window only")
-    model.train(training)
+    found = {}
+    with evaluating(model):
+        # First, and the longest before the others: a context that the text cannot fill is to be known at once.
+        for context in sorted(contexts, reverse=True):
+            found[f"multikey_{context}"] = retrieval(model, tokenizer, filler, context, depths=depths, keys=keys)
+            found[f"passkey_{context}"] = retrieval(model, tokenizer, filler, context, depths=depths)
+        losses = position_losses(model, rows, "Perplexity")
+        result = {"perplexity": math.exp(losses.mean()), "tokens": losses.predictions}
+        if isinstance(base_of(model), LigerMixin):
+            with without_recurrence(model):
+                result["perplexity_window_only"] = perplexity(model, rows, "Perplexity, window only")
     return result | dict(reversed(found.items()))
 
 

@@ -22,7 +22,7 @@ from liger_models._inputs import input_device
 from liger_models._objectives import divergence
 from liger_models.data import IGNORED, Rows, documents, to_rows
 from liger_models.evaluation import Losses, binned, position_losses
-from liger_models.generation import continued, without_settings
+from liger_models.generation import continued, evaluating, without_settings
 from liger_models.harness import check_installed, run_harness
 from liger_models.retrieval import check_tokenizer, make_prompt, retrieval
 from liger_models.tasks import PASSAGE, TASKS, read_tasks, score_task
@@ -248,15 +248,13 @@ def _check_contexts(tokenizer, text: str, contexts: Sequence[int], keys: int, va
 def _side_by_side(models: Mapping[str, PreTrainedModel], subject: _Subject, chosen: Sequence[str]) -> dict[str, Any]:
     found = {}
     for name, model in models.items():
-        start, training = time.perf_counter(), model.training
-        with VARIANTS.get(name, nullcontext)(model):
-            model.eval()
+        start = time.perf_counter()
+        with evaluating(model), VARIANTS.get(name, nullcontext)(model):
             # Where no figure asks for them they are not measured.
             losses = functools.cache(functools.partial(position_losses, model, subject.rows, f"Losses, {name}"))
             found[name] = {}
             for figure in chosen:
                 found[name] |= FIGURES[figure][0](model, subject, losses)
-        model.train(training)
         found[name]["seconds"] = time.perf_counter() - start
     whole = found.get(ORIGINAL, {}).get("average")
     for row in found.values():

@@ -114,6 +114,20 @@ def test_words_that_an_original_never_says_add_nothing_to_its_divergence():
     assert 0 < found["variants"]["everything"]["kl"] < math.inf
 
 
+@pytest.mark.parametrize("measure", [evaluate, measure_variants])
+def test_a_model_that_breaks_off_learns_on_as_before(measure):
+    model = linearize_tiny(tiny(), window=8, sinks=2).train()
+
+    def fail(module, args, out):
+        raise RuntimeError
+
+    model.lm_head.register_forward_hook(fail)
+    for options in (dict(), dict(contexts=[64])):
+        with pytest.raises(RuntimeError):
+            measure(model, tiny_tokenizer(), TEXT, length=32, max_blocks=1, **options)
+        assert model.training
+
+
 def test_a_window_as_long_as_the_text_agrees_with_the_original():
     model = linearize_tiny(tiny(), window=200, sinks=2)
     options = dict(length=48, max_blocks=2, figures=["agreement", "kl"])
