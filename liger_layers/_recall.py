@@ -36,8 +36,10 @@ class RecallScore(nn.Module):
     @torch.no_grad()
     def forward(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """k, v [B,T,H,D] -> scores [B,T,H] in float32."""
-        x = self.features(k, v)
-        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype)).round_(decimals=3)
+        # Halves would tell few tokens apart.
+        with torch.autocast(k.device.type, enabled=False):
+            x = self.features(k, v)
+            return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype)).round_(decimals=3)
 
     @torch.no_grad()
     def calibrate(
@@ -46,11 +48,13 @@ class RecallScore(nn.Module):
         """The ridge regression of a need on the features, in units of its own deviation.
 
         mean [F] and covariance [F,F] of the features, cross [F,H] their covariance with the need of each head; penalty
-        in units of a feature's variance.
+        in units of a feature's variance. A head of which nothing was asked, as on text that ends within the window,
+        stays as it is.
         """
         size = covariance.diagonal().clamp(min=0).sqrt() + 1e-6
         gram = covariance / (size[:, None] * size) + penalty * torch.eye(len(size), dtype=size.dtype)
         weight = torch.linalg.solve(gram, cross / size[:, None]) / size[:, None]
         weight = weight / (weight * (covariance @ weight)).sum(0).clamp(min=1e-12).sqrt()
-        self.weight.copy_(weight.T)
-        self.bias.copy_(-mean @ weight)
+        asked = (cross != 0).any(0).to(self.weight.device)
+        self.weight[asked] = weight.T.to(self.weight)[asked]
+        self.bias[asked] = (-mean @ weight).to(self.bias)[asked]

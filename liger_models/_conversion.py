@@ -132,7 +132,7 @@ def _measured(
         moments = measure(model, ids, fitted) if fitted else {}
         if not recalling:
             return moments, {}
-        rows = asking_rows(ids, tokenizer or find_tokenizer(model))
+        rows = asking_rows(ids, tokenizer or find_tokenizer(model), max(recalling.values()))
         return moments, measure_need(model, rows, recalling)
 
 

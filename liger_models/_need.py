@@ -20,8 +20,10 @@ from liger_models._hidden import with_hidden
 from liger_models.data import Rows
 from liger_models.families import Traits, traits
 
-# Tokens of a row: needs show beyond a window only. Rows that ask for something, and the seed of what they ask for.
-_LENGTH, _ASKING, _SEED = 512, 24, 7000
+# Tokens of a row at least, and of one that a question fits into whatever is drawn: needs show beyond a window only.
+_LENGTH, _FITTING = 512, 256
+# Rows that ask for something, and the seed of what they ask for.
+_ASKING, _SEED = 24, 7000
 # The first tokens are sinks; of the last few too little is asked yet.
 _SINKS, _TAIL = 4, 80
 # Queries looked at together.
@@ -53,8 +55,10 @@ class _Running:
         self.first += both.sum(0)
 
     def result(self) -> Need:
-        F, mean = self.sums.shape[1], self.first / self.count
-        moments = self.sums / self.count - mean[:, None] * mean[:F]
+        # Rows may be too short for any token.
+        F, count = self.sums.shape[1], max(self.count, 1)
+        mean = self.first / count
+        moments = self.sums / count - mean[:, None] * mean[:F]
         return Need(mean[:F], moments[:F], moments[F:].T)
 
 
@@ -97,13 +101,17 @@ def measure_need(model: PreTrainedModel, rows: Sequence[torch.Tensor], windows: 
     return {index: running.result() for index, running in sums.items()}
 
 
-def asking_rows(ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase | None) -> list[torch.Tensor]:
-    """Token ids [rows,length] in rows of about _LENGTH, and as many again that ask for what was hidden in them."""
+def asking_rows(ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase | None, window: int) -> list[torch.Tensor]:
+    """Token ids [rows,length] in rows that reach far beyond a window, and as many that ask for what was hidden in them.
+
+    Where there is no tokenizer, or too little text for a question, rows say parts of themselves again.
+    """
     text = ids.flatten()
-    plain = [row[None] for row in text.split(_LENGTH) if len(row) == min(_LENGTH, len(text))]
-    if tokenizer is None:
+    length = min(max(_LENGTH, 2 * window + _TAIL), len(text))
+    plain = [row[None] for row in text.split(length) if len(row) == length]
+    if tokenizer is None or length < _FITTING:
         return plain + _said_again(plain)
-    hidden = with_hidden(tokenizer, Rows((text,) * _ASKING, (text,) * _ASKING), 1.0, _LENGTH, _SEED)
+    hidden = with_hidden(tokenizer, Rows((text,) * _ASKING, (text,) * _ASKING), 1.0, length, _SEED)
     return plain + [row[None] for row in hidden.ids]
 
 

@@ -24,6 +24,7 @@ from liger_models.families import KNOWN, PREFIX
 from liger_models.generation import base_of
 from liger_models.modeling import LigerMixin
 from liger_models.teacher import as_original, check_original, linearized_layers
+from liger_models.variants import seen_exactly
 from liger_ops.errors import fail
 
 # Positions whose distributions over the vocabulary are in float32 at once.
@@ -38,13 +39,15 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: torch.Tensor, teacher: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
         wide = torch.promote_types(student.dtype, torch.float32)
-        total, gradient = student.new_zeros((), dtype=wide), torch.zeros_like(student)
+        total = student.new_zeros((), dtype=wide)
+        gradient = torch.zeros_like(student) if ctx.needs_input_grad[0] else None
         for rows in where.split(_AT_ONCE):
             log_q, log_p = (x[rows].to(wide).log_softmax(-1) for x in (student, teacher))
             p = log_p.exp()
             # What is never said adds nothing, also where its logarithm is minus infinity.
             total += (p * (log_p - log_q)).masked_fill(p == 0, 0).sum()
-            gradient[rows] = (log_q.exp() - p).to(gradient.dtype)
+            if gradient is not None:
+                gradient[rows] = (log_q.exp() - p).to(gradient.dtype)
         ctx.save_for_backward(gradient)
         return total
 
@@ -117,7 +120,7 @@ class _Matches:
             self.shares.append(missed * (counted.sum() > 1) / torch.maximum(spread, least))
 
     def _inexact(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
-        """[B,T]: tokens that see more than window and sinks, or all where the recurrence is added to the window."""
+        """[B,T]: tokens that see more than the exact ones, or all where the recurrence is added to the window."""
         shown = torch.ones_like(x[..., 0], dtype=torch.bool) if self.mask is None else self.mask
         return shown & (shown.cumsum(1) > _exact(layer))
 
@@ -127,8 +130,8 @@ class _Matches:
 
 
 def _exact(layer: Any) -> int:
-    """Of the first tokens of a row, how many see nothing but window and sinks; none where the recurrence is added."""
-    return layer.window.size + layer.window.sinks if getattr(layer, "delayed", True) else 0
+    """Of the first tokens of a row, how many see exact ones alone; none where the recurrence is added."""
+    return seen_exactly(layer) if getattr(layer, "delayed", True) else 0
 
 
 class Objective:
@@ -174,7 +177,7 @@ class Objective:
             return
         exact = min(_exact(layer) for layer in linearized_layers(student).values())
         if (longest := max(map(len, rows.ids))) <= exact:
-            fail("length", f"rows of more than {exact} tokens, beyond window and sinks, to match", longest)
+            fail("length", f"rows of more than {exact} tokens, beyond the exact ones, to match", longest)
 
     def place(self, device: torch.device) -> None:
         """Put a teacher of its own where the student learns, unless it is spread over devices already."""

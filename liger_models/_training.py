@@ -30,7 +30,7 @@ from liger_models.recipe import Recipe
 from liger_ops.errors import fail
 
 # What a linearized layer has that no pretrained one has, and learns as a whole where it may learn.
-_NEW = ("feature_map", "mix", "score")
+_NEW = ("feature_map", "mix")
 
 
 class Interrupt(TrainerCallback):

@@ -23,7 +23,7 @@ from liger_models.on_disk import linearize_on_disk
 from liger_models.recipe import recipe_of
 from liger_models.selection import select_layers
 from liger_models.text import standard_text
-from liger_ops.errors import fail
+from liger_ops.errors import check_positive, fail
 
 
 def _checked(path: Path | None, name: str = "text") -> Path | None:
@@ -61,6 +61,8 @@ def _finetune(args) -> None:
     checkpoint.check_output(args.out, args.overwrite)
     if args.data_free is not None and args.text is not None:
         fail("data-free", "--text or --data-free", "both")
+    if args.data_free is not None:
+        check_positive("data-free", args.data_free)
     text, held_out = _checked(args.text) or standard_text()[0], _checked(args.eval_text, "eval_text")
     names = ("steps", "length", "batch", "learning_rate", "objective", "window_dropout", "retrieval")
     changes: dict[str, Any] = {name: getattr(args, name) for name in names}
@@ -104,19 +106,22 @@ _LONG = ("original", "figures", "variants", "tasks", "markdown", "report")
 def _evaluate(args) -> None:
     for name in ("json", "markdown"):
         path = getattr(args, name)
-        if path and not path.parent.is_dir():
+        if path and (path.is_dir() or not path.parent.is_dir()):
             fail(name, "a file in a folder that exists", path)
     if args.report and args.report.exists() and not (args.report / "report.json").is_file():
         fail("report", "a new folder or an earlier report's", args.report)
+    beside = dict(values="contexts", tasks_from="tasks", examples="tasks", passage="tasks_from")
+    for name, wanted in beside.items():
+        if getattr(args, name) is not None and not getattr(args, wanted):
+            fail(name, f"--{wanted.replace('_', '-')} beside it", "none")
     text = _checked(args.text) or standard_text()[1]
     names = ("length", "max_blocks", "contexts", "depths", "keys")
     options = {name: getattr(args, name) for name in names}
     if any(getattr(args, name) for name in _LONG):
         _measure_variants(args, text, options)
         return
-    for name in ("values", "tasks_from", "examples", "passage"):
-        if getattr(args, name) is not None:
-            fail(name, f"one of --{', --'.join(_LONG)} beside it", "none")
+    if args.values is not None:
+        fail("values", f"one of --{', --'.join(_LONG)} beside it", "none")
     model, tokenizer = checkpoint.load(args.model, args.dtype)
     figures = evaluate(model, tokenizer, text, **options)
     for name, value in figures.items():

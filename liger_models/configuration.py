@@ -105,6 +105,8 @@ class LigerConfig:
             names = ["memories" if name == "liger" else name for name in names]
             if not _remember(names):
                 fail("memories", "0 with a pattern that has no place for them", self.memories)
+        if self.recall and not _recur(names):
+            fail("recall", "0 with a pattern in which no layer recurs", self.recall)
         for index in self.keep:
             names[index] = "full"
         mixed = None in own and not self.pattern
@@ -115,8 +117,8 @@ class LigerConfig:
                 names[index] = "own"
         keep = tuple(i for i, name in enumerate(names) if name == "full")
         # None where layers that stay have taken every place: a saved model resolves what is written here once more.
-        memories = (self.memories or 4) if _remember(names) else 0
-        return self._placed(keep=keep, pattern=tuple(names), memories=memories)
+        memories, recall = (self.memories or 4) if _remember(names) else 0, self.recall if _recur(names) else 0
+        return self._placed(keep=keep, pattern=tuple(names), memories=memories, recall=recall)
 
     def options(self, name: str) -> dict[str, Any]:
         """What a layer is told, settled, that the pattern calls "liger" or "memories", with a gate or not."""
@@ -140,7 +142,7 @@ class LigerConfig:
         return settle(self.gate)._asdict()
 
     def _placed(self, **places: Any) -> LigerConfig:
-        """A copy with other `keep`, `pattern` and `memories`, whose choices are settled already."""
+        """A copy with other `keep`, `pattern`, `memories` and `recall`, whose choices are settled already."""
         after = copy.copy(self)
         for name, value in places.items():
             object.__setattr__(after, name, value)
@@ -150,6 +152,10 @@ class LigerConfig:
 
 def _remember(names: Sequence[str]) -> bool:
     return any(split(name)[0] == "memories" for name in names)
+
+
+def _recur(names: Sequence[str]) -> bool:
+    return any(split(name)[0] in ("liger", "memories") for name in names)
 
 
 def _indices(keep: Iterable[int]) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from liger_models._inputs import input_device
 from liger_models.data import IGNORED, Rows, documents, to_rows
-from liger_models.generation import base_of
+from liger_models.generation import base_of, evaluating
 from liger_models.modeling import LigerMixin
 from liger_models.retrieval import check_tokenizer, retrieval
 from liger_models.variants import without_recurrence
@@ -99,27 +99,27 @@ def evaluate(
     text may be anything that `finetune` takes; of conversations and completions only what the model would say counts.
 
     Returns perplexity and tokens, the predictions that it is of; for a linearized model also perplexity_window_only,
-    with the recurrence switched off: the closer the two, the less the recurrence does. For each context, a number of
-    tokens of text, also passkey_N, the share of keys found that are hidden in it one at a time, each at one of
-    `depths`, and multikey_N, the same among `keys` of them. `measure_variants` measures more, side by side. ValueError
-    if the text cannot be read, or is shorter than a block or a context.
+    with the recurrence switched off (recalled tokens stay): the closer the two, the less the recurrence does. For each
+    context, a number of tokens of text, also passkey_N, the share of keys found that are hidden in it one at a time,
+    each at one of `depths`, and multikey_N, the same among `keys` of them. `measure_variants` measures more, side by
+    side. ValueError if the text cannot be read, or is shorter than a block or a context.
     """
     check_tokenizer(tokenizer)
     if max_blocks is not None and max_blocks < 1:
         fail("max_blocks", "at least 1", max_blocks)
     rows = to_rows(tokenizer, text, length).first(max_blocks)
     filler = documents(text) if contexts else ""
-    training, found = model.training, {}
-    # First, and the longest before the others: a context that the text cannot fill is to be known at once.
-    for context in sorted(contexts, reverse=True):
-        found[f"multikey_{context}"] = retrieval(model, tokenizer, filler, context, depths=depths, keys=keys)
-        found[f"passkey_{context}"] = retrieval(model, tokenizer, filler, context, depths=depths)
-    losses = position_losses(model, rows, "Perplexity")
-    result = {"perplexity": math.exp(losses.mean()), "tokens": losses.predictions}
-    if isinstance(base_of(model), LigerMixin):
-        with without_recurrence(model):
-            result["perplexity_window_only"] = perplexity(model, rows, "Perplexity, window only")
-    model.train(training)
+    found = {}
+    with evaluating(model):
+        # First, and the longest before the others: a context that the text cannot fill is to be known at once.
+        for context in sorted(contexts, reverse=True):
+            found[f"multikey_{context}"] = retrieval(model, tokenizer, filler, context, depths=depths, keys=keys)
+            found[f"passkey_{context}"] = retrieval(model, tokenizer, filler, context, depths=depths)
+        losses = position_losses(model, rows, "Perplexity")
+        result = {"perplexity": math.exp(losses.mean()), "tokens": losses.predictions}
+        if isinstance(base_of(model), LigerMixin):
+            with without_recurrence(model):
+                result["perplexity_window_only"] = perplexity(model, rows, "Perplexity, window only")
     return result | dict(reversed(found.items()))
 
 

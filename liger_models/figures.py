@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from liger_models._inputs import input_device
+from liger_models._objectives import divergence
 from liger_models.data import IGNORED, Rows, documents, to_rows
 from liger_models.evaluation import Losses, binned, position_losses
-from liger_models.generation import continued, without_settings
+from liger_models.generation import continued, evaluating, without_settings
 from liger_models.harness import check_installed, run_harness
 from liger_models.retrieval import check_tokenizer, make_prompt, retrieval
 from liger_models.tasks import PASSAGE, TASKS, read_tasks, score_task
@@ -30,8 +32,6 @@ from liger_ops.errors import check_known, check_positive, fail
 
 # Prompts that the original continues greedily, and for how many tokens.
 _PROMPTS, _CONTINUED = 8, 32
-# Positions whose distributions are compared at once.
-_AT_ONCE = 128
 
 
 @dataclass
@@ -108,14 +108,10 @@ def _divergence(model: PreTrainedModel, subject: _Subject, losses: Callable[[], 
         return {}
     total, count = 0.0, 0
     for row in subject.rows:
-        asked = (row["labels"][1:] != IGNORED).nonzero()[:, 0]
-        ids = row["input_ids"][None]
-        p, q = (m(ids.to(input_device(m)), use_cache=False).logits[0] for m in (original, model))
-        for part in asked.split(_AT_ONCE):
-            wanted = p[part.to(p.device)].to(q.device).float().log_softmax(-1)
-            got = q[part.to(q.device)].float().log_softmax(-1)
-            total += (wanted.exp() * (wanted - got)).sum().item()
-        count += len(asked)
+        asked, ids = F.pad(row["labels"][1:] != IGNORED, (0, 1)), row["input_ids"][None]
+        p, q = (m(ids.to(input_device(m)), use_cache=False).logits for m in (original, model))
+        total += divergence(q, p, asked[None].to(q.device)).item()
+        count += int(asked.sum())
     return {"kl": total / count}
 
 
@@ -232,6 +228,8 @@ def _questions(tokenizer, tasks: Sequence[str], folder: str | Path | None, examp
     """Of tasks that lie in a folder; None where the harness has them, which is to be there."""
     if folder is not None and not tasks:
         fail("tasks", "tasks to read from the folder", "none")
+    if examples is not None and not tasks:
+        fail("tasks", f"tasks whose first {examples} examples are asked for", "none")
     if folder is not None:
         return read_tasks(tokenizer, tasks, folder, examples=examples, passage=passage)
     if tasks:
@@ -250,15 +248,13 @@ def _check_contexts(tokenizer, text: str, contexts: Sequence[int], keys: int, va
 def _side_by_side(models: Mapping[str, PreTrainedModel], subject: _Subject, chosen: Sequence[str]) -> dict[str, Any]:
     found = {}
     for name, model in models.items():
-        start, training = time.perf_counter(), model.training
-        with VARIANTS.get(name, nullcontext)(model):
-            model.eval()
+        start = time.perf_counter()
+        with evaluating(model), VARIANTS.get(name, nullcontext)(model):
             # Where no figure asks for them they are not measured.
             losses = functools.cache(functools.partial(position_losses, model, subject.rows, f"Losses, {name}"))
             found[name] = {}
             for figure in chosen:
                 found[name] |= FIGURES[figure][0](model, subject, losses)
-        model.train(training)
         found[name]["seconds"] = time.perf_counter() - start
     whole = found.get(ORIGINAL, {}).get("average")
     for row in found.values():

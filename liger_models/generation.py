@@ -21,6 +21,17 @@ def base_of(model: nn.Module) -> PreTrainedModel:
 
 
 @contextmanager
+def evaluating(model: nn.Module):
+    """A model in its evaluation mode for a while."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
 def without_settings(model: PreTrainedModel):
     """The model without its own generation settings for a while: generate fills with them what its caller leaves out.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from liger_models.generation import evaluating
 from liger_models.retrieval import check_tokenizer
 from liger_ops.errors import fail
 
@@ -34,19 +35,17 @@ def run_harness(
     if isinstance(tasks, str) or not tasks:
         fail("tasks", "a list of names", repr(tasks))
     evaluator, wrapper = check_installed()
-    training = model.training
     try:
-        found = evaluator.simple_evaluate(
-            model=wrapper.HFLM(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch),
-            tasks=list(tasks),
-            num_fewshot=shots,
-            limit=examples,
-            bootstrap_iters=0,
-        )
+        with evaluating(model):
+            found = evaluator.simple_evaluate(
+                model=wrapper.HFLM(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch),
+                tasks=list(tasks),
+                num_fewshot=shots,
+                limit=examples,
+                bootstrap_iters=0,
+            )
     except (KeyError, ValueError) as error:
         raise ValueError(f"tasks: lm-evaluation-harness refuses {', '.join(tasks)}: {error}") from error
-    finally:
-        model.train(training)
     return {name: _figures(row) for name, row in found["results"].items()}
 
 

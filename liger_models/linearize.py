@@ -42,7 +42,8 @@ def linearize(
             themselves keep just their window, if others do not slide or if it is not wider than `window`.
         calibration: token ids to measure instead of the model's own draw.
         tokenizer: with recall, hides facts in the calibration and asks for them; loaded by the model's name if None,
-            and where there is none, parts of the text are said again instead.
+            and where there is none, or less than 256 tokens, parts of the text are said again instead. Scores stay
+            the length of values where no row reaches beyond the window.
         changes: fields of LigerConfig: gate, pattern, window, sinks, recall, mix, tau, feature_map, memories, ...
 
     Quantized weights that are tensors of a type of their own (bitsandbytes, torchao) stay as they are; there are no

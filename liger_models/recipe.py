@@ -26,8 +26,8 @@ class Recipe:
     name alone weighs 1. With T the tokens that have a label, all are means over them:
     "next", the loss -log p(token) on the text; "kl", the divergence KL(teacher || student) over the whole vocabulary,
     end to end (Hinton et al., arXiv 1503.02531); "match", for each linearized layer on what the teacher's layer reads,
-    |student - teacher|^2 / |teacher - its mean|^2 of what the two attentions put out, over tokens beyond window and
-    sinks, whose attention is not exact (attention transfer, LoLCATs, arXiv 2410.10254).
+    |student - teacher|^2 / |teacher - its mean|^2 of what the two attentions put out, over tokens beyond window,
+    sinks and recall, whose attention is not exact (attention transfer, LoLCATs, arXiv 2410.10254).
 
     window_dropout: share of batches, from 0 to 1, that are run with a shorter window, drawn from 1 to the window, so
     that the recurrence has to carry what the window no longer shows (arXiv 2510.05901).

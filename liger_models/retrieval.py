@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from liger_models._hidden import key_question, key_text
 from liger_models._inputs import input_device
-from liger_models.generation import continued, without_settings
+from liger_models.generation import continued, evaluating, without_settings
 from liger_models.text import framing, token_ids
 from liger_ops.errors import fail
 
@@ -119,10 +119,9 @@ def retrieval(
         fail("depths", "at least 1", depths)
     filler, found = torch.tensor(token_ids(tokenizer, text)), 0
     prompts = [make_prompt(tokenizer, filler, length, i, (i + 0.5) / depths, keys, values) for i in range(depths)]
-    training, device = model.training, input_device(model)
-    model.eval()
+    device = input_device(model)
     # The model's own settings may sample or penalise repetition.
-    with without_settings(model):
+    with evaluating(model), without_settings(model):
         for prompt in tqdm(prompts, desc=f"Keys in {length} tokens", leave=False):
             ids = torch.tensor([prompt.ids], device=device)
             answer = "".join(f" {key}," for key in prompt.answers)[:-1]
@@ -133,5 +132,4 @@ def retrieval(
             out = continued(model, ids, generation_config=plain)
             said = tokenizer.decode(out[0, ids.shape[1] :])
             found += all(key in said for key in prompt.answers)
-    model.train(training)
     return found / depths

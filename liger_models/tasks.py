@@ -24,7 +24,7 @@ from liger_models._task_forms import SIX_TASKS as SIX_TASKS
 from liger_models._task_forms import TASKS as TASKS
 from liger_models._task_forms import Completion, Question, Row, Task
 from liger_models.data import read
-from liger_models.generation import continued, without_settings
+from liger_models.generation import continued, evaluating, without_settings
 from liger_models.retrieval import check_tokenizer
 from liger_models.text import framing, token_ids
 from liger_ops.errors import check_known, check_positive, fail
@@ -142,15 +142,11 @@ def score_task(
     questions: Sequence[Question] | Sequence[Completion],
 ) -> dict[str, float]:
     """The scores of one task, as `run_tasks` returns them, on questions that `read_tasks` found."""
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         if TASKS[name].score == "contains":
             shares = {"contains": _contained(model, tokenizer, cast(Sequence[Completion], questions), name)}
         else:
             shares = _chosen(model, tokenizer, cast(Sequence[Question], questions), name)
-    finally:
-        model.train(training)
     return {**shares, "score": shares[TASKS[name].score], "examples": len(questions)}
 
 

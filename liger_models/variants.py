@@ -11,6 +11,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from liger_layers import Mix
+from liger_models.generation import base_of
+from liger_models.modeling import LigerMixin
+from liger_models.teacher import linearized_layers
 from liger_ops.errors import check_known
 
 
@@ -33,18 +36,18 @@ def _nothing(module: Mix, args: tuple, weight: torch.Tensor) -> torch.Tensor:
 def without_recall(model: nn.Module):
     """Let every layer keep no exact token beyond its window and sinks for a while: all of them enter the recurrence.
 
-    Caches that were filled before or inside belong to another layer afterwards.
+    Caches that were filled before are refused inside, and those filled inside afterwards.
     """
     # Of any type, for torch's stubs take every attribute for a tensor or a module.
     layers: list[Any] = [layer for layer in model.modules() if _recalls(layer)]
-    before = [layer.recall for layer in layers]
+    before = [(layer, layer.recall, getattr(layer, "origin", ())) for layer in layers]
     try:
-        for layer in layers:
-            layer.recall = 0
+        for layer, _, origin in before:
+            layer.recall, layer.origin = 0, tuple((n, 0 if n == "recall" else x) for n, x in origin)
         yield
     finally:
-        for layer, recall in zip(layers, before, strict=True):
-            layer.recall = recall
+        for layer, recall, origin in before:
+            layer.recall, layer.origin = recall, origin
 
 
 @contextmanager
@@ -87,9 +90,15 @@ def chosen_variants(model: PreTrainedModel, names: Sequence[str] | None) -> list
 
 
 def exact_tokens(model: PreTrainedModel) -> int:
-    """The most tokens that a linearized layer sees exactly: window, sinks and recall; 0 where none is linearized."""
-    windows: list[tuple[nn.Module, Any]] = [(layer, getattr(layer, "window", None)) for layer in model.modules()]
-    return max((w.size + w.sinks + getattr(m, "recall", 0) for m, w in windows if hasattr(w, "sinks")), default=0)
+    """The most tokens that a linearized layer sees exactly, not one with its own window; 0 where there is none."""
+    linearized = isinstance(base_of(model), LigerMixin)
+    layers = linearized_layers(model).values() if linearized else model.modules()
+    return max((seen_exactly(x) for x in layers if hasattr(getattr(x, "window", None), "sinks")), default=0)
+
+
+def seen_exactly(layer: Any) -> int:
+    """Tokens in window, sinks and recall of a layer with a window."""
+    return layer.window.size + layer.window.sinks + getattr(layer, "recall", 0)
 
 
 def _recalls(layer: nn.Module) -> bool:

@@ -82,6 +82,14 @@ def test_the_highest_scores_are_kept():
         assert torch.equal(state.recalled[1][0, :, h], v[0, seen[h], h])
 
 
+def test_scores_are_as_fine_under_autocast():
+    torch.manual_seed(0)
+    (k, v), score = torch.randn(2, 1, 50, 3, 6), make().float().score
+    with torch.autocast("cpu", torch.bfloat16):
+        found = score(k, v)
+    assert found.dtype == torch.float32 and torch.equal(found, score(k, v))
+
+
 def test_a_state_has_one_size():
     layer, sizes = make(recall=9).float(), []
     with torch.no_grad():

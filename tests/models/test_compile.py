@@ -49,6 +49,10 @@ def default():
     return linearize_tiny(tiny(num_hidden_layers=1), window=8)
 
 
+def recalling():
+    return linearize_tiny(tiny(num_hidden_layers=1), window=8, recall=5)
+
+
 def tokens(batch, length):
     return torch.randint(3, 97, (batch, length))
 
@@ -91,7 +95,7 @@ def test_ten_lengths_make_one_graph_of_every_mixer(make):
     assert backend.graphs == 1
 
 
-@pytest.mark.parametrize("make", [default, others, rules])
+@pytest.mark.parametrize("make", [default, recalling, others, rules])
 def test_export_with_free_batch_and_length_is_exact(make):
     model, shapes = make(), dict(input_ids={0: Dim("batch"), 1: Dim("length")}, use_cache=None)
     program = torch.export.export(model, (), dict(input_ids=tokens(3, 24), use_cache=False), dynamic_shapes=shapes)

@@ -107,6 +107,7 @@ def test_with_no_text_at_all_from_the_command_line(tmp_path, capsys, monkeypatch
     assert len((tmp_path / "tuned.drawn.jsonl").read_text().split("\n")) > 10
     assert json.loads((tmp_path / "tuned" / "config.json").read_text())["liger_tuned"] is True
     for arguments, message in (
+        (["finetune", "nowhere", "--out", "new", "--data-free", "0"], "data-free: expected an integer >= 1, got 0"),
         ([*given, "--text", "rows.jsonl", "--overwrite"], "data-free: expected --text or --data-free, got both"),
         (["finetune", "tuned", "--out", "x", "--text", "rows.jsonl", "--objective", "kl"], "teacher: expected weights"),
         (["finetune", "small", "--out", "x", "--objective", "none"], "objective: expected a mix of next, kl, match"),

@@ -97,10 +97,12 @@ def test_losses_are_as_they_are_defined(options):
     assert sum(x is not None and bool(x.abs().max() > 1e-6) for x in found) > 10
 
 
+@pytest.mark.parametrize("recall", [0, 5])
 @pytest.mark.parametrize("length", [10, 11, 12])
-def test_a_row_that_hardly_leaves_the_window_teaches_little(length):
-    _, model = learner()
-    loss, _ = Objective(dict(match=1.0))(model, model, dict(input_ids=IDS[:1, :length], labels=IDS[:1, :length]))
+def test_a_row_that_hardly_leaves_the_exact_tokens_teaches_little(length, recall):
+    _, model = learner(recall=recall)
+    ids = IDS[:1, : length + recall]
+    loss, _ = Objective(dict(match=1.0))(model, model, dict(input_ids=ids, labels=ids))
     loss.backward()
     assert (loss == 0) == (length < 12) and loss.isfinite()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
@@ -318,7 +320,7 @@ def test_bad_input_is_named():
         (dict(objective="kl", teacher="big"), "teacher: expected another causal LM of transformers, got str"),
         (dict(objective="kl", teacher=tiny(vocab_size=98)), "teacher: expected a vocabulary of 97, got 98"),
         (dict(objective="match", teacher=tiny(num_hidden_layers=2)), "teacher: expected num_hidden_layers 3, to match"),
-        (dict(objective="match", length=10), "length: expected rows of more than 10 tokens, beyond window and sinks"),
+        (dict(objective="match", length=10), "length: expected rows of more than 10 tokens, beyond the exact ones"),
         (
             dict(text=["short one", "another"], retrieval=1, length=199),
             "text: expected at least .* tokens to hide something in",

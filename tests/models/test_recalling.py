@@ -92,17 +92,33 @@ def test_needs_are_measured_on_the_layers_own_keys_and_values():
 
 def test_rows_ask_for_what_is_hidden_in_them():
     text = ids(8, 512)
-    alone = asking_rows(text, None)
+    alone = asking_rows(text, None, 64)
     assert len(alone) == 16 and all(row.shape[0] == 1 for row in alone)
     # What comes again at the end stands in the row before.
     for row in alone[8:]:
         end = row[0, -12:].tolist()
         assert any(row[0, i : i + 12].tolist() == end for i in range(row.shape[1] - 12))
-    asked = asking_rows(text, tiny_tokenizer())
-    again = asking_rows(text, tiny_tokenizer())
+    asked = asking_rows(text, tiny_tokenizer(), 64)
+    again = asking_rows(text, tiny_tokenizer(), 64)
     assert len(asked) == 8 + 24 and all(torch.equal(a, b) for a, b in zip(asked, again, strict=True))
     plain = Rows((text.flatten(),) * 24, (text.flatten(),) * 24)
     assert torch.equal(asked[8][0], with_hidden(tiny_tokenizer(), plain, 1.0, 512, 7000).ids[0])
+
+
+def test_rows_reach_beyond_wide_windows_and_short_text_says_itself_again():
+    for tokenizer in (None, tiny_tokenizer()):
+        assert {row.shape[1] for row in asking_rows(ids(4, 400), tokenizer, 600)[:1]} == {1280}
+        assert {row.shape[1] for row in asking_rows(ids(1, 400), tokenizer, 600)[:1]} == {400}
+        assert [row.shape for row in asking_rows(ids(1, 40), tokenizer, 6)] == [(1, 40), (1, 96)]
+
+
+def test_scores_are_fitted_behind_wide_windows_and_stay_where_nothing_is_asked():
+    usual = RecallScore(2, 12)
+    for rows, window, fitted in ((ids(4, 300), 520, True), (ids(1, 10), 6, False), (ids(1, 300), 400, False)):
+        model = linearize(tiny(max_position_embeddings=2048), calibration=rows, window=window, recall=5)
+        for score in (m for m in model.modules() if isinstance(m, RecallScore)):
+            assert score.weight.isfinite().all() and score.weight.abs().sum(1).all()
+            assert torch.equal(score.weight, usual.weight) != fitted
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -126,6 +142,9 @@ def test_branches_are_switched_off_with_a_cache_too():
             cache = make_cache(model.config)
             got = torch.cat([model(part, **{CACHE: cache}).logits for part in x.split((30, *(1,) * 10), 1)], 1)
         assert (got - other(x).logits).abs().max() <= 1e-4
+    # What was seen without recall is not known with it.
+    with pytest.raises(ValueError, match=r"^state: expected one of a layer with recall 5, got one with 0$"):
+        model(x[:, :1], **{CACHE: cache})
     with without_recurrence(model):
         alone = model(x).logits
     assert (alone - model(x).logits).abs().max() > 1e-4
@@ -150,5 +169,9 @@ def test_bad_input_is_one_line():
     for recall, given in ((-1, "-1"), (1.5, "1.5"), (505, "505")):
         with pytest.raises(ValueError, match=f"^recall: expected .*, got {given}$"):
             linearize(tiny(), calibration=ids(2, 60), window=6, sinks=2, recall=recall)
+    for pattern in ("W", "WF"):
+        with pytest.raises(ValueError, match=r"^recall: expected 0 with a pattern in which no layer recurs, got 5$"):
+            linearize(tiny(), pattern=pattern, recall=5)
+    assert linearize(tiny(), keep=range(3), recall=5).config.liger["recall"] == 0
     with pytest.raises(ValueError, match=r"^recall: expected 0 with mixing='sum', as gate 'kda' has it, got 5"):
         linearize(tiny(), calibration=ids(2, 60), pattern=["liger:kda"], recall=5)

@@ -45,6 +45,13 @@ def test_recall_is_off_for_a_while_and_comes_back():
     assert layer.recall == 3
 
 
+def test_exact_tokens_are_those_of_layers_that_were_linearized():
+    model = linearize_tiny(tiny("gemma2", sliding_window=200), window=8, sinks=2, recall=3)
+    assert model.config.liger["pattern"][0] == "own" and exact_tokens(model) == 13
+    assert "positions" in measure_variants(model, tiny_tokenizer(), TEXT, length=64, max_blocks=1)["variants"]["window"]
+    assert exact_tokens(tiny()) == exact_tokens(linearize_tiny(tiny(), keep=range(3))) == 0
+
+
 def test_variants_that_coincide_are_measured_once():
     model = linearize_tiny(tiny(), window=8, sinks=2)
     assert distinct_variants(tiny()) == ["everything"]
@@ -97,6 +104,28 @@ def test_figures_are_those_of_the_formulas():
                 with window_alone(model) if name == "window" else torch.no_grad():
                     agreed += (model(said).logits[0, 23:-1].argmax(-1) == said[0, 24:]).sum().item()
             assert row["agreement"] == agreed / 64 and row["kl"] > 1e-3
+
+
+def test_words_that_an_original_never_says_add_nothing_to_its_divergence():
+    original, model = tiny(), linearize_tiny(tiny(), window=8, sinks=2)
+    never = torch.zeros(97).index_fill(0, torch.tensor([96]), -torch.inf)
+    original.lm_head.register_forward_hook(lambda module, args, out: out + never)
+    found = measure_variants(model, tiny_tokenizer(), TEXT, original=original, length=48, max_blocks=1, figures=["kl"])
+    assert 0 < found["variants"]["everything"]["kl"] < math.inf
+
+
+@pytest.mark.parametrize("measure", [evaluate, measure_variants])
+def test_a_model_that_breaks_off_learns_on_as_before(measure):
+    model = linearize_tiny(tiny(), window=8, sinks=2).train()
+
+    def fail(module, args, out):
+        raise RuntimeError
+
+    model.lm_head.register_forward_hook(fail)
+    for options in (dict(), dict(contexts=[64])):
+        with pytest.raises(RuntimeError):
+            measure(model, tiny_tokenizer(), TEXT, length=32, max_blocks=1, **options)
+        assert model.training
 
 
 def test_a_window_as_long_as_the_text_agrees_with_the_original():
@@ -157,6 +186,7 @@ def test_all_values_or_none(monkeypatch, said):
         (dict(max_blocks=0), "max_blocks: expected an integer >= 1"),
         (dict(contexts=[40], values=99), "values: expected 1 to 8"),
         (dict(original=tiny(vocab_size=99)), "original: expected a vocabulary of 97, got 99"),
+        (dict(examples=3), "tasks: expected tasks whose first 3 examples are asked for, got none"),
         (dict(tasks_from="x"), "tasks: expected tasks to read from the folder, got none"),
         (dict(tasks=["piqa"]), "tasks: expected a folder of JSONL files .* pip install 'liger-linear.eval.'"),
         (dict(tokenizer=None), "tokenizer: expected the model's tokenizer, got None"),
@@ -256,7 +286,11 @@ def test_one_command_writes_json_markdown_and_a_picture(folder, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--examples", "3"], "examples: expected one of --original, --figures"),
+        (["--examples", "3", "--figures", "kl"], "examples: expected --tasks beside it, got none"),
+        (["--passage", "3", "--tasks", "piqa"], "passage: expected --tasks-from beside it, got none"),
+        (["--values", "3", "--variants", "window"], "values: expected --contexts beside it, got none"),
+        (["--values", "3", "--contexts", "40"], "values: expected one of --original, --figures"),
+        (["--json", "{0}"], "json: expected a file in a folder"),
         (["--markdown", "{0}/none/x.md"], "markdown: expected a file in a folder"),
         (["--report", "{0}/original"], "report: expected a new folder or an earlier report's"),
         (["--tasks", "chess", "--tasks-from", "{0}"], "tasks: expected one of piqa, arc_easy, "),
