@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     source, calibration = args.model or str(bundled_model()), None
     found = json.loads(args.out.read_text()) if args.out.exists() else describe(torch.device("cpu")) | {"rows": {}}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    for recall in [None, *args.recall]:
+    for recall in [*args.recall, None]:
         row = found["rows"].setdefault("original" if recall is None else f"recall {recall}", {})
         model, tokenizer = checkpoint.load(source, torch.float32)
         if recall is not None:

@@ -9,9 +9,9 @@ from torch import nn
 
 
 class RecallScore(nn.Module):
-    """A score per token and key/value head, linear in the layer's unrotated keys and values, of all heads, and lengths.
+    """A score per token and key/value head, linear in the layer's unrotated keys and values, of all heads.
 
-    Until fitted it is the logarithm of the value's length. The choice among scores takes no gradient, so nothing here
+    Until fitted all are zero, and the latest tokens stay. The choice among scores takes no gradient, so nothing here
     learns by descent: `calibrate` sets weight [H,F] and bias [H] from moments. Scores are whole thousandths, so that
     equal tokens, as a first layer sees them, are equal whatever a product rounds, and the later one stays.
     """
@@ -21,17 +21,12 @@ class RecallScore(nn.Module):
 
     def __init__(self, num_kv_heads: int, head_dim: int):
         super().__init__()
-        H, width = num_kv_heads, 2 * num_kv_heads * head_dim
-        weight = torch.zeros(H, width + 2 * H)
-        weight[:, width : width + H].fill_diagonal_(1.0)
-        self.register_buffer("weight", weight)
-        self.register_buffer("bias", torch.zeros(H))
+        self.register_buffer("weight", torch.zeros(num_kv_heads, 2 * num_kv_heads * head_dim))
+        self.register_buffer("bias", torch.zeros(num_kv_heads))
 
     def features(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """k, v [B,T,H,D] -> [B,T,F] in float32."""
-        k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (k, v))
-        lengths = v.norm(dim=-1).clamp(min=1e-6).log(), k.norm(dim=-1)
-        return torch.cat([k.flatten(2), v.flatten(2), *lengths], -1)
+        return torch.cat([k, v], 2).flatten(2).to(torch.promote_types(k.dtype, torch.float32))
 
     @torch.no_grad()
     def forward(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
