@@ -29,8 +29,8 @@ class Recipe:
     |student - teacher|^2 / |teacher - its mean|^2 of what the two attentions put out, over tokens beyond window,
     sinks and recall, whose attention is not exact (attention transfer, LoLCATs, arXiv 2410.10254).
 
-    window_dropout: share of batches, from 0 to 1, that are run with a shorter window, drawn from 1 to one less than the window, so
-    that the recurrence has to carry what the window no longer shows (arXiv 2510.05901).
+    window_dropout: share of batches, from 0 to 1, that are run with a shorter window, drawn from 1 to one less than the
+    window, so that the recurrence has to carry what the window no longer shows (arXiv 2510.05901).
     retrieval: share of rows, from 0 to 1, that are replaced by ones that ask for what was hidden in the text before.
     """
 
