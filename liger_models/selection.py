@@ -139,7 +139,9 @@ class _Bench:
 
     @classmethod
     @contextmanager
-    def of(cls, model: PreTrainedModel, config: LigerConfig, open_to: list[int], rows: list, calibration, tokenizer):
+    def of(
+        cls, model: PreTrainedModel, config: LigerConfig, open_to: list[int], rows: list, calibration, tokenizer=None
+    ):
         """A bench that may linearize the layers open_to, while it is needed; the model is as it was afterwards."""
         plans = [plan for plan in plan_layers(model.config, config) if plan.index in open_to]
         others = dict(converted(model, plans, calibration, tokenizer))
