@@ -9,7 +9,6 @@ import signal
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 from transformers import TrainerCallback
 
 from liger_models import Recipe, as_original, finetune
@@ -228,7 +227,8 @@ def test_what_is_new_learns_in_float32_beside_a_model_in_less():
         def on_step_end(self, args, state, control, model=None, **kwargs):
             seen.update({name: p.dtype for name, p in model.named_parameters() if p.requires_grad})
 
-    tuned = finetune(model, tiny_tokenizer(), TEXT, objective="kl+match", callbacks=[Look()], **QUICK | dict(steps=2))
+    # Routers learn once the weight of their memories has left zero.
+    tuned = finetune(model, tiny_tokenizer(), TEXT, objective="kl+match", callbacks=[Look()], **QUICK | dict(steps=6))
     assert set(seen.values()) == {torch.float32}
     assert {"feature_map", "mix", "router"} <= {part for name in seen for part in name.split(".")}
     assert {p.dtype for p in tuned.parameters()} == {torch.bfloat16}
@@ -236,15 +236,6 @@ def test_what_is_new_learns_in_float32_beside_a_model_in_less():
     assert any("feature_map" in name for name in changed) and any("router" in name for name in changed)
     assert not any(m._forward_pre_hooks for name, m in tuned.named_modules() if name.endswith("router"))
     tuned(IDS)
-
-
-def test_a_part_that_is_new_is_trained_where_it_may_learn():
-    for learns in (True, False):
-        model = converted()
-        for layer in model.model.layers:
-            layer.self_attn.score = nn.Linear(3, 1).requires_grad_(learns)
-        made, _ = adapted(model, Recipe())
-        assert learns == any("score.modules_to_save" in name for name, _ in made.named_parameters())
 
 
 def test_queries_and_keys_of_kept_layers_stay_when_asked():

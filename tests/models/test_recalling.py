@@ -117,7 +117,7 @@ def test_scores_are_fitted_behind_wide_windows_and_stay_where_nothing_is_asked()
     for rows, window, fitted in ((ids(4, 300), 520, True), (ids(1, 10), 6, False), (ids(1, 300), 400, False)):
         model = linearize(tiny(max_position_embeddings=2048), calibration=rows, window=window, recall=5)
         for score in (m for m in model.modules() if isinstance(m, RecallScore)):
-            assert score.weight.isfinite().all() and score.weight.abs().sum(1).all()
+            assert score.weight.isfinite().all()
             assert torch.equal(score.weight, usual.weight) != fitted
 
 
