@@ -6,10 +6,10 @@ Shapes: B batch, T time, S keys so far, HQ query heads, H key/value heads, D hea
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from liger_layers._attention import Attention
+from liger_layers._full import full_attention
 from liger_layers._recurrent import PooledRecurrence
 from liger_layers._window import Window
 from liger_layers.choices import settle
@@ -119,10 +119,4 @@ class FullAttention(Attention):
         k, v = torch.cat([state.k, k], 1), torch.cat([state.v, v], 1)
         mask = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device) if mask is None else mask
         visible = torch.cat([state.visible, mask], 1)
-        T, S = q.shape[1], k.shape[1]
-        query, key = torch.arange(S - T, S, device=q.device)[:, None], torch.arange(S, device=q.device)
-        # Padding sees itself: a row that sees nothing would be NaN.
-        seen = (key <= query) & visible[:, None] | (key == query)
-        heads = (x.transpose(1, 2) for x in (q, k, v))
-        o = F.scaled_dot_product_attention(*heads, attn_mask=seen[:, None], scale=self.scale, enable_gqa=True)
-        return o.transpose(1, 2), dict(k=k, v=v, visible=visible)
+        return full_attention(q, k, v, visible, scale=self.scale), dict(k=k, v=v, visible=visible)

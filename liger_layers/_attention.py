@@ -193,7 +193,7 @@ class LigerAttention(Attention):
     softcap bounds the window's scores s to softcap tanh(s / softcap).
 
     recall > 0, with mixing="joint", keeps as many tokens beyond the window exact for each key/value head: those of the
-    highest `score`, which a token has from its own hidden state, key and value. A state holds them at a constant size.
+    highest `score`, which a token has from the layer's keys and values at it. A state holds them at a constant size.
     """
 
     @errors.lists_keywords

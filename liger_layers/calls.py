@@ -1,4 +1,4 @@
-"""What layers are told for a while: to attend to everything, or to keep a shorter window.
+"""What layers are told for a while: to attend to everything, to keep a shorter window, to recall nothing.
 
 Shapes: B batch, T time, HQ query heads, H key/value heads, D head width.
 """
@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from liger_layers._alone import SlidingWindowAttention
 from liger_layers._attention import Attention, LigerAttention
-from liger_layers._state import LigerState
+from liger_layers._full import full_attention
+from liger_layers._state import LigerState, Origin
 from liger_layers.rotary import rotary_tables, rotate
 from liger_ops.errors import check_window, fail
 
@@ -69,41 +69,6 @@ def _attend(layer: Any, span: int | None, x, mask, state, tables, router_logits)
     return layer.o_proj(o.flatten(2).to(x.dtype)), LigerState(**nothing, position=count.sum(1))
 
 
-def full_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    span: int | None,
-    scale: float | None,
-    softcap: float | None,
-) -> torch.Tensor:
-    """Exact causal softmax of rotated q [B,T,HQ,D] over the last `span` columns (None: all) of k and v [B,T,H,D]."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    T, seen = q.shape[2], None
-    if mask is not None or (span is not None and span < T) or softcap is not None:
-        key = torch.arange(T, device=q.device)
-        query = key[:, None]
-        seen = key <= query if span is None else (key <= query) & (key > query - span)
-        # Padding sees itself: a row that sees nothing would be NaN.
-        seen = seen[None] if mask is None else seen & mask[:, None] | (key == query)
-        seen = seen[:, None]
-    if softcap is not None:
-        return _bounded(q, k, v, seen, scale, softcap).transpose(1, 2)
-    # Without a mask where none is needed, which kernels take to be quick.
-    options: dict[str, Any] = dict(attn_mask=seen, is_causal=seen is None, scale=scale, enable_gqa=True)
-    return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
-
-
-def _bounded(q, k, v, seen, scale: float | None, softcap: float) -> torch.Tensor:
-    """Softmax attention [B,HQ,T,D] whose scores s are bounded to softcap tanh(s / softcap)."""
-    groups = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
-    scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    scores = (softcap * (scores / softcap).tanh()).masked_fill(~seen, -torch.inf)
-    return scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype) @ v
-
-
 @contextmanager
 def with_window(layers: Iterable[LigerAttention], size: int) -> Iterator[None]:
     """Let layers keep a window of another size, so that more or less is left to their recurrence.
@@ -117,11 +82,31 @@ def with_window(layers: Iterable[LigerAttention], size: int) -> Iterator[None]:
         for layer, window, parts, origin in before:
             layer.window = window._replace(size=size)
             layer.parts = {name: _resized(name, part, size - window.size) for name, part in parts.items()}
-            layer.origin = tuple((name, size if name == "window" else value) for name, value in origin)
+            layer.origin = _told(origin, window=size)
         yield
     finally:
         for layer, window, parts, origin in before:
             layer.window, layer.parts, layer.origin = window, parts, origin
+
+
+@contextmanager
+def without_recall(layers: Iterable[LigerAttention]) -> Iterator[None]:
+    """Let layers keep no token exact beyond window and sinks: all that leave the window enter the recurrence.
+
+    States from before are refused inside, and those from inside afterwards.
+    """
+    before = [(layer, layer.recall, layer.origin) for layer in layers]
+    try:
+        for layer, _, origin in before:
+            layer.recall, layer.origin = 0, _told(origin, recall=0)
+        yield
+    finally:
+        for layer, recall, origin in before:
+            layer.recall, layer.origin = recall, origin
+
+
+def _told(origin: Origin, **changes: Any) -> Origin:
+    return tuple((name, changes.get(name, value)) for name, value in origin)
 
 
 # Parts of a state that have a place for every token in the window.

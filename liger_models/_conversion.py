@@ -6,6 +6,7 @@ Shapes: H key/value heads, D head width.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from liger_models._snapshot import looked_at
 from liger_models.configuration import LigerConfig
 from liger_models.families import own_windows
 from liger_models.text import find_tokenizer
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,10 @@ def _measured(
         moments = measure(model, ids, fitted) if fitted else {}
         if not recalling:
             return moments, {}
-        rows = asking_rows(ids, tokenizer or find_tokenizer(model), max(recalling.values()))
+        tokenizer = tokenizer or find_tokenizer(model)
+        if tokenizer is None:
+            _log.warning("recall: no tokenizer given or found; its scores, fitted to text said again, find fewer keys")
+        rows = asking_rows(ids, tokenizer, max(recalling.values()))
         return moments, measure_need(model, rows, recalling)
 
 

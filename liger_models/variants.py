@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from liger_layers import Mix
+from liger_layers import LigerAttention, Mix, calls
 from liger_models.generation import base_of
 from liger_models.modeling import LigerMixin
 from liger_models.teacher import linearized_layers
@@ -38,16 +38,8 @@ def without_recall(model: nn.Module):
 
     Caches that were filled before are refused inside, and those filled inside afterwards.
     """
-    # Of any type, for torch's stubs take every attribute for a tensor or a module.
-    layers: list[Any] = [layer for layer in model.modules() if _recalls(layer)]
-    before = [(layer, layer.recall, getattr(layer, "origin", ())) for layer in layers]
-    try:
-        for layer, _, origin in before:
-            layer.recall, layer.origin = 0, tuple((n, 0 if n == "recall" else x) for n, x in origin)
+    with calls.without_recall(_recalling(model)):
         yield
-    finally:
-        for layer, recall, origin in before:
-            layer.recall, layer.origin = recall, origin
 
 
 @contextmanager
@@ -73,11 +65,9 @@ def distinct_variants(model: PreTrainedModel) -> list[str]:
 
     A model without recurrent layers is itself alone; one without recall has no row of its own for that.
     """
-    recurs = any(isinstance(m, Mix) for m in model.modules())
-    recalls = any(_recalls(m) for m in model.modules())
-    if recurs and recalls:
+    if _recalling(model):
         return list(VARIANTS)
-    return ["window", "everything"] if recurs or recalls else ["everything"]
+    return ["window", "everything"] if any(isinstance(m, Mix) for m in model.modules()) else ["everything"]
 
 
 def chosen_variants(model: PreTrainedModel, names: Sequence[str] | None) -> list[str]:
@@ -101,6 +91,5 @@ def seen_exactly(layer: Any) -> int:
     return layer.window.size + layer.window.sinks + getattr(layer, "recall", 0)
 
 
-def _recalls(layer: nn.Module) -> bool:
-    recall = getattr(layer, "recall", 0)
-    return isinstance(recall, int) and recall > 0
+def _recalling(model: nn.Module) -> list[LigerAttention]:
+    return [m for m in model.modules() if isinstance(m, LigerAttention) and m.recall]

@@ -8,7 +8,6 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from liger_linear import __main__ as command
 from liger_models import checkpoint, evaluate, measure_variants, perplexity, retrieval
@@ -23,26 +22,17 @@ from tests.models.test_exactness import ids
 from tests.models.tiny import TEXT, linearize_tiny, tiny, tiny_tokenizer
 
 
-class Recalling(nn.Module):
-    """Something with recall in a model, which its logits show."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.recall = 3
-        model.model.recalling = self
-        model.lm_head.register_forward_hook(lambda module, args, out: out * (1 + self.recall))
-
-
 def test_recall_is_off_for_a_while_and_comes_back():
-    model = linearize_tiny(tiny(), window=8, sinks=2)
+    model, plain = (linearize_tiny(tiny(), window=8, sinks=2, recall=n) for n in (3, 0))
+    layer = model.model.layers[0].self_attn
+    told = layer.origin
     with torch.no_grad():
-        plain = model(ids(1, 40)).logits
-        layer = Recalling(model)
-        assert not torch.equal(model(ids(1, 40)).logits, plain)
+        whole, wanted = model(ids(1, 40)).logits, plain(ids(1, 40)).logits
+        assert not torch.equal(whole, wanted)
         with pytest.raises(RuntimeError), without_recall(model):
-            assert layer.recall == 0 and torch.equal(model(ids(1, 40)).logits, plain)
+            assert layer.recall == 0 and torch.equal(model(ids(1, 40)).logits, wanted)
             raise RuntimeError
-    assert layer.recall == 3
+        assert layer.recall == 3 and layer.origin == told and torch.equal(model(ids(1, 40)).logits, whole)
 
 
 def test_exact_tokens_are_those_of_layers_that_were_linearized():
@@ -62,7 +52,7 @@ def test_variants_that_coincide_are_measured_once():
     assert list(found) == ["window", "everything"]
     assert found["everything"]["perplexity"] == figures["perplexity"] != found["window"]["perplexity"]
     assert found["window"]["perplexity"] == figures["perplexity_window_only"]
-    Recalling(model)
+    model = linearize_tiny(tiny(), window=8, sinks=2, recall=3)
     found = measure_variants(model, tiny_tokenizer(), TEXT, **options)["variants"]
     assert list(found) == list(VARIANTS) == distinct_variants(model)
     assert len({row["perplexity"] for row in found.values()}) == 4

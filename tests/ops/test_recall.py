@@ -9,6 +9,7 @@ from liger_ops import liger_attention, naive_liger_attention, naive_recall
 from liger_ops._torch.attention import window as blocked
 from liger_ops._torch.attention.recall import membership
 from tests.ops.test_liger_attention import NAMES
+from tests.ops.test_liger_attention import cases as joint_cases
 from tests.ops.test_window import distance
 
 
@@ -55,25 +56,12 @@ def test_members_and_losers_are_those_of_a_heap(data):
 
 @st.composite
 def cases(draw):
-    """Tensors by name, window, sinks, recall, and the floats of scores in a segment."""
-    torch.manual_seed(draw(st.integers(0, 2**31)))
-    B, H, G = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
-    T, D, V, M = draw(st.integers(1, 130)), draw(st.integers(1, 9)), draw(st.integers(1, 9)), draw(st.integers(1, 7))
-    gate = draw(st.sampled_from(["none", "head", "channel"]))
-    x = dict(
-        q=torch.randn(B, T, H * G, D),
-        k=torch.randn(B, T, H, D),
-        v=torch.randn(B, T, H, V),
-        q_log=torch.randn(B, T, H * G, M),
-        k_log=torch.randn(B, T, H, M),
-        mix=torch.rand(H * G),
-        score=torch.randint(-9, 9, (B, T, H)) if draw(st.booleans()) else torch.randn(B, T, H),
-    )
-    if gate != "none":
-        x["g"] = -torch.rand(B, T, H, M) if gate == "channel" else -torch.rand(B, T, H)
-    x = {n: y.double() for n, y in x.items()}
-    sizes = dict(window=draw(st.integers(1, 40)), sinks=draw(st.integers(0, 5)), recall=draw(st.integers(1, 40)))
-    return x, sizes, draw(st.sampled_from([1, 2_000, 1 << 20]))
+    """In double precision tensors by name, window, sinks and recall, and the floats of scores in a segment."""
+    x, window, sinks, floats = draw(joint_cases())
+    B, T, H = x["k"].shape[:3]
+    x["score"] = torch.randint(-9, 9, (B, T, H)) if draw(st.booleans()) else torch.randn(B, T, H)
+    sizes = dict(window=window, sinks=sinks, recall=draw(st.integers(1, 40)))
+    return {n: y.double() for n, y in x.items()}, sizes, floats
 
 
 def run(x, window, sinks, recall, cuts=(), hidden=None, **options):
