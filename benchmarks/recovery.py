@@ -5,15 +5,18 @@ python -m benchmarks.recovery --only default,recall-64 --tokens 20000  a rehears
 python -m benchmarks.recovery --device cuda --minutes 9 --tokens 20000000 --batch 16 --text corpus.jsonl
 python -m benchmarks.recovery --report                                 one table and one picture of what is there
 
-Each row of ROWS is linearized, fine-tuned on as many tokens (--tokens 0: not at all) and measured with each of its
-parts switched off; a JSON file a row is written as it goes, and a row whose file is there is not run again. With
---minutes, training ends early enough to be measured, and no row is begun that has no time.
+Each row of ROWS is linearized, fine-tuned on as many tokens (--tokens 0: not at all) and measured: all figures of the
+model as it is, losses with each of its parts switched off, and the same again with other numbers of tokens recalled. A
+JSON file a row is written as it goes, and a row whose file is there is not run again; with --keep, nor is a model
+trained that lies there. With --minutes, training ends early enough to be measured, and no row is begun that has no
+time.
 """
 
 import argparse
 import dataclasses
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,22 +30,25 @@ from liger_models.data import read
 from liger_models.demo import bundled_model
 from liger_models.tasks import SIX_TASKS
 from liger_models.text import standard_text
-from liger_models.variants import distinct_variants
+from liger_models.variants import distinct_variants, with_recall
 
 OUT = Path("benchmarks/results/recovery")
 # Passages to complete; each is decoded token by token.
 SQUAD = 60
+# Beside a model that --keep has saved: what making it took.
+_ABOUT = "recovery.json"
 # What is left for measuring when --minutes ends training, as a share of them.
 _MEASURING = 0.35
 
 
 class Row(NamedTuple):
     """liger: options of `linearize`, None for the original tuned alike. recipe: changes of `finetune`'s. select: how
-    many layers stay full attention by selection."""
+    many layers stay full attention by selection. also: tokens recalled by the same weights, measured too."""
 
     liger: dict[str, Any] | None
     recipe: dict[str, Any] = {}  # noqa: RUF012
     select: int = 0
+    also: tuple[int, ...] = ()
 
 
 # What the whole recipe has, of which one is left out at a time.
@@ -71,9 +77,10 @@ ROWS: dict[str, Row] = {
     "selected": Row({}, select=4),
     "selected-recall-64": Row(dict(recall=64), select=4),
     "mom": Row(dict(memories=4)),
-    "whole": Row(dict(recall=128), _WHOLE),
+    "whole": Row(dict(recall=64), _WHOLE, also=(0, 128, 256)),
+    "whole-selected": Row(dict(recall=64), _WHOLE, select=4),
     "whole-no-recall": Row({}, _WHOLE),
-    **{f"whole-{name}": Row(dict(recall=128), recipe) for name, recipe in _LEFT_OUT.items()},
+    **{f"whole-{name}": Row(dict(recall=64), recipe, also=(0, 128)) for name, recipe in _LEFT_OUT.items()},
     "original-whole": Row(None, dict(retrieval=0.25, learning_rate=5e-4)),
 }
 
@@ -106,6 +113,26 @@ class _Deadline(TrainerCallback):
 def run(row: Row, args: argparse.Namespace, end: float | None) -> dict[str, Any]:
     """What one configuration gives, as its file says."""
     training, held_out = texts(args)
+    kept = args.keep and args.keep / row_name(row)
+    if kept and (kept / _ABOUT).exists():
+        found = json.loads((kept / _ABOUT).read_text(encoding="utf-8"))
+        model, tokenizer = checkpoint.load(kept, getattr(torch, args.dtype))
+        model = model.to(args.device)
+    else:
+        model, tokenizer, found = made(row, training, args, end)
+        if kept:
+            checkpoint.save(model, tokenizer, kept, overwrite=True)
+            (kept / _ABOUT).write_text(json.dumps(found), encoding="utf-8")
+    start = time.monotonic()
+    found["measured"] = measure(model, tokenizer, held_out, args)
+    for recall in row.also:
+        with with_recall(model, recall):
+            found.setdefault("recalling", {})[recall] = measure(model, tokenizer, held_out, args)
+    return found | {"measuring_s": time.monotonic() - start}
+
+
+def made(row: Row, training: Any, args: argparse.Namespace, end: float | None) -> tuple[Any, Any, dict[str, Any]]:
+    """The model of a configuration, linearized and fine-tuned, its tokenizer, and what that took."""
     model, tokenizer = load(args)
     found: dict[str, Any] = {"liger": row.liger, "recipe": row.recipe, "select": row.select}
     start = time.monotonic()
@@ -124,26 +151,41 @@ def run(row: Row, args: argparse.Namespace, end: float | None) -> dict[str, Any]
         model = finetune(model, tokenizer, training, recipe, **options)
         found |= {"steps": deadline.steps, "tokens": deadline.steps * recipe.batch * recipe.length}
         found |= {"wanted_steps": steps, "training_s": time.monotonic() - start}
-    if args.keep:
-        checkpoint.save(model, tokenizer, args.keep / row_name(row), overwrite=True)
-    start = time.monotonic()
-    found["measured"] = measure(model, tokenizer, held_out, args)
-    return found | {"measuring_s": time.monotonic() - start}
+    return model, tokenizer, found
 
 
 def measure(model, tokenizer, held_out: str, args: argparse.Namespace) -> dict[str, Any]:
-    """What `measure_variants` finds. The original is there for tokens agreed and KL; its figures are a row's own."""
+    """What `measure_variants` finds: all of the model as it is, and losses of it with a part switched off.
+
+    The original is there for tokens agreed and KL; its figures are a row's own.
+    """
+    names = args.variants or distinct_variants(model)
     options: dict[str, Any] = dict(length=512, max_blocks=args.blocks)
-    options |= dict(variants=args.variants or distinct_variants(model), original=load(args)[0])
-    needles = dict(contexts=args.contexts, depths=args.depths) if args.contexts else {}
-    tasks = dict(tasks=SIX_TASKS, tasks_from=args.data, examples=args.examples) if args.data else {}
-    found = measure_variants(model, tokenizer, held_out, **options, **needles, **tasks)
-    if args.data:
-        tasks |= dict(tasks=["squad"], examples=min(SQUAD, args.examples))
-        asked = measure_variants(model, tokenizer, held_out, figures=["tasks"], **options, **tasks)
-        for name, row in asked["variants"].items():
-            found["variants"][name]["tasks"] |= row["tasks"]
+    found = measure_variants(
+        model,
+        tokenizer,
+        held_out,
+        original=load(args)[0],
+        figures=["perplexity", "positions", "agreement", "kl"],
+        variants=names,
+        **options,
+    )
+    for more in asked(args) if "everything" in names else ():
+        own = measure_variants(model, tokenizer, held_out, variants=["everything"], **options, **more)
+        everything, new = found["variants"]["everything"], own["variants"]["everything"]
+        new["tasks"] = everything.get("tasks", {}) | new.get("tasks", {})
+        new["seconds"] += everything["seconds"]
+        found["variants"]["everything"] = everything | new
     return found
+
+
+def asked(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Options of `measure_variants` for what is asked in words: needles, the six tasks, and passages to complete."""
+    if args.contexts:
+        yield dict(figures=_NEEDLES, contexts=args.contexts, depths=args.depths)
+    if args.data:
+        for tasks, examples in ((["squad"], min(SQUAD, args.examples)), (SIX_TASKS, args.examples)):
+            yield dict(figures=["tasks"], tasks=tasks, tasks_from=args.data, examples=examples)
 
 
 def texts(args: argparse.Namespace) -> tuple[Any, str]:
@@ -215,6 +257,7 @@ def report(out: Path) -> str:
     rows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*-*.json"))]
     if not rows:
         raise ValueError(f"out: expected results in {out}, got none")
+    rows = [also for row in rows for also in (row, *_recalling(row))]
     rows.sort(key=lambda r: (r["wanted_tokens"], list(ROWS).index(r["name"]) if r["name"] in ROWS else len(ROWS)))
     needles = sorted({k for r in rows for k in whole(r) if k.startswith(_NEEDLES)}, key=_needle)
     titles = [title for title, *_ in _COLUMNS] + ["SQuAD", *(k.replace("_", " ") for k in needles)]
@@ -223,7 +266,7 @@ def report(out: Path) -> str:
     lines = [f"| configuration | tokens | {' | '.join(titles)} |", "|---" * (len(titles) + 2) + "|"]
     for row in rows:
         cells = " | ".join(_cells(row, rows, needles))
-        lines.append(f"| {row['name']} | {row.get('tokens', 0):,} | {cells} |")
+        lines.append(f"| {row.get('label', row['name'])} | {row.get('tokens', 0):,} | {cells} |")
     devices = ", ".join(sorted({r["device"] for r in rows}))
     predictions = ", ".join(sorted({f"{r['measured']['tokens']:,}" for r in rows}))
     about = "Late tokens: the last bin of perplexity by position. "
@@ -231,6 +274,12 @@ def report(out: Path) -> str:
     lines += ["", f"Perplexity of {predictions} predictions, on {devices}. {about}"]
     _picture(rows, out / "report.png")
     return "\n".join([*lines, "", "![perplexity, and pass-keys found by length](report.png)", ""])
+
+
+def _recalling(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The same weights with other numbers of tokens recalled, as rows of their own that took no training."""
+    for recall, measured in row.get("recalling", {}).items():
+        yield row | dict(label=f"{row['name']}, recalling {recall}", measured=measured)
 
 
 def _needle(key: str) -> tuple[int, int]:
@@ -269,7 +318,7 @@ def _picture(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 0.28 * len(rows) + 3.2), layout="constrained")
-    names = [f"{r['name']}, {r.get('tokens', 0):,}" for r in rows]
+    names = [f"{r.get('label', r['name'])}, {r.get('tokens', 0):,}" for r in rows]
     left.barh(names, [whole(r)["perplexity"] for r in rows], color="#D55E00")
     left.set(xscale="log", title="Perplexity", ylim=(len(rows) - 0.4, -0.6))
     for name, row in zip(names, rows, strict=True):
@@ -315,7 +364,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--contexts", type=_numbers, default=[512, 1024, 2048])
     parser.add_argument("--depths", type=int, default=8)
     parser.add_argument("--variants", type=lambda text: text.split(","), help="default: those that differ")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="also save the models there")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="save models there, and take what is there")
     args = parser.parse_args(arguments)
     if args.list:
         for name, row in ROWS.items():

@@ -1,4 +1,4 @@
-"""What layers are told for a while: to attend to everything, to keep a shorter window, to recall nothing.
+"""What layers are told for a while: to attend to everything, to keep another window, to recall more or less.
 
 Shapes: B batch, T time, HQ query heads, H key/value heads, D head width.
 """
@@ -17,7 +17,7 @@ from liger_layers._attention import Attention, LigerAttention
 from liger_layers._full import full_attention
 from liger_layers._state import LigerState, Origin
 from liger_layers.rotary import rotary_tables, rotate
-from liger_ops.errors import check_window, fail
+from liger_ops.errors import check_positive, check_window, fail
 
 
 @contextmanager
@@ -76,33 +76,43 @@ def with_window(layers: Iterable[LigerAttention], size: int) -> Iterator[None]:
     States are of the window that they were made under: another is refused. ValueError for a size below 1.
     """
     check_window(size, 0)
-    layers = list(layers)
-    before = [(layer, layer.window, layer.parts, layer.origin) for layer in layers]
-    try:
-        for layer, window, parts, origin in before:
-            layer.window = window._replace(size=size)
-            layer.parts = {name: _resized(name, part, size - window.size) for name, part in parts.items()}
-            layer.origin = _told(origin, window=size)
+    with _as_before(layers) as changing:
+        for layer in changing:
+            more = size - layer.window.size
+            layer.window = layer.window._replace(size=size)
+            layer.parts = {name: _resized(name, part, more) for name, part in layer.parts.items()}
+            layer.origin = _told(layer.origin, window=size)
         yield
-    finally:
-        for layer, window, parts, origin in before:
-            layer.window, layer.parts, layer.origin = window, parts, origin
 
 
 @contextmanager
-def without_recall(layers: Iterable[LigerAttention]) -> Iterator[None]:
-    """Let layers keep no token exact beyond window and sinks: all that leave the window enter the recurrence.
+def with_recall(layers: Iterable[LigerAttention], recall: int) -> Iterator[None]:
+    """Let layers keep another number of tokens exact beyond window and sinks, by the scores that they have; 0 for none.
 
-    States from before are refused inside, and those from inside afterwards.
+    States are of the number that they were made under: another is refused. ValueError for a number below 0, or for a
+    layer without scores.
     """
-    before = [(layer, layer.recall, layer.origin) for layer in layers]
-    try:
-        for layer, _, origin in before:
-            layer.recall, layer.origin = 0, _told(origin, recall=0)
+    check_positive("recall", recall, 0)
+    with _as_before(layers) as changing:
+        for layer in changing:
+            recalled = layer.parts["recalled"]
+            if not isinstance(recalled, list):
+                fail("layers", "layers that score tokens", "one without recall")
+            layer.recall, layer.origin = recall, _told(layer.origin, recall=recall)
+            layer.parts = layer.parts | {"recalled": [(recall, *part[1:]) for part in recalled]}
         yield
+
+
+@contextmanager
+def _as_before(layers: Iterable[LigerAttention]) -> Iterator[list[LigerAttention]]:
+    """Layers whose window and recall are as they were when it is over."""
+    layers = list(layers)
+    before = [(layer, layer.window, layer.recall, layer.parts, layer.origin) for layer in layers]
+    try:
+        yield layers
     finally:
-        for layer, recall, origin in before:
-            layer.recall, layer.origin = recall, origin
+        for layer, window, recall, parts, origin in before:
+            layer.window, layer.recall, layer.parts, layer.origin = window, recall, parts, origin
 
 
 def _told(origin: Origin, **changes: Any) -> Origin:

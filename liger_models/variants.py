@@ -38,7 +38,17 @@ def without_recall(model: nn.Module):
 
     Caches that were filled before are refused inside, and those filled inside afterwards.
     """
-    with calls.without_recall(_recalling(model)):
+    with with_recall(model, 0):
+        yield
+
+
+@contextmanager
+def with_recall(model: nn.Module, recall: int):
+    """Let every layer that recalls keep another number of exact tokens for a while, by the same scores.
+
+    Caches that were filled before are refused inside, and those filled inside afterwards.
+    """
+    with calls.with_recall(_recalling(model), recall):
         yield
 
 

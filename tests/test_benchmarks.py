@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from benchmarks import recovery, untrained
 from liger_models import checkpoint
 from tests.models.tiny import TEXT, tiny, tiny_tokenizer
@@ -85,3 +87,25 @@ def test_the_study_of_recovery_goes_on_where_it_stopped(tmp_path, capsys):
     assert table.index("| original | 64 |") < table.index("| default | 64 |") and "passkey 64" in table
     assert (tmp_path / "out" / "report.png").stat().st_size > 1000
     assert study("--list").count("\n") > 30
+
+
+def test_a_kept_model_is_measured_at_other_recalls_and_not_trained_again(tmp_path, monkeypatch, capsys):
+    checkpoint.save(tiny(), tiny_tokenizer(), tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    monkeypatch.setitem(recovery.ROWS, "small", recovery.Row(dict(recall=4, window=6, sinks=2), also=(0, 9)))
+    arguments = f"--only small --model {tmp_path}/model --text {tmp_path}/text.txt --keep {tmp_path}/kept --tokens 64"
+    arguments = f"{arguments} --batch 1 --length 32 --blocks 1 --contexts 64 --depths 1".split()
+    recovery.main([*arguments, "--out", str(tmp_path / "out")])
+    first = json.loads((tmp_path / "out" / "small-64.json").read_text())
+    monkeypatch.setattr(recovery, "finetune", None)
+    recovery.main([*arguments, "--out", str(tmp_path / "again")])
+    again = json.loads((tmp_path / "again" / "small-64.json").read_text())
+    assert (again["steps"], set(again["recalling"])) == (2, {"0", "9"})
+    losses = []
+    for found in (first, again):
+        measured = [found["measured"], *found["recalling"].values()]
+        assert all("passkey_64" in m["variants"]["everything"] for m in measured)
+        losses.append([variant["perplexity"] for m in measured for variant in m["variants"].values()])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(set(losses[0])) > 4
+    recovery.main([*arguments, "--out", str(tmp_path / "out"), "--report"])
+    assert "| small, recalling 9 | 64 |" in (tmp_path / "out" / "report.md").read_text()

@@ -4,14 +4,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from liger_layers import RecallScore
+from liger_layers import LigerAttention, RecallScore, calls
 from liger_layers.rotary import rotate
 from liger_models import linearize, linearize_on_disk, make_cache
 from liger_models._hidden import with_hidden
 from liger_models._inputs import CACHE
 from liger_models._need import asking_rows, far_attention, measure_need
 from liger_models.data import Rows
-from liger_models.variants import window_alone, without_recall, without_recurrence
+from liger_models.variants import window_alone, with_recall, without_recall, without_recurrence
 from tests.models.test_exactness import ids
 from tests.models.tiny import NAMES, tiny, tiny_tokenizer
 
@@ -155,6 +155,25 @@ def test_branches_are_switched_off_with_a_cache_too():
     with without_recurrence(model):
         alone = model(x).logits
     assert (alone - model(x).logits).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_more_or_fewer_tokens_are_recalled_by_the_same_scores():
+    model, x = recalling(), ids(2, 60)
+    for recall in (2, 11):
+        other = linearize(tiny(), calibration=ids(4, 160), **SIZES | dict(recall=recall))
+        other.load_state_dict(model.state_dict())
+        with with_recall(model, recall):
+            cache = make_cache(model.config)
+            got = torch.cat([model(part, **{CACHE: cache}).logits for part in x.split((40, *(1,) * 20), 1)], 1)
+        assert (got - other(x).logits).abs().max() <= 1e-4
+        assert (got - model(x).logits).abs().max() > 1e-3
+    with pytest.raises(ValueError, match=r"^recall: expected an integer >= 0, got -1$"):
+        with_recall(model, -1).__enter__()
+    plain = LigerAttention(16, 2, window=6)
+    with pytest.raises(ValueError, match=r"^layers: expected layers that score tokens, got one without recall$"):
+        calls.with_recall([plain], 3).__enter__()
+    assert plain.recall == 0 and plain.parts["recalled"] is None
 
 
 def test_a_score_is_saved_loaded_and_written_on_disk(tmp_path):
