@@ -17,9 +17,10 @@ oldest := $(shell sed -n '/^dependencies/,/^]/ {/"torch/d; s/^ *"\([a-z]*\)>=\([
 demo: $(READY)
 	$(BIN)/python -m liger_models.demo $(if $(TEXT),--text "$(TEXT)") $(ARGS)
 
-# A file of tests stays in one process: some share what they compiled or loaded. Nothing is timed here.
+# A file of tests stays in one process: some share what they compiled or loaded. A process that dies ends the run with
+# the name of its test. Nothing is timed here.
 test: $(READY) lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --benchmark-disable
+	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 --benchmark-disable
 
 # Of ops and layers by their own tests; apart from the others, which it would make a third slower. From Python 3.12 on,
 # COVERAGE_CORE=sysmon makes it cheaper.

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from liger_models import cache_bytes, checkpoint, linearize, make_cache, perplexity, retrieval
+from liger_models._calibration import draw_text
 from liger_models._inputs import CACHE
 from liger_models.demo import bundled_model
 from liger_models.evaluation import without_recurrence
@@ -27,8 +28,14 @@ def held_out(original):
 
 
 @pytest.fixture(scope="module")
-def linearized():
-    return linearize(load()[0])
+def drawn(original):
+    """The text that each conversion would draw again."""
+    return draw_text(original[0])
+
+
+@pytest.fixture(scope="module")
+def linearized(drawn):
+    return linearize(load()[0], calibration=drawn)
 
 
 def test_perplexity_of_the_default_before_training(original, linearized, held_out):
@@ -45,21 +52,21 @@ def test_paper_gla_is_the_published_formula_in_every_layer(held_out):
 
 
 @torch.no_grad()
-def test_wide_window_without_recurrence_is_the_original(original, held_out):
+def test_wide_window_without_recurrence_is_the_original(original, drawn, held_out):
     x = held_out[:1, :300]
     wanted = original[0](x).logits
-    assert (linearize(load()[0], window=300, mix=0.0)(x).logits - wanted).abs().max() <= 1e-4
+    assert (linearize(load()[0], calibration=drawn, window=300, mix=0.0)(x).logits - wanted).abs().max() <= 1e-4
 
 
 @torch.no_grad()
-def test_four_memories_change_nothing_before_training(linearized, held_out):
+def test_four_memories_change_nothing_before_training(linearized, drawn, held_out):
     x = held_out[:1, :300]
-    routed = linearize(load()[0], memories=4, top_k=2)
+    routed = linearize(load()[0], calibration=drawn, memories=4, top_k=2)
     assert (routed(x).logits - linearized(x).logits).abs().max() <= 1e-4
 
 
-def test_erasing_memories_help_before_training(held_out):
-    model = linearize(load()[0], gate="gated_deltanet")
+def test_erasing_memories_help_before_training(drawn, held_out):
+    model = linearize(load()[0], calibration=drawn, gate="gated_deltanet")
     whole = perplexity(model, held_out)
     with without_recurrence(model):
         assert whole < perplexity(model, held_out) - 0.1
