@@ -55,6 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--sinks", type=int, help="first tokens that stay visible for ever")
     p.add_argument("--recall", type=int, metavar="R", help="tokens beyond them that stay exact (default: 0)")
     p.add_argument("--mix", type=float, help="initial weight of the recurrence; 0 leaves the window alone")
+    p.add_argument(
+        "--fit-mix", action="store_const", const=True, help="choose it for each head, nearest to the model's attention"
+    )
     p.add_argument("--memories", type=int, help="routed memories beside the one that sees every token (default: 0)")
     p.add_argument("--top-k", type=int, help="routed memories that a token uses (default: 2)")
     p.add_argument(

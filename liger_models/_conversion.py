@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate.utils import align_module_device
@@ -24,6 +24,7 @@ from liger_models._calibration import Moments, check_calibration, draw_text, mea
 from liger_models._decoder import Decoder, Rotation
 from liger_models._inputs import argument_names
 from liger_models._linearized import LinearizedAttention, LinearizedWindow, before_decoder
+from liger_models._mixing import fit_mixes
 from liger_models._need import Need, asking_rows, measure_need
 from liger_models._snapshot import looked_at
 from liger_models.configuration import LigerConfig
@@ -31,17 +32,21 @@ from liger_models.families import own_windows
 from liger_models.text import find_tokenizer
 
 _log = logging.getLogger(__name__)
+# Rows at most to weigh recurrences on, of those that ask for something and of the others.
+_WEIGHED = 8
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What takes the place of the attention in one layer, its options settled, and whether it has features to fit."""
+    """What takes the place of the attention in one layer, its options settled, and whether it has features to fit, and
+    weights of the recurrence."""
 
     index: int
     name: str
     kind: type[LinearizedAttention] | type[LinearizedWindow]
     options: Mapping[str, Any]
     fitted: bool
+    mixed: bool = False
 
     @property
     def recalls(self) -> bool:
@@ -66,11 +71,12 @@ def plan_layers(hf: PreTrainedConfig, liger: LigerConfig) -> tuple[LayerPlan, ..
     return tuple(plans)
 
 
-def _recurrent(liger: LigerConfig, name: str) -> tuple[dict[str, Any], bool]:
-    """Options of every layer of this name, and whether these layers have features to fit."""
+def _recurrent(liger: LigerConfig, name: str) -> tuple[dict[str, Any], bool, bool]:
+    """Options of every layer of this name, and whether these layers have features and weights to fit."""
     options = liger.options(name)
     chosen = Choices(**{field: options.pop(field) for field in Choices._fields})
-    return options | dict(gate=chosen), hasattr(FEATURE_MAPS[chosen.feature_map], "calibrate")
+    fitted = hasattr(FEATURE_MAPS[chosen.feature_map], "calibrate")
+    return options | dict(gate=chosen), fitted, liger.fit_mix and chosen.mixing == "joint"
 
 
 def build(plan: LayerPlan, old: nn.Module, hf: PreTrainedConfig) -> LinearizedAttention | LinearizedWindow:
@@ -103,17 +109,34 @@ def converted(
     Weights that do not lie in memory are there until the next layer is asked for. ValueError for a calibration that is
     not token ids of the model.
     """
-    plans, decoder = tuple(plans), Decoder(model)
-    moments, needs = _measured(model, plans, calibration, tokenizer)
+    plans = tuple(plans)
+    measured = _measured(model, plans, calibration, tokenizer)
     for plan in plans:
-        old = decoder.attention(plan.index)
-        with _at_hand(old):
-            new = build(plan, old, model.config)
-            if plan.fitted and isinstance(new, LinearizedAttention):
-                fit(new, moments[plan.index], decoder.rotation(plan.index))
-            if isinstance(new, LinearizedAttention) and new.score is not None:
-                new.score.calibrate(*needs[plan.index])
-            yield plan.index, new
+        with _at_hand(Decoder(model).attention(plan.index)):
+            yield plan.index, _made(model, plan, measured)
+
+
+class Measured(NamedTuple):
+    """By layer, what features, scores and weights of the recurrence are fitted to; the last as they are to be."""
+
+    moments: Mapping[int, Moments]
+    needs: Mapping[int, Need]
+    mixes: Mapping[int, torch.Tensor]
+
+
+def _made(model: PreTrainedModel, plan: LayerPlan, measured: Measured) -> LinearizedAttention | LinearizedWindow:
+    """The new attention of a layer, whose old one is at hand, built and fitted as far as it was measured."""
+    decoder = Decoder(model)
+    new = build(plan, decoder.attention(plan.index), model.config)
+    if isinstance(new, LinearizedAttention):
+        if plan.fitted:
+            fit(new, measured.moments[plan.index], decoder.rotation(plan.index))
+        if new.score is not None:
+            new.score.calibrate(*measured.needs[plan.index])
+        if plan.index in measured.mixes:
+            with torch.no_grad():
+                new.mix.weight.copy_(measured.mixes[plan.index])
+    return new
 
 
 def _measured(
@@ -121,25 +144,37 @@ def _measured(
     plans: Sequence[LayerPlan],
     calibration: torch.Tensor | None,
     tokenizer: PreTrainedTokenizerBase | None,
-) -> tuple[dict[int, Moments], dict[int, Need]]:
-    """By layer, what features and scores are fitted to, on a calibration or else on text that the model draws."""
+) -> Measured:
+    """By layer, what is fitted to a calibration or else to text that the model draws."""
     if calibration is not None:
         check_calibration(calibration, model.config.vocab_size)
     fitted = [plan.index for plan in plans if plan.fitted]
     recalling = {plan.index: plan.options["window"] for plan in plans if plan.recalls}
-    if not fitted and not recalling:
-        return {}, {}
+    mixed = [plan for plan in plans if plan.mixed]
+    if not fitted and not recalling and not mixed:
+        return Measured({}, {}, {})
     with looked_at(model):
+        asked = recalling or mixed
         # Scores have more to be fitted.
-        ids = draw_text(model, batch=16 if recalling else 8) if calibration is None else calibration
-        moments = measure(model, ids, fitted) if fitted else {}
-        if not recalling:
-            return moments, {}
+        ids = draw_text(model, batch=16 if asked else 8) if calibration is None else calibration
+        measured = Measured(measure(model, ids, fitted) if fitted else {}, {}, {})
+        if not asked:
+            return measured
         tokenizer = tokenizer or find_tokenizer(model)
         if tokenizer is None:
-            _log.warning("recall: no tokenizer given or found; its scores, fitted to text said again, find fewer keys")
-        rows = asking_rows(ids, tokenizer, max(recalling.values()))
-        return moments, measure_need(model, rows, recalling)
+            _log.warning("calibration: no tokenizer given or found; what is fitted to text said again finds fewer keys")
+        rows = asking_rows(ids, tokenizer, max(plan.options["window"] for plan in plans if plan.recalls or plan.mixed))
+        if recalling:
+            measured = measured._replace(needs=measure_need(model, rows, recalling))
+        if mixed:
+            layers = {}
+            for plan in mixed:
+                with _at_hand(Decoder(model).attention(plan.index)):
+                    layers[plan.index] = cast(LinearizedAttention, _made(model, plan, measured))
+            # As many that ask for nothing, as far as there are any.
+            rows = rows[:_WEIGHED] + rows[_WEIGHED:][-_WEIGHED:]
+            measured = measured._replace(mixes=fit_mixes(model, rows, layers))
+        return measured
 
 
 @contextmanager

@@ -35,8 +35,8 @@ def _checked(path: Path | None, name: str = "text") -> Path | None:
 
 def _linearize(args) -> None:
     checkpoint.check_output(args.out, args.overwrite)
-    names = ("gate", "tau", "pool", "feature_map", "window", "sinks", "recall", "mix", "memories", "top_k", "pattern")
-    changes, keep = {name: getattr(args, name) for name in names}, args.keep
+    names = "gate", "tau", "pool", "feature_map", "window", "sinks", "recall", "mix", "fit_mix", "memories", "top_k"
+    changes, keep = {name: getattr(args, name) for name in (*names, "pattern")}, args.keep
     # Before a model is loaded, which takes longer.
     LigerConfig.from_preset(args.preset, **changes)
     if args.on_disk:

@@ -27,7 +27,8 @@ class LigerConfig:
     pool: what the gate averages the key over, a name in liger_layers.POOLINGS.
     feature_map: name in liger_layers.FEATURE_MAPS. None, here and below, is what suits the gate.
     mixing: "joint", one softmax of window and recurrence, or "sum", mix * recurrence + (1 - mix) * window.
-    mix: initial weight of the recurrence per head; learn_mix: whether fine-tuning may change it.
+    mix: initial weight of the recurrence per head; learn_mix: whether fine-tuning may change it; fit_mix: with "joint",
+    give each head the weight at which its output is nearest to the pretrained attention's, on the calibration.
     normalize: divide the recurrence by its accumulated keys ("joint" always does).
     window, sinks: tokens that keep exact softmax attention; recall: how many beyond them do, those of the highest score
     for each key/value head, with mixing="joint". keep: indices of layers that stay as they are.
@@ -44,6 +45,7 @@ class LigerConfig:
     mixing: str | None = None
     mix: float | None = None
     learn_mix: bool = True
+    fit_mix: bool = False
     normalize: bool | None = None
     pool: str | None = None
     window: int = 64
@@ -62,6 +64,10 @@ class LigerConfig:
         check_window(self.window, self.sinks)
         check_factor("tau", self.tau)
         check_flag("learn_mix", self.learn_mix)
+        check_flag("fit_mix", self.fit_mix)
+        if self.fit_mix and (self.mixing != "joint" or self.mix != self._usual["mix"]):
+            given = f"it with mixing={self.mixing!r}, mix={self.mix}"
+            fail("fit_mix", f'mixing="joint" and no other mix than {self._usual["mix"]} beside it', given)
         check_memories(self.memories, self.top_k)
         check_recall(self.recall, chosen)
         check_weight("router_aux_loss_coef", self.router_aux_loss_coef)
@@ -123,7 +129,7 @@ class LigerConfig:
     def options(self, name: str) -> dict[str, Any]:
         """What a layer is told, settled, that the pattern calls "liger" or "memories", with a gate or not."""
         told = self.to_dict()
-        for other in ("keep", "pattern", "router_aux_loss_coef"):
+        for other in ("keep", "pattern", "router_aux_loss_coef", "fit_mix"):
             told.pop(other)
         kind, gate = split(name)
         if kind != "memories":

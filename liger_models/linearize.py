@@ -41,10 +41,11 @@ def linearize(
         keep: indices of layers that stay full attention (negative ones count from the end). Layers that slide by
             themselves keep just their window, if others do not slide or if it is not wider than `window`.
         calibration: token ids to measure instead of the model's own draw.
-        tokenizer: with recall, hides facts in the calibration and asks for them; loaded by the model's name if None,
-            and where there is none, or less than 256 tokens, parts of the text are said again instead. Scores stay
-            the length of values where no row reaches beyond the window.
-        changes: fields of LigerConfig: gate, pattern, window, sinks, recall, mix, tau, feature_map, memories, ...
+        tokenizer: with recall or fit_mix, hides facts in the calibration and asks for them; loaded by the model's name
+            if None, and where there is none, or less than 256 tokens, parts of the text are said again instead. Scores
+            stay the length of values where no row reaches beyond the window.
+        changes: fields of LigerConfig: gate, pattern, window, sinks, recall, mix, fit_mix, tau, feature_map, memories,
+            ...
 
     Quantized weights that are tensors of a type of their own (bitsandbytes, torchao) stay as they are; there are no
     memories then. Whatever stops the conversion, an interrupt too, leaves the model as it was.

@@ -78,7 +78,7 @@ def linearize_on_disk(
     config = resolved(skeleton, config, preset, keep, changes)
     plans = plan_layers(skeleton.config, config)
     tokenizer = None
-    if any(plan.fitted or plan.recalls for plan in plans):
+    if any(plan.fitted or plan.recalls or plan.mixed for plan in plans):
         tokenizer = _tokenizer(source, needed=calibration is None)
     if calibration is None and tokenizer is not None:
         calibration = _standard_rows(tokenizer)

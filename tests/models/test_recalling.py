@@ -123,9 +123,9 @@ def test_scores_are_fitted_behind_wide_windows_and_stay_where_nothing_is_asked()
 
 def test_the_lack_of_a_tokenizer_is_said(caplog):
     linearize(tiny(num_hidden_layers=1), calibration=ids(1, 300), tokenizer=tiny_tokenizer(), **SIZES)
-    assert "recall: no tokenizer" not in caplog.text
+    assert "calibration: no tokenizer" not in caplog.text
     linearize(tiny(num_hidden_layers=1), calibration=ids(1, 300), **SIZES)
-    assert "recall: no tokenizer" in caplog.text
+    assert "calibration: no tokenizer" in caplog.text
 
 
 @pytest.mark.parametrize("name", NAMES)
