@@ -12,8 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from liger_layers import LigerAttention, LigerState
-from liger_layers._full import full_attention
-from liger_layers.rotary import rotate
+from liger_layers.calls import with_window
 from liger_models._calibration import look_into
 
 # The weights tried, 1/16 to 4. None of them is 0, from which features would learn nothing.
@@ -69,11 +68,10 @@ def fit_mixes(
     def look(index, q, k, v, tables):
         layer, device = layers[index], layers[index].mix.weight.device
         q, k, v = (x.to(device, torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
-        near = q, k
-        if tables is not None:
-            tables = tuple(x.to(q) for x in tables)
-            near = rotate(q, *tables), rotate(k, *tables)
-        wanted = full_attention(*near, v, None, None, layer.window.scale, layer.window.softcap)[0]
+        tables = None if tables is None else tuple(x.to(q) for x in tables)
+        # Under a window over the whole row it is the pretrained attention.
+        with with_window([layer], max(layer.window.size, q.shape[1])):
+            (wanted,) = outputs(layer, (0.0,), q, k, v, tables)
         none, one, probe = outputs(layer, (0.0, 1.0, PROBE), q, k, v, tables)
         sums[index] += distances(none, one, probe, wanted, WEIGHTS.to(device)).cpu()
 
