@@ -113,7 +113,7 @@ class _Deadline(TrainerCallback):
 def run(row: Row, args: argparse.Namespace, end: float | None) -> dict[str, Any]:
     """What one configuration gives, as its file says."""
     training, held_out = texts(args)
-    kept = args.keep and args.keep / row_name(row)
+    kept = args.keep and args.keep / f"{row_name(row)}-{args.tokens}"
     if kept and (kept / _ABOUT).exists():
         found = json.loads((kept / _ABOUT).read_text(encoding="utf-8"))
         model, tokenizer = checkpoint.load(kept, getattr(torch, args.dtype))
@@ -254,7 +254,7 @@ _NEEDLES = ("passkey", "multikey", "multivalue")
 
 def report(out: Path) -> str:
     """A table of all that lies in a folder, a row a file, and beside it a picture, report.png."""
-    rows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*-*.json"))]
+    rows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*-[0-9]*.json"))]
     if not rows:
         raise ValueError(f"out: expected results in {out}, got none")
     rows = [also for row in rows for also in (row, *_recalling(row))]

@@ -14,7 +14,7 @@ from liger_layers import LigerAttention, Mix, calls
 from liger_models.generation import base_of
 from liger_models.modeling import LigerMixin
 from liger_models.teacher import linearized_layers
-from liger_ops.errors import check_known
+from liger_ops.errors import check_known, fail
 
 
 @contextmanager
@@ -46,9 +46,13 @@ def without_recall(model: nn.Module):
 def with_recall(model: nn.Module, recall: int):
     """Let every layer that recalls keep another number of exact tokens for a while, by the same scores.
 
-    Caches that were filled before are refused inside, and those filled inside afterwards.
+    Caches that were filled before are refused inside, and those filled inside afterwards. ValueError where no layer
+    recalls and a number above 0 is asked for.
     """
-    with calls.with_recall(_recalling(model), recall):
+    layers = [m for m in model.modules() if isinstance(m, LigerAttention) and m.score is not None]
+    if recall and not layers:
+        fail("model", "layers that recall", "none")
+    with calls.with_recall(layers, recall):
         yield
 
 

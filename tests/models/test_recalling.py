@@ -170,6 +170,8 @@ def test_more_or_fewer_tokens_are_recalled_by_the_same_scores():
         assert (got - model(x).logits).abs().max() > 1e-3
     with pytest.raises(ValueError, match=r"^recall: expected an integer >= 0, got -1$"):
         with_recall(model, -1).__enter__()
+    with pytest.raises(ValueError, match=r"^model: expected layers that recall, got none$"):
+        with_recall(tiny(), 3).__enter__()
     plain = LigerAttention(16, 2, window=6)
     with pytest.raises(ValueError, match=r"^layers: expected layers that score tokens, got one without recall$"):
         calls.with_recall([plain], 3).__enter__()
