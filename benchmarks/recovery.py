@@ -28,6 +28,7 @@ from liger_layers import RECURRENCES
 from liger_models import LigerConfig, Recipe, checkpoint, finetune, linearize, measure_variants, select_layers
 from liger_models.data import read
 from liger_models.demo import bundled_model
+from liger_models.recipe import RECIPES
 from liger_models.tasks import SIX_TASKS
 from liger_models.text import standard_text
 from liger_models.variants import distinct_variants, with_recall
@@ -51,10 +52,15 @@ class Row(NamedTuple):
     also: tuple[int, ...] = ()
 
 
-# What the whole recipe has, of which one is left out at a time.
-_WHOLE = dict(objective="kl", window_dropout=0.5, retrieval=0.25, learning_rate=5e-4)
+# The published recipe, in rows and batches of the size that all have here.
+_OF_IT = "rank", "alpha", "targets", "learning_rate", "warmup", "features"
+_PUBLISHED = {name: getattr(RECIPES["paper"], name) for name in _OF_IT}
+# How the whole recipe starts, and what it has, of which one is left out at a time.
+_START = dict(recall=64, fit_mix=True)
+_WHOLE = dict(objective="kl", window_dropout=0.5, recall_dropout=0.5, retrieval=0.25, learning_rate=5e-4)
 _LEFT_OUT = {
     "no-window-dropout": {**_WHOLE, "window_dropout": 0.0},
+    "no-recall-dropout": {**_WHOLE, "recall_dropout": 0.0},
     "no-kl": {**_WHOLE, "objective": "next"},
     "no-retrieval": {**_WHOLE, "retrieval": 0.0},
     "no-features": {**_WHOLE, "features": False},
@@ -65,7 +71,7 @@ _GATES = tuple(name for name, entry in RECURRENCES.items() if entry.gate is not 
 ROWS: dict[str, Row] = {
     "original": Row(None),
     "default": Row({}),
-    **{name: Row(dict(preset=name)) for name in ("paper-gla", "paper-gsa", "paper-hgrn2")},
+    **{name: Row(dict(preset=name), _PUBLISHED) for name in ("paper-gla", "paper-gsa", "paper-hgrn2")},
     # Softmax over the window and the sinks, and nothing else.
     "window": Row(dict(pattern="W")),
     **{f"gate-{name}": Row(dict(gate=name)) for name in _GATES},
@@ -77,10 +83,11 @@ ROWS: dict[str, Row] = {
     "selected": Row({}, select=4),
     "selected-recall-64": Row(dict(recall=64), select=4),
     "mom": Row(dict(memories=4)),
-    "whole": Row(dict(recall=64), _WHOLE, also=(0, 128, 256)),
-    "whole-selected": Row(dict(recall=64), _WHOLE, select=4),
-    "whole-no-recall": Row({}, _WHOLE),
-    **{f"whole-{name}": Row(dict(recall=64), recipe, also=(0, 128)) for name, recipe in _LEFT_OUT.items()},
+    "whole": Row(_START, _WHOLE, also=(0, 128, 256)),
+    "whole-selected": Row(_START, _WHOLE, select=4),
+    "whole-no-recall": Row(dict(fit_mix=True), _LEFT_OUT["no-recall-dropout"]),
+    "whole-no-fit-mix": Row(dict(recall=64), _WHOLE, also=(0, 128)),
+    **{f"whole-{name}": Row(_START, recipe, also=(0, 128)) for name, recipe in _LEFT_OUT.items()},
     "original-whole": Row(None, dict(retrieval=0.25, learning_rate=5e-4)),
 }
 

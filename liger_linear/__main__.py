@@ -97,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         "as it was before predicts, what its layers put out (default: next)",
     )
     p.add_argument("--window-dropout", type=float, metavar="P", help="share of batches under a shorter window")
+    p.add_argument("--recall-dropout", type=float, metavar="P", help="share of batches that recall fewer tokens")
     p.add_argument("--retrieval", type=float, metavar="P", help="share of rows that ask for what was hidden in them")
     p.add_argument(
         "--freeze-kept", action="store_true", help="leave queries and keys of layers that stayed full attention"

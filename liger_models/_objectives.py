@@ -164,11 +164,12 @@ class Objective:
             fail("teacher", "an objective with kl or match in it", f"{'+'.join(self.weights)} alone")
         elif teacher.config.vocab_size != student.config.vocab_size:
             fail("teacher", f"a vocabulary of {student.config.vocab_size}", teacher.config.vocab_size)
-        if "match" not in self.weights:
-            return
-        if not isinstance(student, LigerMixin) or not linearized_layers(student):
+        nothing = not isinstance(student, LigerMixin) or not linearized_layers(student)
+        if nothing and "match" in self.weights:
             fail("objective", "linearized layers to match", f"none in a {type(student).__name__}")
-        if teacher is not None:
+        if nothing and teacher is None and "kl" in self.weights:
+            fail("teacher", "another model, where no layer was linearized", "the model itself")
+        if teacher is not None and "match" in self.weights:
             _check_layers(teacher, student)
 
     def check_rows(self, student: PreTrainedModel, rows: Rows) -> None:

@@ -8,7 +8,7 @@ import random
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from liger_layers import LigerAttention, routing_modules
-from liger_layers.calls import with_window
+from liger_layers.calls import with_recall, with_window
 from liger_models import checkpoint
 from liger_models._decoder import Decoder
 from liger_models._objectives import Objective
@@ -61,35 +61,47 @@ class Interrupt(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-class WindowDropout:
-    """A shorter window for a share of batches, which a seed and a batch's place decide about, and nothing else."""
+class ExactDropout:
+    """Fewer exact tokens for shares of batches, which a seed and a batch's place decide about, and nothing else."""
 
-    def __init__(self, model: PreTrainedModel, share: float, seed: int):
-        self.share, self.seed = share, seed
+    def __init__(self, model: PreTrainedModel, recipe: Recipe, seed: int):
+        self.window_share, self.recall_share, self.seed = recipe.window_dropout, recipe.recall_dropout, seed
         self.layers = [module for module in model.modules() if isinstance(module, LigerAttention)]
+        self.recalling = [layer for layer in self.layers if layer.recall]
         self.window = min((layer.window.size for layer in self.layers), default=0)
-        if share and self.window < 2:
+        self.recall = min((layer.recall for layer in self.recalling), default=0)
+        if self.window_share and self.window < 2:
             given = "none in " + type(model).__name__ if not self.layers else f"a window of {self.window}"
             fail("window_dropout", "layers with a recurrence and a window of at least 2", given)
+        if self.recall_share and not self.recall:
+            fail("recall_dropout", "layers that recall", "none in " + type(model).__name__)
 
-    def size(self, step: int, batch: int) -> int | None:
-        """The window of a batch of a step; None leaves it as it is."""
+    def sizes(self, step: int, batch: int) -> tuple[int | None, int | None]:
+        """The window and the recall of a batch of a step; None leaves either as it is."""
         draw = random.Random(f"{self.seed} {step} {batch}")
-        return draw.randint(1, self.window - 1) if draw.random() < self.share else None
+        window, shorter = draw.randint(1, max(1, self.window - 1)), draw.random() < self.window_share
+        recall, fewer = draw.randint(0, max(0, self.recall - 1)), draw.random() < self.recall_share
+        return window if shorter else None, recall if fewer else None
 
-    def __call__(self, step: int, batch: int):
-        """A context in which the layers have that window."""
-        size = self.size(step, batch) if self.share else None
-        return nullcontext() if size is None else with_window(self.layers, size)
+    @contextmanager
+    def __call__(self, step: int, batch: int) -> Iterator[None]:
+        """A context in which the layers have that window and that recall."""
+        window, recall = self.sizes(step, batch)
+        with ExitStack() as stack:
+            if window is not None:
+                stack.enter_context(with_window(self.layers, window))
+            if recall is not None:
+                stack.enter_context(with_recall(self.recalling, recall))
+            yield
 
 
 class LigerTrainer(Trainer):
-    """The Trainer on an Objective, under a window that may be shorter for a batch.
+    """The Trainer on an Objective, with fewer exact tokens for some batches.
 
     Evaluates as `perplexity` does: every token with a label counts alike, and routers do not count.
     """
 
-    def __init__(self, *, objective: Objective, dropout: WindowDropout, **options: Any):
+    def __init__(self, *, objective: Objective, dropout: ExactDropout, **options: Any):
         super().__init__(**options)
         self.objective, self.dropout = objective, dropout
         # The last batch: its step, and its place in it.
@@ -155,7 +167,7 @@ def adapted(model: PreTrainedModel, recipe: Recipe) -> tuple[PeftModel, bool]:
         r=recipe.rank,
         lora_alpha=recipe.alpha,
         target_modules=[x for x in targets if x in parts],
-        exclude_modules=_frozen(model) if recipe.freeze_kept else None,
+        exclude_modules=frozen(model) if recipe.freeze_kept else None,
         modules_to_save=[*whole, *routed] or None,
         task_type="CAUSAL_LM",
     )
@@ -174,7 +186,7 @@ def _learns(named: list[tuple[str, nn.Module]], part: str) -> bool:
     return any(parameter.requires_grad for module in found for parameter in module.parameters())
 
 
-def _frozen(model: PreTrainedModel) -> list[str]:
+def frozen(model: PreTrainedModel) -> list[str]:
     """The projections to queries and keys of layers that stayed as they were."""
     kept = model.config.liger["keep"] if isinstance(model, LigerMixin) else ()
     if not kept:

@@ -16,7 +16,7 @@ from liger_models.data import read
 from liger_models.drawing import draw
 from liger_models.evaluation import evaluate
 from liger_models.figures import measure_variants
-from liger_models.finetune import finetune
+from liger_models.finetune import checked_objective, finetune
 from liger_models.generation import generate
 from liger_models.linearize import linearize
 from liger_models.on_disk import linearize_on_disk
@@ -64,13 +64,16 @@ def _finetune(args) -> None:
     if args.data_free is not None:
         check_positive("data-free", args.data_free)
     text, held_out = _checked(args.text) or standard_text()[0], _checked(args.eval_text, "eval_text")
-    names = ("steps", "length", "batch", "learning_rate", "objective", "window_dropout", "retrieval")
+    names = "steps", "length", "batch", "learning_rate", "objective"
+    names += "window_dropout", "recall_dropout", "retrieval"
     changes: dict[str, Any] = {name: getattr(args, name) for name in names}
     changes["freeze_kept"] = args.freeze_kept or None
     # Before a model is loaded, which takes longer.
     recipe = recipe_of(args.recipe, changes)
     model, tokenizer = checkpoint.load(args.model, args.dtype)
     if args.data_free is not None:
+        # Before the model writes, which takes longer still.
+        checked_objective(model, recipe)
         text = args.out.with_name(args.out.name + ".drawn.jsonl")
         draw(model, tokenizer, args.data_free, out=text, length=recipe.length)
     changes |= dict(eval_text=held_out, eval_steps=args.eval_steps, report_to=args.report_to, merge=not args.no_merge)

@@ -113,6 +113,8 @@ class LigerConfig:
                 fail("memories", "0 with a pattern that has no place for them", self.memories)
         if self.recall and not _recur(names):
             fail("recall", "0 with a pattern in which no layer recurs", self.recall)
+        if self.fit_mix and not self._share(names):
+            fail("fit_mix", "False with a pattern in which no recurrence shares the softmax", self.fit_mix)
         for index in self.keep:
             names[index] = "full"
         mixed = None in own and not self.pattern
@@ -124,7 +126,8 @@ class LigerConfig:
         keep = tuple(i for i, name in enumerate(names) if name == "full")
         # None where layers that stay have taken every place: a saved model resolves what is written here once more.
         memories, recall = (self.memories or 4) if _remember(names) else 0, self.recall if _recur(names) else 0
-        return self._placed(keep=keep, pattern=tuple(names), memories=memories, recall=recall)
+        places = dict(keep=keep, pattern=tuple(names), memories=memories, recall=recall)
+        return self._placed(**places, fit_mix=self.fit_mix and self._share(names))
 
     def options(self, name: str) -> dict[str, Any]:
         """What a layer is told, settled, that the pattern calls "liger" or "memories", with a gate or not."""
@@ -147,8 +150,12 @@ class LigerConfig:
         """What suits the gate by itself."""
         return settle(self.gate)._asdict()
 
+    def _share(self, names: Sequence[str]) -> bool:
+        """Whether there is a layer whose recurrence shares the softmax of its window."""
+        return any(self.options(name)["mixing"] == "joint" for name in set(names) if _recur([name]))
+
     def _placed(self, **places: Any) -> LigerConfig:
-        """A copy with other `keep`, `pattern`, `memories` and `recall`, whose choices are settled already."""
+        """A copy with other places for layers and what stands in them, whose choices are settled already."""
         after = copy.copy(self)
         for name, value in places.items():
             object.__setattr__(after, name, value)

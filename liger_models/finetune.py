@@ -19,11 +19,12 @@ from liger_models import checkpoint
 from liger_models._hidden import with_hidden
 from liger_models._objectives import Objective
 from liger_models._training import (
+    ExactDropout,
     Interrupt,
     LigerTrainer,
-    WindowDropout,
     activation_checkpointing,
     adapted,
+    frozen,
     without_adapters,
 )
 from liger_models.data import Rows, collate, to_rows
@@ -88,13 +89,14 @@ def finetune(
         eval_steps: measure them also every so many steps.
         checkpoints: folder for the checkpoint that Ctrl-C leaves; None leaves none.
         resume: continue from the last checkpoint in that folder, under the same settings and on the same text.
-        seed: of the order of rows, the adapters, shorter windows and what is hidden in rows.
+        seed: of the order of rows, the adapters, which exact tokens are dropped and what is hidden in rows.
         merge: False returns the peft model with its adapters, which is all that its save_pretrained then writes.
         teacher: the model that an objective with "kl" or "match" learns from; None is the pretrained model that this
             one was linearized from, on the same weights (see `as_original`).
         report_to: where the Trainer reports to, such as "tensorboard".
         callbacks: further callbacks of the Trainer; state.log_history holds the losses.
-        changes: fields of Recipe: steps, length, batch, learning_rate, rank, objective, window_dropout, retrieval, ...
+        changes: fields of Recipe: steps, length, batch, learning_rate, rank, objective, window_dropout, recall_dropout,
+            retrieval, ...
 
     Raises:
         ValueError: no model of transformers, or one in adapters; unknown recipe, objective or field, a field out of
@@ -107,14 +109,23 @@ def finetune(
     recipe = recipe_of(recipe, changes)
     _check_eval(eval_text, eval_steps)
     reports = _reports(report_to, checkpoints)
-    objective = Objective(cast(dict[str, float], recipe.objective), teacher)
-    objective.check(model)
+    objective = checked_objective(model, recipe, teacher)
     rows = with_hidden(tokenizer, to_rows(tokenizer, text, recipe.length), recipe.retrieval, recipe.length, seed)
     objective.check_rows(model, rows)
     held_out = None if eval_text is None else to_rows(tokenizer, eval_text, recipe.length, "eval_text")
     pad = next((cast(int, x) for x in (tokenizer.pad_token_id, tokenizer.eos_token_id) if x is not None), 0)
     job = _Job(rows, held_out, pad, recipe, objective, seed, merge, eval_steps, reports, tuple(callbacks))
     return _run(model, job, checkpoints, resume)
+
+
+def checked_objective(model: PreTrainedModel, recipe: Recipe, teacher: PreTrainedModel | None = None) -> Objective:
+    """What a recipe learns from; ValueError unless the model has all that the recipe asks of it."""
+    objective = Objective(cast(dict[str, float], recipe.objective), teacher)
+    objective.check(model)
+    ExactDropout(model, recipe, seed=0)
+    if recipe.freeze_kept:
+        frozen(model)
+    return objective
 
 
 def _check_eval(text: Any, steps: int | None) -> None:
@@ -208,7 +219,7 @@ def _train(model: PreTrainedModel, job: _Job, folder: Path, last: str | None) ->
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     arguments, interrupt = job.arguments(folder), Interrupt()
     torch.manual_seed(job.seed)
-    dropout = WindowDropout(model, job.recipe.window_dropout, job.seed)
+    dropout = ExactDropout(model, job.recipe, job.seed)
     peft, routed = adapted(model, job.recipe)
     done, told = False, vars(model.config).get("output_router_logits")
     try:

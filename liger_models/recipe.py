@@ -31,6 +31,8 @@ class Recipe:
 
     window_dropout: share of batches, from 0 to 1, that are run with a shorter window, drawn from 1 to one less than the
     window, so that the recurrence has to carry what the window no longer shows (arXiv 2510.05901).
+    recall_dropout: share of batches, from 0 to 1, in which layers recall fewer tokens, drawn from 0 to one less than
+    they do otherwise, for the same end.
     retrieval: share of rows, from 0 to 1, that are replaced by ones that ask for what was hidden in the text before.
     """
 
@@ -48,6 +50,7 @@ class Recipe:
     gradient_checkpointing: bool = False
     objective: str | Mapping[str, float] = "next"
     window_dropout: float = 0.0
+    recall_dropout: float = 0.0
     retrieval: float = 0.0
     freeze_kept: bool = False
 
@@ -59,7 +62,7 @@ class Recipe:
         for name in ("learning_rate", "epochs"):
             if not 0 < getattr(self, name) < math.inf:
                 fail(name, "a number > 0", repr(getattr(self, name)))
-        for name in ("window_dropout", "retrieval"):
+        for name in ("window_dropout", "recall_dropout", "retrieval"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
                 fail(name, "a share from 0 to 1", repr(value))

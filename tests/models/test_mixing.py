@@ -101,3 +101,13 @@ def test_what_cannot_be_fitted_is_refused(options):
         LigerConfig.from_preset(**({"fit_mix": True} | options))
     gates = LigerConfig(fit_mix=True, pattern=("liger", "liger:deltanet"))
     assert gates.mixing == "joint" and gates.options("liger:deltanet")["mixing"] == "sum"
+
+
+def test_a_pattern_without_a_shared_softmax_has_nothing_to_fit():
+    for pattern in ("W", "WF", ["liger:deltanet"]):
+        with pytest.raises(ValueError, match=r"^fit_mix: expected False with a pattern in which no recurrence shares"):
+            linearize(tiny(), pattern=pattern, fit_mix=True)
+    # Layers that stay may take every place.
+    model = linearize(tiny(), keep=range(3), fit_mix=True)
+    assert model.config.liger["fit_mix"] is False
+    assert LigerConfig.from_saved(model.config.liger).resolve([None] * 3).fit_mix is False

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from liger_models import Recipe, as_original, finetune
 from liger_models._hidden import KINDS, with_hidden
 from liger_models._objectives import Objective, divergence
-from liger_models._training import Interrupt, LigerTrainer, WindowDropout, adapted
+from liger_models._training import ExactDropout, Interrupt, LigerTrainer, adapted
 from liger_models.data import IGNORED, Rows, to_rows
 from liger_models.recipe import read_objective
 from tests.models.tiny import TEXT, linearize_tiny, tiny, tiny_tokenizer
@@ -172,35 +172,48 @@ def test_checkpointed_activations_see_the_window_of_their_batch():
     assert (found[0] - found[1]).abs().max() <= 1e-5
 
 
-def test_shorter_windows_come_as_often_as_asked_and_depend_on_the_place_alone(monkeypatch):
-    model, seen = converted(), []
-    drop = WindowDropout(model, 0.5, 7)
-    sizes = [drop.size(step, batch) for step in range(200) for batch in range(2)]
-    assert sizes == [WindowDropout(model, 0.5, 7).size(i // 2, i % 2) for i in range(400)]
-    assert sizes != [WindowDropout(model, 0.5, 8).size(i // 2, i % 2) for i in range(400)]
-    assert 160 < sum(x is not None for x in sizes) < 240 and {x for x in sizes if x} == set(range(1, 8))
+def test_exact_tokens_are_dropped_as_often_as_asked_and_by_the_place_alone(monkeypatch):
+    model, seen = converted(recall=6), []
+    recipe = Recipe(window_dropout=0.5, recall_dropout=0.5)
+    places = [(step, batch) for step in range(200) for batch in range(2)]
+    drop = ExactDropout(model, recipe, 7)
+    sizes = [drop.sizes(*place) for place in places]
+    assert sizes == [ExactDropout(model, recipe, 7).sizes(*place) for place in places]
+    assert sizes != [ExactDropout(model, recipe, 8).sizes(*place) for place in places]
+    windows, recalls = zip(*sizes, strict=True)
+    for drawn, possible in ((windows, range(1, 8)), (recalls, range(6))):
+        assert 160 < sum(x is not None for x in drawn) < 240
+        assert {x for x in drawn if x is not None} == set(possible)
+    assert 70 < sum(a is not None and b is not None for a, b in sizes) < 130
+    # One share says nothing of what the other draws.
+    alone = ExactDropout(model, Recipe(window_dropout=0.5), 7)
+    assert [alone.sizes(*place) for place in places] == [(window, None) for window in windows]
     plain = LigerTrainer.compute_loss
 
     def look(self, *args, **kwargs):
-        seen.append(self.dropout.layers[0].window.size)
+        layer = self.dropout.layers[0]
+        seen.append((layer.window.size, layer.recall))
         return plain(self, *args, **kwargs)
 
     monkeypatch.setattr(LigerTrainer, "compute_loss", look)
-    tuned = finetune(model, tiny_tokenizer(), TEXT, window_dropout=0.5, accumulate=2, seed=7, **QUICK)
-    assert seen == [x or 8 for x in sizes[:8]]
-    assert tuned.model.layers[0].self_attn.window.size == 8
+    options = dict(window_dropout=0.5, recall_dropout=0.5, accumulate=2, seed=7)
+    tuned = finetune(model, tiny_tokenizer(), TEXT, **options, **QUICK)
+    assert seen == [(window or 8, 6 if recall is None else recall) for window, recall in sizes[:8]]
+    layer = tuned.model.layers[0].self_attn
+    assert (layer.window.size, layer.recall) == (8, 6)
 
 
 def test_a_run_with_everything_resumes_to_the_bit(tmp_path, monkeypatch):
-    options = dict(objective="kl=1,next=0.2,match=0.1", window_dropout=0.5, retrieval=0.4, accumulate=2, seed=3)
+    options = dict(objective="kl=1,next=0.2,match=0.1", window_dropout=0.5, recall_dropout=0.5, retrieval=0.4)
+    options |= dict(accumulate=2, seed=3)
     options |= QUICK | dict(steps=6, batch=2, length=160)
-    whole = finetune(converted(), tiny_tokenizer(), TEXT, **options)
+    whole = finetune(converted(recall=5), tiny_tokenizer(), TEXT, **options)
 
     def strike(self, args, state, control, **kwargs):
         if state.global_step == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
-    model, store = converted(), tmp_path / "checkpoints"
+    model, store = converted(recall=5), tmp_path / "checkpoints"
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     with monkeypatch.context() as patch:
         patch.setattr(Interrupt, "on_step_begin", strike)
@@ -298,6 +311,8 @@ def test_bad_input_is_named():
         (dict(objective="kl=much"), "objective: expected a weight >= 0 of kl, got 'much'"),
         (dict(objective="kl,kl=2"), "objective: expected each name once, got 'kl' twice"),
         (dict(window_dropout=1.5), "window_dropout: expected a share from 0 to 1, got 1.5"),
+        (dict(recall_dropout="much"), "recall_dropout: expected a share from 0 to 1, got 'much'"),
+        (dict(recall_dropout=0.5), "recall_dropout: expected layers that recall, got none in LigerLlamaForCausalLM"),
         (dict(retrieval=-0.1), "retrieval: expected a share from 0 to 1, got -0.1"),
         (dict(retrieval=0.5), "retrieval: expected longer rows, into which a question fits, got rows of 32 tokens"),
         (dict(accumulate=0), "accumulate: expected an integer >= 1, got 0"),
@@ -321,6 +336,7 @@ def test_bad_input_is_named():
             finetune(model, tokenizer, **{**QUICK, "text": TEXT, **arguments})
     for arguments, message in (
         (dict(objective="match"), "objective: expected linearized layers to match, got none in a LlamaForCausalLM"),
+        (dict(objective="kl"), "teacher: expected another model, where no layer was linearized, got the model itself"),
         (dict(window_dropout=0.5), "window_dropout: expected layers with a recurrence and a window of at least 2"),
     ):
         with pytest.raises(ValueError, match=message):
