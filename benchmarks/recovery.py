@@ -53,8 +53,10 @@ class Row(NamedTuple):
 
 
 # The published recipe, in rows and batches of the size that all have here.
-_OF_IT = "rank", "alpha", "targets", "learning_rate", "warmup", "features"
-_PUBLISHED = {name: getattr(RECIPES["paper"], name) for name in _OF_IT}
+_PUBLISHED = {
+    name: getattr(RECIPES["paper"], name)
+    for name in ("rank", "alpha", "targets", "learning_rate", "warmup", "features")
+}
 # How the whole recipe starts, and what it has, of which one is left out at a time.
 _START = dict(recall=64, fit_mix=True)
 _WHOLE = dict(objective="kl", window_dropout=0.5, recall_dropout=0.5, retrieval=0.25, learning_rate=5e-4)

@@ -164,7 +164,7 @@ class Objective:
             fail("teacher", "an objective with kl or match in it", f"{'+'.join(self.weights)} alone")
         elif teacher.config.vocab_size != student.config.vocab_size:
             fail("teacher", f"a vocabulary of {student.config.vocab_size}", teacher.config.vocab_size)
-        nothing = not isinstance(student, LigerMixin) or not linearized_layers(student)
+        nothing = not linearized_layers(student)
         if nothing and "match" in self.weights:
             fail("objective", "linearized layers to match", f"none in a {type(student).__name__}")
         if nothing and teacher is None and "kl" in self.weights:

@@ -101,7 +101,8 @@ def finetune(
     Raises:
         ValueError: no model of transformers, or one in adapters; unknown recipe, objective or field, a field out of
             range, text that cannot be read, is too short or teaches nothing, nothing to resume, a folder that holds
-            something else, or a teacher asked of a model whose adapters were merged.
+            something else, a teacher asked of a model whose adapters were merged, or in which nothing was
+            linearized.
         KeyboardInterrupt: after Ctrl-C, once the checkpoint is written; the model then has no adapters.
     """
     if not isinstance(model, PreTrainedModel):
