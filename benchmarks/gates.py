@@ -37,7 +37,7 @@ def main() -> None:
     original = perplexity(model, to_blocks(tokenizer, standard_text()[1], 512)[:4])
     # Every conversion draws the same text by itself; once is enough.
     text = draw_text(model)
-    rows = {gate: measure(path, gate=gate, calibration=text) for gate in with_gate()}
+    rows = {gate: measure(path, gate=gate, recall=0, calibration=text) for gate in with_gate()}
     rows |= {preset: measure(path, preset=preset) for preset in PRESETS if preset != "default"}
     result = {"torch": torch.__version__, "transformers": transformers.__version__, "original": original, "rows": rows}
     print(f"| gate | perplexity | window alone |\n|---|---|---|\n| the original | {original:.2f} | |")

@@ -31,7 +31,7 @@ def main() -> None:
         model, tokenizer = checkpoint.load(path, torch.float32)
         blocks = to_blocks(tokenizer, held_out, 512)
         if name != "original":
-            linearize(model, preset="default" if name == "linearized" else name)
+            linearize(model, preset="default" if name == "linearized" else name, tokenizer=tokenizer)
         row = result[name] = {"before": perplexity(model, blocks[:4]), "before_12": perplexity(model, blocks[:12])}
         if name == "linearized":
             with without_recurrence(model):

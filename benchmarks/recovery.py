@@ -2,7 +2,8 @@
 
 python -m benchmarks.recovery --tokens 100000 --data FOLDER            the grid, on a CPU
 python -m benchmarks.recovery --only default,recall-64 --tokens 20000  a rehearsal
-python -m benchmarks.recovery --device cuda --minutes 9 --tokens 20000000 --batch 16 --text corpus.jsonl
+python -m benchmarks.recovery --device cuda --minutes 9 --text corpus.jsonl --data FOLDER    the whole recipe
+python -m benchmarks.recovery --device cuda --only original --tokens 0 --data FOLDER         what it is held against
 python -m benchmarks.recovery --report                                 one table and one picture of what is there
 
 Each row of ROWS is linearized, fine-tuned on as many tokens (--tokens 0: not at all) and measured: all figures of the
@@ -25,7 +26,7 @@ from transformers import TrainerCallback
 
 from benchmarks.report import describe
 from liger_layers import RECURRENCES
-from liger_models import LigerConfig, Recipe, checkpoint, finetune, linearize, measure_variants, select_layers
+from liger_models import LigerConfig, Recipe, checkpoint, draw, finetune, linearize, measure_variants, select_layers
 from liger_models.data import read
 from liger_models.demo import bundled_model
 from liger_models.recipe import RECIPES
@@ -36,6 +37,13 @@ from liger_models.variants import distinct_variants, with_recall
 OUT = Path("benchmarks/results/recovery")
 # Passages to complete; each is decoded token by token.
 SQUAD = 60
+# Texts that a model writes at once.
+_DRAWN_AT_ONCE = 64
+# What is not said, by device: a grid of many rows, or one model that learns from much more.
+_USUAL: dict[str, dict[str, Any]] = {
+    "cpu": dict(tokens=100_000, batch=2, contexts=[512, 1024, 2048], only=None),
+    "cuda": dict(tokens=20_000_000, batch=16, contexts=[512, 2048, 8192], only=["whole"]),
+}
 # Beside a model that --keep has saved: what making it took.
 _ABOUT = "recovery.json"
 # What is left for measuring when --minutes ends training, as a share of them.
@@ -44,12 +52,14 @@ _MEASURING = 0.35
 
 class Row(NamedTuple):
     """liger: options of `linearize`, None for the original tuned alike. recipe: changes of `finetune`'s. select: how
-    many layers stay full attention by selection. also: tokens recalled by the same weights, measured too."""
+    many layers stay full attention by selection. also: tokens recalled by the same weights, measured too. own_text:
+    learn from what the model writes, half of it conversations."""
 
     liger: dict[str, Any] | None
     recipe: dict[str, Any] = {}  # noqa: RUF012
     select: int = 0
     also: tuple[int, ...] = ()
+    own_text: bool = False
 
 
 # The published recipe, in rows and batches of the size that all have here.
@@ -67,7 +77,7 @@ _LEFT_OUT = {
     "no-retrieval": {**_WHOLE, "retrieval": 0.0},
     "no-features": {**_WHOLE, "features": False},
 }
-_RECALLS = (32, 64, 128, 256)
+_RECALLS = (0, 32, 64, 128, 256)
 # The default's has rows of its own.
 _GATES = tuple(name for name, entry in RECURRENCES.items() if entry.gate is not None and name != LigerConfig().gate)
 ROWS: dict[str, Row] = {
@@ -76,18 +86,19 @@ ROWS: dict[str, Row] = {
     **{name: Row(dict(preset=name), _PUBLISHED) for name in ("paper-gla", "paper-gsa", "paper-hgrn2")},
     # Softmax over the window and the sinks, and nothing else.
     "window": Row(dict(pattern="W")),
-    **{f"gate-{name}": Row(dict(gate=name)) for name in _GATES},
+    **{f"gate-{name}": Row(dict(gate=name, recall=0)) for name in _GATES},
     **{f"gate-{name}-recall-64": Row(dict(gate=name, recall=64)) for name in _GATES},
     **{f"recall-{n}": Row(dict(recall=n)) for n in _RECALLS},
     # A longer window in the place of recall: a token of either takes as much of the cache.
-    **{f"window-{64 + n}": Row(dict(window=64 + n)) for n in _RECALLS},
+    **{f"window-{64 + n}": Row(dict(window=64 + n, recall=0)) for n in _RECALLS[1:]},
     **{f"recall-{n}-alone": Row(dict(recall=n, mix=0.0, learn_mix=False)) for n in (64, 128)},
-    "selected": Row({}, select=4),
+    "selected": Row(dict(recall=0), select=4),
     "selected-recall-64": Row(dict(recall=64), select=4),
-    "mom": Row(dict(memories=4)),
+    "mom": Row(dict(memories=4, recall=0)),
     "whole": Row(_START, _WHOLE, also=(0, 128, 256)),
+    "whole-own-text": Row(_START, _WHOLE, also=(0, 128), own_text=True),
     "whole-selected": Row(_START, _WHOLE, select=4),
-    "whole-no-recall": Row(dict(fit_mix=True), _LEFT_OUT["no-recall-dropout"]),
+    "whole-no-recall": Row(dict(recall=0, fit_mix=True), _LEFT_OUT["no-recall-dropout"]),
     "whole-no-fit-mix": Row(dict(recall=64), _WHOLE, also=(0, 128)),
     **{f"whole-{name}": Row(_START, recipe, also=(0, 128)) for name, recipe in _LEFT_OUT.items()},
     "original-whole": Row(None, dict(retrieval=0.25, learning_rate=5e-4)),
@@ -144,6 +155,10 @@ def made(row: Row, training: Any, args: argparse.Namespace, end: float | None) -
     """The model of a configuration, linearized and fine-tuned, its tokenizer, and what that took."""
     model, tokenizer = load(args)
     found: dict[str, Any] = {"liger": row.liger, "recipe": row.recipe, "select": row.select}
+    if row.own_text and args.tokens:
+        start, out = time.monotonic(), (args.keep or args.out) / f"drawn-{args.tokens}.jsonl"
+        draw(model, tokenizer, args.tokens, out=out, length=args.length, batch=_DRAWN_AT_ONCE)
+        training, found["drawing_s"] = out, time.monotonic() - start
     start = time.monotonic()
     if row.liger is not None:
         options = dict(row.liger)
@@ -193,8 +208,14 @@ def asked(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if args.contexts:
         yield dict(figures=_NEEDLES, contexts=args.contexts, depths=args.depths)
     if args.data:
-        for tasks, examples in ((["squad"], min(SQUAD, args.examples)), (SIX_TASKS, args.examples)):
-            yield dict(figures=["tasks"], tasks=tasks, tasks_from=args.data, examples=examples)
+        # The six come last, whose average stands for a row.
+        for tasks, examples in (
+            (["mmlu"], args.mmlu),
+            (["squad"], min(SQUAD, args.examples)),
+            (SIX_TASKS, args.examples),
+        ):
+            if examples:
+                yield dict(figures=["tasks"], tasks=tasks, tasks_from=args.data, examples=examples)
 
 
 def texts(args: argparse.Namespace) -> tuple[Any, str]:
@@ -269,7 +290,7 @@ def report(out: Path) -> str:
     rows = [also for row in rows for also in (row, *_recalling(row))]
     rows.sort(key=lambda r: (r["wanted_tokens"], list(ROWS).index(r["name"]) if r["name"] in ROWS else len(ROWS)))
     needles = sorted({k for r in rows for k in whole(r) if k.startswith(_NEEDLES)}, key=_needle)
-    titles = [title for title, *_ in _COLUMNS] + ["SQuAD", *(k.replace("_", " ") for k in needles)]
+    titles = [title for title, *_ in _COLUMNS] + ["SQuAD", "MMLU", *(k.replace("_", " ") for k in needles)]
     titles[1:1] = ["of the original's", "late tokens"]
     titles += ["loss beyond without recurrence", "without recall", "minutes"]
     lines = [f"| configuration | tokens | {' | '.join(titles)} |", "|---" * (len(titles) + 2) + "|"]
@@ -303,13 +324,13 @@ def _cells(row: dict[str, Any], rows: list[dict[str, Any]], needles: list[str]) 
     last = own["positions"][-1]["perplexity"]
     base = [r for r in rows if r["name"] == "original" and r["wanted_tokens"] == row["wanted_tokens"]]
     first[1:1] = [_said(own["perplexity"] / whole(base[0])["perplexity"] if base else None, False), _said(last, False)]
-    first.append(_said(own.get("tasks", {}).get("squad", {}).get("score"), True))
+    first += [_said(own.get("tasks", {}).get(task, {}).get("score"), True) for task in ("squad", "mmlu")]
     first += [_said(own.get(key), True) for key in needles]
     recalls = "no_recall" in others
     for name in ("no_recurrence" if recalls else "window", "no_recall"):
         other = others.get(name, {}).get("loss_beyond")
         first.append("-" if other is None else f"{other - own['loss_beyond']:+.3f}")
-    seconds = sum(row.get(key, 0.0) for key in ("linearizing_s", "training_s", "measuring_s"))
+    seconds = sum(row.get(key, 0.0) for key in ("drawing_s", "linearizing_s", "training_s", "measuring_s"))
     return [*first, f"{seconds / 60:.1f}"]
 
 
@@ -356,25 +377,29 @@ def _names(text: str) -> list[str]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--only", type=_names, metavar="NAME,...", help="only these rows, in this order")
+    parser.add_argument("--only", type=_names, metavar="NAME,...", help="these rows, in this order; on a GPU: whole")
     parser.add_argument("--list", action="store_true", help="name the rows, and what those wait for that cannot be run")
     parser.add_argument("--report", action="store_true", help="run nothing: write report.md and report.png of --out")
     parser.add_argument("--model", help="default: the bundled SmolLM2-135M-Instruct")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--minutes", type=float, help="end training early, and begin no row, when time is short")
-    parser.add_argument("--tokens", type=int, default=100_000, help="of training, each row; 0 for none")
-    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--tokens", type=int, help="of training, each row; 0 for none (100,000; on a GPU 20,000,000)")
+    parser.add_argument("--batch", type=int, help="2; on a GPU 16")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--text", type=Path, help="to train on; default: the standard library's help topics")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="JSONL files of the tasks; without it, no tasks")
     parser.add_argument("--examples", type=int, default=200, help=f"of each task (squad: {SQUAD} at most)")
     parser.add_argument("--blocks", type=int, default=12, help="held-out blocks of 512 tokens")
-    parser.add_argument("--contexts", type=_numbers, default=[512, 1024, 2048])
+    parser.add_argument("--mmlu", type=int, default=0, help="questions of MMLU, with shots of their subjects")
+    parser.add_argument("--contexts", type=_numbers, help="512,1024,2048; on a GPU 512,2048,8192")
     parser.add_argument("--depths", type=int, default=8)
     parser.add_argument("--variants", type=lambda text: text.split(","), help="default: those that differ")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="save models there, and take what is there")
     args = parser.parse_args(arguments)
+    for name, value in _USUAL[args.device].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if args.list:
         for name, row in ROWS.items():
             print(f"{name}: {waits_for(row) or 'can be run'}")

@@ -60,11 +60,11 @@ def main() -> None:
     del half
     for n in args.keep:
         start = time.perf_counter()
-        chosen = select_layers(model, TRAINING, n, tokenizer=tokenizer, calibration=text)
+        chosen = select_layers(model, TRAINING, n, tokenizer=tokenizer, calibration=text, recall=0)
         result[f"selection_{n}_s"] = time.perf_counter() - start
         for name, keep in (("selected", chosen), ("even", [int((i + 0.5) * depth / n) for i in range(n)])):
             made, _ = load()
-            linearize(made, keep=keep, calibration=text)
+            linearize(made, keep=keep, calibration=text, recall=0)
             rows[f"{name} {n}"] = {"layers": sorted(keep), **measure(made, tokenizer, [512])}
             print(name, n, rows[f"{name} {n}"], flush=True)
             if name == "selected" and n == 4 and args.steps:

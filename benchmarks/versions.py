@@ -66,7 +66,7 @@ def _models(device: torch.device) -> dict[str, Callable[[], Callable[[], Any]]]:
     torch.manual_seed(0)
     sizes = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=4, vocab_size=512, head_dim=64)
     config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
-    model = liger_models.linearize(LlamaForCausalLM(config).to(device).eval())
+    model = liger_models.linearize(LlamaForCausalLM(config).to(device).eval(), recall=0)
     ids = torch.randint(1, 512, (1, 512), device=device)
 
     def prefill() -> Callable[[], Any]:

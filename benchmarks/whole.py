@@ -1,4 +1,4 @@
-"""Whole random Llamas, linearized: padded and cached runs beside plain ones, and times in turns with the original.
+"""Whole random Llamas, linearized without recall: padded and cached runs beside plain ones, times beside originals.
 
 Shapes: B batch, T time.
 """
@@ -30,7 +30,7 @@ def llama(at: Any, **sizes: int) -> LlamaForCausalLM:
 def checks(at: Any) -> dict[str, Any]:
     """Padded rows beside the row alone, cached beside uncached, a generation, finite gradients."""
     sizes = dict(hidden_size=512, intermediate_size=512, num_attention_heads=8, num_key_value_heads=2, head_dim=64)
-    linear, row = liger_models.linearize(llama(at, **sizes)), {}
+    linear, row = liger_models.linearize(llama(at, **sizes), recall=0), {}
     ids = torch.randint(1, 512, (1, 300), device=at.device)
     with torch.no_grad():
         alone = linear(ids).logits
@@ -60,7 +60,7 @@ def in_turns(runs: dict[str, Callable[[], Any]], at: Any) -> dict[str, float]:
 
 def _models(at: Any) -> dict[str, LlamaForCausalLM]:
     ids = torch.randint(1, 512, (4, 128), device=at.device)
-    linear = liger_models.linearize(llama(at), calibration=ids)
+    linear = liger_models.linearize(llama(at), calibration=ids, recall=0)
     return dict(original=llama(at).to(torch.bfloat16), linear=linear.to(torch.bfloat16))
 
 

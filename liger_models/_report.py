@@ -113,7 +113,7 @@ def _markdown(result: dict) -> list[str]:
         "Tuning teaches the text as well, so the tuned compare with the tuned: linearized, "
         f"{whole['linearized, tuned']:.2f} against {whole['original, tuned alike']:.2f}; before tuning, "
         f"{whole['linearized']:.2f} against {whole['original']:.2f}. Window only is the linearized model before tuning "
-        "with its recurrence switched off.",
+        "with recall and recurrence switched off.",
         "",
         "## Costs",
         "",

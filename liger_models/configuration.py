@@ -16,6 +16,8 @@ from liger_ops.errors import check_factor, check_flag, check_weight, check_windo
 
 # What a pretrained layer may become.
 LAYERS = ("liger", "memories", "window", "full", "own")
+# Tokens recalled where nothing else is said: docs/recovery.md says why.
+_RECALL = 128
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class LigerConfig:
     give each head the weight at which its output is nearest to the pretrained attention's, on the calibration.
     normalize: divide the recurrence by its accumulated keys ("joint" always does).
     window, sinks: tokens that keep exact softmax attention; recall: how many beyond them do, those of the highest score
-    for each key/value head, with mixing="joint". keep: indices of layers that stay as they are.
+    for each key/value head, in layers with mixing="joint". None: 128, or as many as the model's longest text has
+    beyond window and sinks. keep: indices of layers that stay as they are.
     pattern: what the layers are, in letters of liger_layers.patterns ("LLLLLLLF"), names or names by index: "liger" as
     these options say, "full", "window", "memories", or "liger:gla"; it repeats. A gate named there takes every option
     that was given, and what suits it for those which are as `gate` has them by itself.
@@ -50,7 +53,7 @@ class LigerConfig:
     pool: str | None = None
     window: int = 64
     sinks: int = 4
-    recall: int = 0
+    recall: int | None = None
     memories: int = 0
     top_k: int = 2
     router_aux_loss_coef: float = 0.01
@@ -69,7 +72,8 @@ class LigerConfig:
             given = f"it with mixing={self.mixing!r}, mix={self.mix}"
             fail("fit_mix", f'mixing="joint" and no other mix than {self._usual["mix"]} beside it', given)
         check_memories(self.memories, self.top_k)
-        check_recall(self.recall, chosen)
+        if self.recall is not None:
+            check_recall(self.recall, None if self.pattern else chosen)
         check_weight("router_aux_loss_coef", self.router_aux_loss_coef)
         object.__setattr__(self, "keep", _indices(self.keep))
         object.__setattr__(self, "pattern", read_pattern(self.pattern, LAYERS))
@@ -86,22 +90,23 @@ class LigerConfig:
 
     @classmethod
     def from_saved(cls, saved: Mapping[str, Any]) -> LigerConfig:
-        """What `to_dict` gave, and what it gave when a gate stood in a pattern by itself."""
+        """What `to_dict` gave, and what it gave when a gate stood in a pattern by itself and nothing was recalled."""
         pattern = saved.get("pattern", ())
         if not isinstance(pattern, Mapping):
             pattern = [f"liger:{name}" if name in with_gate() else name for name in pattern]
-        return cls(**{**saved, "pattern": pattern})
+        return cls(**{"recall": 0, **saved, "pattern": pattern})
 
     def to_dict(self) -> dict[str, Any]:
         pattern = self.pattern if isinstance(self.pattern, dict) else list(self.pattern)
         return {**asdict(self), "keep": list(self.keep), "pattern": pattern}
 
-    def resolve(self, own: Sequence[int | None]) -> LigerConfig:
+    def resolve(self, own: Sequence[int | None], longest: int | None = None) -> LigerConfig:
         """The same with a name for every layer in `pattern` and the full ones in `keep`, both as deep as the model.
 
         own are the windows that layers have by themselves (None: they see everything). Those that slide among others
         which do not keep just that window, unless a pattern was given, and so do all whose window is not wider than
         `window`. Memories are in the layers that the pattern says, or else in all that recur by these options.
+        longest: tokens of the model's longest text, if it has an end.
         """
         depth = len(own)
         if bad := [i for i in self.keep if not -depth <= i < depth]:
@@ -111,10 +116,10 @@ class LigerConfig:
             names = ["memories" if name == "liger" else name for name in names]
             if not _remember(names):
                 fail("memories", "0 with a pattern that has no place for them", self.memories)
-        if self.recall and not _recur(names):
-            fail("recall", "0 with a pattern in which no layer recurs", self.recall)
-        if self.fit_mix and not self._share(names):
-            fail("fit_mix", "False with a pattern in which no recurrence shares the softmax", self.fit_mix)
+        for name, none in (("recall", 0), ("fit_mix", False)):
+            if getattr(self, name) and not self._share(names):
+                fail(name, f"{none} with a pattern in which no recurrence shares the softmax", getattr(self, name))
+        recall = self._recalled(longest)
         for index in self.keep:
             names[index] = "full"
         mixed = None in own and not self.pattern
@@ -125,9 +130,9 @@ class LigerConfig:
                 names[index] = "own"
         keep = tuple(i for i, name in enumerate(names) if name == "full")
         # None where layers that stay have taken every place: a saved model resolves what is written here once more.
-        memories, recall = (self.memories or 4) if _remember(names) else 0, self.recall if _recur(names) else 0
-        places = dict(keep=keep, pattern=tuple(names), memories=memories, recall=recall)
-        return self._placed(**places, fit_mix=self.fit_mix and self._share(names))
+        memories, share = (self.memories or 4) if _remember(names) else 0, self._share(names)
+        places = dict(keep=keep, pattern=tuple(names), memories=memories, recall=recall if share else 0)
+        return self._placed(**places, fit_mix=self.fit_mix and share)
 
     def options(self, name: str) -> dict[str, Any]:
         """What a layer is told, settled, that the pattern calls "liger" or "memories", with a gate or not."""
@@ -140,9 +145,9 @@ class LigerConfig:
         if gate is not None and gate != self.gate:
             told |= {field: None for field, value in self._usual.items() if told[field] == value}
             told["gate"] = gate
-            chosen = settle(**{field: told[field] for field in Choices._fields})
-            check_recall(self.recall, chosen)
-            told |= chosen._asdict()
+            told |= settle(**{field: told[field] for field in Choices._fields})._asdict()
+        if told["mixing"] != "joint":
+            told["recall"] = 0
         return told
 
     @functools.cached_property
@@ -153,6 +158,16 @@ class LigerConfig:
     def _share(self, names: Sequence[str]) -> bool:
         """Whether there is a layer whose recurrence shares the softmax of its window."""
         return any(self.options(name)["mixing"] == "joint" for name in set(names) if _recur([name]))
+
+    def _recalled(self, longest: int | None) -> int:
+        """How many tokens beyond window and sinks are recalled, of a text that has so many."""
+        room = None if longest is None else max(0, longest - self.window - self.sinks)
+        if self.recall is None:
+            return _RECALL if room is None else min(_RECALL, room)
+        if room is not None and self.recall > room:
+            limit = f"at most the {longest} tokens of the model's longest text, less window and sinks"
+            fail("recall", limit, self.recall)
+        return self.recall
 
     def _placed(self, **places: Any) -> LigerConfig:
         """A copy with other places for layers and what stands in them, whose choices are settled already."""
@@ -186,8 +201,6 @@ def _indices(keep: Iterable[int]) -> tuple[int, ...]:
 _PAPER = dict(feature_map="softmax", mixing="sum", mix=0.5, learn_mix=False, normalize=False, sinks=0)
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    # What answers from a text need: bench and reasons in docs/recovery.md.
-    "recall": dict(recall=128),
     "paper-gla": dict(gate="gla", tau=16.0, **_PAPER),
     "paper-gsa": dict(gate="gsa", tau=16.0, **_PAPER),
     "paper-hgrn2": dict(gate="hgrn2", tau=1.0, **_PAPER),

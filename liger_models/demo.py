@@ -20,11 +20,12 @@ from liger_models import checkpoint
 from liger_models._inputs import input_device
 from liger_models._report import write_report
 from liger_models.costs import compare, measure_costs, with_threads
-from liger_models.evaluation import perplexity_by_position, without_recurrence
+from liger_models.evaluation import perplexity_by_position
 from liger_models.finetune import finetune
 from liger_models.generation import generate
 from liger_models.linearize import linearize
 from liger_models.text import hold_out, standard_text, to_blocks
+from liger_models.variants import window_alone
 from liger_ops.errors import fail
 
 _LENGTH = 512
@@ -74,8 +75,8 @@ def run(model_name: str, text: Path | None, out: Path, steps: int, contexts: lis
     measure("original", original)
 
     say("Linearizing every attention layer of a copy")
-    linearized = linearize(copy.deepcopy(original))
-    with without_recurrence(linearized):
+    linearized = linearize(copy.deepcopy(original), tokenizer=tokenizer)
+    with window_alone(linearized):
         measure("window only", linearized)
     measure("linearized", linearized)
 

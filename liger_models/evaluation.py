@@ -16,7 +16,7 @@ from liger_models.data import IGNORED, Rows, documents, to_rows
 from liger_models.generation import base_of, evaluating
 from liger_models.modeling import LigerMixin
 from liger_models.retrieval import check_tokenizer, retrieval
-from liger_models.variants import without_recurrence
+from liger_models.variants import distinct_variants, window_alone, without_recurrence
 from liger_ops.errors import fail
 
 
@@ -98,10 +98,11 @@ def evaluate(
 
     text may be anything that `finetune` takes; of conversations and completions only what the model would say counts.
 
-    Returns perplexity and tokens, the predictions that it is of; for a linearized model also perplexity_window_only,
-    with the recurrence switched off (recalled tokens stay): the closer the two, the less the recurrence does. For each
-    context, a number of tokens of text, also passkey_N, the share of keys found that are hidden in it one at a time,
-    each at one of `depths`, and multikey_N, the same among `keys` of them. `measure_variants` measures more, side by
+    Returns perplexity and tokens, the predictions that it is of; for a linearized model also perplexity_window_only, of
+    window and sinks alone, and, where tokens are recalled, perplexity_no_recurrence, of exact tokens alone: the closer
+    to the perplexity, the less the recurrence does. For each context, a number of tokens of text, also passkey_N, the
+    share of keys found that are hidden in it one at a time, each at one of `depths`, and multikey_N, the same among
+    `keys` of them. `measure_variants` measures more, side by
     side. ValueError if the text cannot be read, or is shorter than a block or a context.
     """
     check_tokenizer(tokenizer)
@@ -118,8 +119,11 @@ def evaluate(
         losses = position_losses(model, rows, "Perplexity")
         result = {"perplexity": math.exp(losses.mean()), "tokens": losses.predictions}
         if isinstance(base_of(model), LigerMixin):
-            with without_recurrence(model):
+            with window_alone(model):
                 result["perplexity_window_only"] = perplexity(model, rows, "Perplexity, window only")
+            if "no_recurrence" in distinct_variants(model):
+                with without_recurrence(model):
+                    result["perplexity_no_recurrence"] = perplexity(model, rows, "Perplexity, no recurrence")
     return result | dict(reversed(found.items()))
 
 

@@ -32,7 +32,8 @@ def linearize(
 
     The pretrained modules stay where they are under their own names. The default preset needs no training to work:
     its recurrent features are fitted to second moments of the model's own queries and keys, measured on text that the
-    model draws from itself (a few forward passes) or on `calibration`, token ids [rows, length].
+    model draws from itself (a few forward passes) or on `calibration`, token ids [rows, length]. So is the score by
+    which 128 tokens beyond the window stay exact, to what its queries ask of tokens that far.
 
     Args:
         model: a transformers model of a supported family, or of one that `register_family` made known.
@@ -42,8 +43,8 @@ def linearize(
             themselves keep just their window, if others do not slide or if it is not wider than `window`.
         calibration: token ids to measure instead of the model's own draw.
         tokenizer: with recall or fit_mix, hides facts in the calibration and asks for them; loaded by the model's name
-            if None, and where there is none, or less than 256 tokens, parts of the text are said again instead. Scores
-            stay the length of values where no row reaches beyond the window.
+            if None, and where there is none, or less than 256 tokens, parts of the text are said again instead. Where
+            no row reaches beyond the window, the latest tokens are recalled.
         changes: fields of LigerConfig: gate, pattern, window, sinks, recall, mix, fit_mix, tau, feature_map, memories,
             ...
 
@@ -83,10 +84,8 @@ def resolved(
     if not isinstance(config, LigerConfig):
         fail("config", "a LigerConfig", repr(config))
     check_architecture(model)
-    most = getattr(model.config, "max_position_embeddings", None)
-    if config.recall and most and config.recall > most - config.window - config.sinks:
-        fail("recall", f"at most the {most} tokens of the model's longest text, less window and sinks", config.recall)
-    return config.resolve(own_windows(model.config))
+    longest = getattr(model.config, "max_position_embeddings", None) or None
+    return config.resolve(own_windows(model.config), longest)
 
 
 def linearized_config(model: PreTrainedModel, config: LigerConfig) -> PreTrainedConfig:

@@ -88,3 +88,40 @@ def test_a_pattern_saved_when_gates_stood_alone_is_read():
     saved = LigerConfig(pattern="LGF").resolve([None] * 3).to_dict()
     old = saved | dict(pattern=["liger", "gla", "full"])
     assert LigerConfig.from_saved(old) == LigerConfig.from_saved(saved)
+
+
+@pytest.mark.parametrize(
+    ("options", "longest", "wanted"),
+    [
+        ({}, None, 128),
+        ({}, 8192, 128),
+        ({}, 100, 32),
+        ({}, 40, 0),
+        (dict(window=512), 600, 84),
+        (dict(gate="gsa"), None, 0),
+        (dict(preset="paper-gla"), None, 0),
+        (dict(pattern="W"), None, 0),
+        (dict(keep=range(DEPTH)), None, 0),
+        (dict(recall=0), None, 0),
+        (dict(recall=7), 100, 7),
+    ],
+)
+def test_as_many_tokens_are_recalled_as_suit_unless_a_number_is_given(options, longest, wanted):
+    resolved = LigerConfig.from_preset(**options).resolve([None] * DEPTH, longest)
+    assert resolved.recall == wanted
+    assert LigerConfig.from_saved(resolved.to_dict()).resolve([None] * DEPTH) == resolved
+
+
+def test_layers_that_share_no_softmax_recall_nothing_beside_others_that_do(tmp_path):
+    for gate, pattern in (("gated_retention", ["liger", "liger:gsa", "full"]), ("gsa", ["liger:gla", "liger", "full"])):
+        model = linearize_tiny(tiny(), gate=gate, pattern=pattern, recall=5, window=8)
+        model.save_pretrained(tmp_path)
+        for each in (model, AutoModelForCausalLM.from_pretrained(tmp_path)):
+            recalls = [each.model.layers[i].self_attn.recall for i in (0, 1)]
+            assert recalls == [5, 0], gate
+
+
+def test_what_was_saved_before_there_was_recall_has_none():
+    saved = LigerConfig().resolve([None] * DEPTH).to_dict()
+    del saved["recall"]
+    assert LigerConfig.from_saved(saved).resolve([None] * DEPTH).recall == 0

@@ -142,7 +142,7 @@ def test_every_family_recalls_alike_in_pieces(name):
 @torch.no_grad()
 def test_branches_are_switched_off_with_a_cache_too():
     model, x = recalling(), ids(2, 40)
-    plain = linearize(tiny(), calibration=ids(4, 160), window=6, sinks=2)
+    plain = linearize(tiny(), calibration=ids(4, 160), window=6, sinks=2, recall=0)
     window = linearize(tiny(), pattern="W", window=6, sinks=2)
     for switched_off, other in ((without_recall, plain), (window_alone, window)):
         with switched_off(model):
@@ -197,9 +197,9 @@ def test_bad_input_is_one_line():
     for recall, given in ((-1, "-1"), (1.5, "1.5"), (505, "505")):
         with pytest.raises(ValueError, match=f"^recall: expected .*, got {given}$"):
             linearize(tiny(), calibration=ids(2, 60), window=6, sinks=2, recall=recall)
-    for pattern in ("W", "WF"):
-        with pytest.raises(ValueError, match=r"^recall: expected 0 with a pattern in which no layer recurs, got 5$"):
+    for pattern in ("W", "WF", ["liger:kda"]):
+        with pytest.raises(ValueError, match=r"^recall: expected 0 with a pattern in which no .* softmax, got 5$"):
             linearize(tiny(), pattern=pattern, recall=5)
     assert linearize(tiny(), keep=range(3), recall=5).config.liger["recall"] == 0
     with pytest.raises(ValueError, match=r"^recall: expected 0 with mixing='sum', as gate 'kda' has it, got 5"):
-        linearize(tiny(), calibration=ids(2, 60), pattern=["liger:kda"], recall=5)
+        linearize(tiny(), calibration=ids(2, 60), gate="kda", recall=5)

@@ -259,7 +259,7 @@ def test_a_folder_is_a_name(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(preset="best"), "preset: expected one of default, recall, paper-gla, paper-gsa, paper-hgrn2, got 'best'"),
+        (dict(preset="best"), "preset: expected one of default, paper-gla, paper-gsa, paper-hgrn2, got 'best'"),
         (dict(gate="none"), "gate: expected one of gla, gsa, hgrn2, .*, kda, got 'none'"),
         (dict(feature_map="relu"), "feature_map: expected one of softmax, kernel"),
         (dict(windows=3), "windows: unknown; expected one of"),
@@ -291,7 +291,7 @@ def test_a_folder_is_a_name(tmp_path):
         (dict(calibration=[1, 2]), "calibration: expected token ids .* got list"),
         (dict(config=LigerConfig(), window=3), "config: expected alone"),
         (dict(config={}), "config: expected a LigerConfig, got {}"),
-        (dict(preset=["default"]), "preset: expected one of default, recall, paper-gla"),
+        (dict(preset=["default"]), "preset: expected one of default, paper-gla"),
         (dict(mix=True), "mix: expected a weight >= 0, got True"),
         (
             dict(pattern={-1: "full", 2: "liger"}),

@@ -58,6 +58,10 @@ def test_variants_that_coincide_are_measured_once():
     assert len({row["perplexity"] for row in found.values()}) == 4
     assert found["window"]["perplexity"] == figures["perplexity_window_only"]
     assert found["no_recall"]["perplexity"] == figures["perplexity"]
+    assert "perplexity_no_recurrence" not in figures
+    figures = evaluate(model, tiny_tokenizer(), TEXT, length=32, max_blocks=2)
+    assert found["window"]["perplexity"] == figures["perplexity_window_only"]
+    assert found["no_recurrence"]["perplexity"] == figures["perplexity_no_recurrence"]
     assert list(measure_variants(model, tiny_tokenizer(), TEXT, variants=["window"], **options)["variants"]) == [
         "window"
     ]
