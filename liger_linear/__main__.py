@@ -10,7 +10,7 @@ from pathlib import Path
 from liger_linear import __version__
 
 # What the help lists. The tables themselves lie behind seconds of imports; a test compares them.
-PRESETS = ("default", "recall", "paper-gla", "paper-gsa", "paper-hgrn2")
+PRESETS = ("default", "paper-gla", "paper-gsa", "paper-hgrn2")
 RECIPES = ("default", "paper")
 OBJECTIVES = ("next", "kl", "match")
 POOLINGS = ("identity", "width", "heads")
@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--feature-map", choices=FEATURE_MAPS, help="features of the recurrent branch")
     p.add_argument("--window", type=int, help="tokens with exact softmax attention")
     p.add_argument("--sinks", type=int, help="first tokens that stay visible for ever")
-    p.add_argument("--recall", type=int, metavar="R", help="tokens beyond them that stay exact (default: 0)")
+    p.add_argument("--recall", type=int, metavar="R", help="tokens beyond them that stay exact (default: 128)")
     p.add_argument("--mix", type=float, help="initial weight of the recurrence; 0 leaves the window alone")
     p.add_argument(
         "--fit-mix", action="store_const", const=True, help="choose it for each head, nearest to the model's attention"
