@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import TrainerCallback
 
+from benchmarks.recovery_report import NEEDLES, report, whole
 from benchmarks.report import describe
 from liger_layers import RECURRENCES
 from liger_models import LigerConfig, Recipe, checkpoint, draw, finetune, linearize, measure_variants, select_layers
@@ -53,16 +54,21 @@ _MEASURING = 0.35
 class Row(NamedTuple):
     """liger: options of `linearize`, None for the original tuned alike. recipe: changes of `finetune`'s. select: how
     many layers stay full attention by selection. also: tokens recalled by the same weights, measured too. own_text:
-    learn from what the model writes, half of it conversations."""
+    learn from what the model writes, half of it conversations. first: changes of the recipe by which the original
+    learns from _FIRST of the tokens before it is linearized."""
 
     liger: dict[str, Any] | None
     recipe: dict[str, Any] = {}  # noqa: RUF012
     select: int = 0
     also: tuple[int, ...] = ()
     own_text: bool = False
+    first: dict[str, Any] | None = None
 
 
+# Of all tokens, those that the original learns from where it learns first.
+_FIRST = 0.68
 # The published recipe, in rows and batches of the size that all have here.
+_PAPER = ("paper-gla", "paper-gsa", "paper-hgrn2")
 _PUBLISHED = {
     name: getattr(RECIPES["paper"], name)
     for name in ("rank", "alpha", "targets", "learning_rate", "warmup", "features")
@@ -70,6 +76,8 @@ _PUBLISHED = {
 # How the whole recipe starts, and what it has, of which one is left out at a time.
 _START = dict(recall=64, fit_mix=True)
 _WHOLE = dict(objective="kl", window_dropout=0.5, recall_dropout=0.5, retrieval=0.25, learning_rate=5e-4)
+# And the original's, beside it.
+_ORIGINAL = dict(retrieval=0.25, learning_rate=5e-4)
 _LEFT_OUT = {
     "no-window-dropout": {**_WHOLE, "window_dropout": 0.0},
     "no-recall-dropout": {**_WHOLE, "recall_dropout": 0.0},
@@ -83,7 +91,7 @@ _GATES = tuple(name for name, entry in RECURRENCES.items() if entry.gate is not 
 ROWS: dict[str, Row] = {
     "original": Row(None),
     "default": Row({}),
-    **{name: Row(dict(preset=name), _PUBLISHED) for name in ("paper-gla", "paper-gsa", "paper-hgrn2")},
+    **{name: Row(dict(preset=name), _PUBLISHED) for name in _PAPER},
     # Softmax over the window and the sinks, and nothing else.
     "window": Row(dict(pattern="W")),
     **{f"gate-{name}": Row(dict(gate=name, recall=0)) for name in _GATES},
@@ -101,7 +109,9 @@ ROWS: dict[str, Row] = {
     "whole-no-recall": Row(dict(recall=0, fit_mix=True), _LEFT_OUT["no-recall-dropout"]),
     "whole-no-fit-mix": Row(dict(recall=64), _WHOLE, also=(0, 128)),
     **{f"whole-{name}": Row(_START, recipe, also=(0, 128)) for name, recipe in _LEFT_OUT.items()},
-    "original-whole": Row(None, dict(retrieval=0.25, learning_rate=5e-4)),
+    "whole-tuned-first": Row(_START, _WHOLE, also=(0, 128, 256), first=_ORIGINAL),
+    **{f"{name}-tuned-first": Row(dict(preset=name), _PUBLISHED, first=_ORIGINAL) for name in _PAPER},
+    "original-whole": Row(None, _ORIGINAL),
 }
 
 
@@ -155,10 +165,14 @@ def made(row: Row, training: Any, args: argparse.Namespace, end: float | None) -
     """The model of a configuration, linearized and fine-tuned, its tokenizer, and what that took."""
     model, tokenizer = load(args)
     found: dict[str, Any] = {"liger": row.liger, "recipe": row.recipe, "select": row.select}
-    if row.own_text and args.tokens:
-        start, out = time.monotonic(), (args.keep or args.out) / f"drawn-{args.tokens}.jsonl"
-        draw(model, tokenizer, args.tokens, out=out, length=args.length, batch=_DRAWN_AT_ONCE)
+    tokens, before = args.tokens, 0
+    if row.own_text and tokens:
+        start, out = time.monotonic(), (args.keep or args.out) / f"drawn-{tokens}.jsonl"
+        draw(model, tokenizer, tokens, out=out, length=args.length, batch=_DRAWN_AT_ONCE)
         training, found["drawing_s"] = out, time.monotonic() - start
+    if row.first is not None and tokens:
+        model, found["first"] = tuned(model, tokenizer, training, row.first, int(_FIRST * tokens), args, end)
+        before = found["first"]["tokens"]
     start = time.monotonic()
     if row.liger is not None:
         options = dict(row.liger)
@@ -167,15 +181,23 @@ def made(row: Row, training: Any, args: argparse.Namespace, end: float | None) -
             found["keep"] = sorted(options["keep"])
         linearize(model, tokenizer=tokenizer, **options)
     found["linearizing_s"] = time.monotonic() - start
-    if args.tokens:
-        recipe = Recipe(**{"batch": args.batch, "length": args.length, **row.recipe})
-        steps = max(1, args.tokens // (recipe.batch * recipe.length))
-        deadline, start = _Deadline(end), time.monotonic()
-        options = dict(steps=steps, warmup=min(recipe.warmup, steps // 2), callbacks=[deadline])
-        model = finetune(model, tokenizer, training, recipe, **options)
-        found |= {"steps": deadline.steps, "tokens": deadline.steps * recipe.batch * recipe.length}
-        found |= {"wanted_steps": steps, "training_s": time.monotonic() - start}
+    if tokens:
+        model, about = tuned(model, tokenizer, training, row.recipe, tokens - before, args, end)
+        found |= about | {"tokens": before + about["tokens"]}
     return model, tokenizer, found
+
+
+def tuned(
+    model: Any, tokenizer: Any, training: Any, changes: dict[str, Any], tokens: int, args: argparse.Namespace, end
+) -> tuple[Any, dict[str, Any]]:
+    """The model after so many tokens of a recipe, and what that took."""
+    recipe = Recipe(**{"batch": args.batch, "length": args.length, **changes})
+    steps = max(1, tokens // (recipe.batch * recipe.length))
+    deadline, start = _Deadline(end), time.monotonic()
+    options = dict(steps=steps, warmup=min(recipe.warmup, steps // 2), callbacks=[deadline])
+    model = finetune(model, tokenizer, training, recipe, **options)
+    found = {"steps": deadline.steps, "tokens": deadline.steps * recipe.batch * recipe.length}
+    return model, found | {"wanted_steps": steps, "training_s": time.monotonic() - start}
 
 
 def measure(model, tokenizer, held_out: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -206,7 +228,7 @@ def measure(model, tokenizer, held_out: str, args: argparse.Namespace) -> dict[s
 def asked(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Options of `measure_variants` for what is asked in words: needles, the six tasks, and passages to complete."""
     if args.contexts:
-        yield dict(figures=_NEEDLES, contexts=args.contexts, depths=args.depths)
+        yield dict(figures=NEEDLES, contexts=args.contexts, depths=args.depths)
     if args.data:
         # The six come last, whose average stands for a row.
         for tasks, examples in (
@@ -266,103 +288,6 @@ def run_all(args: argparse.Namespace) -> None:
             print(f"{name}: {longest:.0f} s, perplexity {whole(found)['perplexity']:.2f}", flush=True)
 
 
-def whole(found: dict[str, Any]) -> dict[str, Any]:
-    """The figures of the model as it is."""
-    return found["measured"]["variants"]["everything"]
-
-
-# Columns of the report: a title, the figure of the model as it is, and whether it is a share.
-_COLUMNS: tuple[tuple[str, str, bool], ...] = (
-    ("perplexity", "perplexity", False),
-    ("loss beyond", "loss_beyond", False),
-    ("KL", "kl", False),
-    ("tokens agreed", "agreement", True),
-    ("six tasks", "average", True),
-)
-_NEEDLES = ("passkey", "multikey", "multivalue")
-
-
-def report(out: Path) -> str:
-    """A table of all that lies in a folder, a row a file, and beside it a picture, report.png."""
-    rows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*-[0-9]*.json"))]
-    if not rows:
-        raise ValueError(f"out: expected results in {out}, got none")
-    rows = [also for row in rows for also in (row, *_recalling(row))]
-    rows.sort(key=lambda r: (r["wanted_tokens"], list(ROWS).index(r["name"]) if r["name"] in ROWS else len(ROWS)))
-    needles = sorted({k for r in rows for k in whole(r) if k.startswith(_NEEDLES)}, key=_needle)
-    titles = [title for title, *_ in _COLUMNS] + ["SQuAD", "MMLU", *(k.replace("_", " ") for k in needles)]
-    titles[1:1] = ["of the original's", "late tokens"]
-    titles += ["loss beyond without recurrence", "without recall", "minutes"]
-    lines = [f"| configuration | tokens | {' | '.join(titles)} |", "|---" * (len(titles) + 2) + "|"]
-    for row in rows:
-        cells = " | ".join(_cells(row, rows, needles))
-        lines.append(f"| {row.get('label', row['name'])} | {row.get('tokens', 0):,} | {cells} |")
-    devices = ", ".join(sorted({r["device"] for r in rows}))
-    predictions = ", ".join(sorted({f"{r['measured']['tokens']:,}" for r in rows}))
-    about = "Late tokens: the last bin of perplexity by position. "
-    about += "Loss beyond: of the predictions that have read more than the exact tokens of their own row, in nats."
-    lines += ["", f"Perplexity of {predictions} predictions, on {devices}. {about}"]
-    _picture(rows, out / "report.png")
-    return "\n".join([*lines, "", "![perplexity, and pass-keys found by length](report.png)", ""])
-
-
-def _recalling(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The same weights with other numbers of tokens recalled, as rows of their own that took no training."""
-    for recall, measured in row.get("recalling", {}).items():
-        yield row | dict(label=f"{row['name']}, recalling {recall}", measured=measured)
-
-
-def _needle(key: str) -> tuple[int, int]:
-    kind, _, length = key.rpartition("_")
-    return _NEEDLES.index(kind), int(length)
-
-
-def _cells(row: dict[str, Any], rows: list[dict[str, Any]], needles: list[str]) -> list[str]:
-    """Of one row what the table says of it, "-" where it was not measured."""
-    own, others = whole(row), row["measured"]["variants"]
-    first = [_said(own.get(key), share) for _, key, share in _COLUMNS]
-    last = own["positions"][-1]["perplexity"]
-    base = [r for r in rows if r["name"] == "original" and r["wanted_tokens"] == row["wanted_tokens"]]
-    first[1:1] = [_said(own["perplexity"] / whole(base[0])["perplexity"] if base else None, False), _said(last, False)]
-    first += [_said(own.get("tasks", {}).get(task, {}).get("score"), True) for task in ("squad", "mmlu")]
-    first += [_said(own.get(key), True) for key in needles]
-    recalls = "no_recall" in others
-    for name in ("no_recurrence" if recalls else "window", "no_recall"):
-        other = others.get(name, {}).get("loss_beyond")
-        first.append("-" if other is None else f"{other - own['loss_beyond']:+.3f}")
-    seconds = sum(row.get(key, 0.0) for key in ("drawing_s", "linearizing_s", "training_s", "measuring_s"))
-    return [*first, f"{seconds / 60:.1f}"]
-
-
-def _said(value: float | None, share: bool) -> str:
-    if value is None:
-        return "-"
-    return f"{100 * value:.1f} %" if share else f"{value:.3f}"
-
-
-def _picture(rows: list[dict[str, Any]], path: Path) -> None:
-    """Two panels: perplexity, and pass-keys found by length, a line a row."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 0.28 * len(rows) + 3.2), layout="constrained")
-    names = [f"{r.get('label', r['name'])}, {r.get('tokens', 0):,}" for r in rows]
-    left.barh(names, [whole(r)["perplexity"] for r in rows], color="#D55E00")
-    left.set(xscale="log", title="Perplexity", ylim=(len(rows) - 0.4, -0.6))
-    for name, row in zip(names, rows, strict=True):
-        lengths = sorted(int(k.partition("_")[2]) for k in whole(row) if k.startswith("passkey_"))
-        if lengths:
-            right.plot(lengths, [100 * whole(row)[f"passkey_{n}"] for n in lengths], marker="o", label=name)
-    right.set(title="Pass-keys found, %", xlabel="tokens of text", ylim=(-3, 103))
-    right.set_xscale("log", base=2)
-    if right.lines:
-        right.legend(fontsize=7, frameon=False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
 def _numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",") if part]
 
@@ -404,7 +329,7 @@ def main(arguments: list[str] | None = None) -> None:
         for name, row in ROWS.items():
             print(f"{name}: {waits_for(row) or 'can be run'}")
     elif args.report:
-        (args.out / "report.md").write_text(report(args.out), encoding="utf-8")
+        (args.out / "report.md").write_text(report(args.out, list(ROWS)), encoding="utf-8")
         print(f"Wrote {args.out / 'report.md'} and report.png")
     else:
         run_all(args)

@@ -102,6 +102,22 @@ def test_a_row_learns_from_what_the_model_writes(tmp_path, monkeypatch):
     assert found["drawing_s"] > 0 and found["tokens"] == 64 and drawn.count('"text"') > 1
 
 
+def test_a_row_may_learn_before_it_is_linearized(tmp_path, monkeypatch):
+    checkpoint.save(tiny(), tiny_tokenizer(), tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    rows = {"later": recovery.Row(dict(recall=0)), "first": recovery.Row(dict(recall=0), first=dict(rank=2))}
+    for name, row in rows.items():
+        monkeypatch.setitem(recovery.ROWS, name, row)
+    arguments = f"--only later,first --model {tmp_path}/model --text {tmp_path}/text.txt --out {tmp_path} --tokens 128"
+    arguments = f"{arguments} --batch 1 --length 32 --blocks 1 --contexts".split()
+    recovery.main([*arguments, ""])
+    later, first = (json.loads((tmp_path / f"{name}-128.json").read_text()) for name in rows)
+    assert (later["steps"], later["tokens"], first["steps"], first["tokens"]) == (4, 128, 2, 128)
+    assert (first["first"]["steps"], first["first"]["tokens"]) == (2, 64)
+    kl = [found["measured"]["variants"]["everything"]["kl"] for found in (later, first)]
+    assert kl[0] != kl[1]
+
+
 def test_a_kept_model_is_measured_at_other_recalls_and_not_trained_again(tmp_path, monkeypatch, capsys):
     checkpoint.save(tiny(), tiny_tokenizer(), tmp_path / "model")
     (tmp_path / "text.txt").write_text(TEXT)
