@@ -1,4 +1,4 @@
-"""The conversion on SmolLM2-135M: perplexity before and after training, against the original trained the same way.
+"""The conversion without recall on SmolLM2-135M: perplexity before and after training, the original trained alike.
 
 python -m benchmarks.quality --out benchmarks/results/quality-smollm2.json
 """
@@ -31,7 +31,7 @@ def main() -> None:
         model, tokenizer = checkpoint.load(path, torch.float32)
         blocks = to_blocks(tokenizer, held_out, 512)
         if name != "original":
-            linearize(model, preset="default" if name == "linearized" else name, tokenizer=tokenizer)
+            linearize(model, preset="default" if name == "linearized" else name, recall=0)
         row = result[name] = {"before": perplexity(model, blocks[:4]), "before_12": perplexity(model, blocks[:12])}
         if name == "linearized":
             with without_recurrence(model):
@@ -57,7 +57,7 @@ def main() -> None:
 def prefill(path: str, context: int = 8192, rounds: int = 3) -> dict:
     """Seconds of prefill, original and linearized in turns in one process; medians."""
     models = {name: checkpoint.load(path, torch.float32)[0] for name in ("original", "linearized")}
-    linearize(models["linearized"])
+    linearize(models["linearized"], recall=0)
     costs = measure_costs(models, [context], rounds=rounds, decode_tokens=1, threads=None)
     medians = {name: rows[0]["prefill_s"]["median"] for name, rows in costs.items()}
     return {**medians, "ratio": medians["original"] / medians["linearized"]}

@@ -85,7 +85,8 @@ _LEFT_OUT = {
     "no-retrieval": {**_WHOLE, "retrieval": 0.0},
     "no-features": {**_WHOLE, "features": False},
 }
-_RECALLS = (0, 32, 64, 128, 256)
+# The default's, 128, has a row by that name.
+_RECALLS = (0, 32, 64, 256)
 # The default's has rows of its own.
 _GATES = tuple(name for name, entry in RECURRENCES.items() if entry.gate is not None and name != LigerConfig().gate)
 ROWS: dict[str, Row] = {
@@ -98,7 +99,7 @@ ROWS: dict[str, Row] = {
     **{f"gate-{name}-recall-64": Row(dict(gate=name, recall=64)) for name in _GATES},
     **{f"recall-{n}": Row(dict(recall=n)) for n in _RECALLS},
     # A longer window in the place of recall: a token of either takes as much of the cache.
-    **{f"window-{64 + n}": Row(dict(window=64 + n, recall=0)) for n in _RECALLS[1:]},
+    **{f"window-{64 + n}": Row(dict(window=64 + n, recall=0)) for n in (32, 64, 128, 256)},
     **{f"recall-{n}-alone": Row(dict(recall=n, mix=0.0, learn_mix=False)) for n in (64, 128)},
     "selected": Row(dict(recall=0), select=4),
     "selected-recall-64": Row(dict(recall=64), select=4),
@@ -122,7 +123,8 @@ def waits_for(row: Row) -> str | None:
             LigerConfig.from_preset(**row.liger)
         if unknown := sorted(set(row.recipe) - {f.name for f in dataclasses.fields(Recipe)}):
             return f"{unknown[0]}: no such field of a recipe"
-        Recipe(**row.recipe)
+        for recipe in (row.recipe, row.first or {}):
+            Recipe(**recipe)
     except ValueError as error:
         return str(error)
     return None
@@ -171,7 +173,9 @@ def made(row: Row, training: Any, args: argparse.Namespace, end: float | None) -
         draw(model, tokenizer, tokens, out=out, length=args.length, batch=_DRAWN_AT_ONCE)
         training, found["drawing_s"] = out, time.monotonic() - start
     if row.first is not None and tokens:
-        model, found["first"] = tuned(model, tokenizer, training, row.first, int(_FIRST * tokens), args, end)
+        now = time.monotonic()
+        until = None if end is None else now + _FIRST * (end - now)
+        model, found["first"] = tuned(model, tokenizer, training, row.first, int(_FIRST * tokens), args, until)
         before = found["first"]["tokens"]
     start = time.monotonic()
     if row.liger is not None:

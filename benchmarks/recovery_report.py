@@ -75,6 +75,7 @@ def _cells(row: dict[str, Any], rows: list[dict[str, Any]], needles: list[str]) 
         other = others.get(name, {}).get("loss_beyond")
         first.append("-" if other is None else f"{other - own['loss_beyond']:+.3f}")
     seconds = sum(row.get(key, 0.0) for key in ("drawing_s", "linearizing_s", "training_s", "measuring_s"))
+    seconds += row.get("first", {}).get("training_s", 0.0)
     return [*first, f"{seconds / 60:.1f}"]
 
 

@@ -15,7 +15,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("out", type=Path)
     args = parser.parse_args(arguments)
     model, tokenizer = load(args.model)
-    linearize(model, pattern="LLLF")
+    linearize(model, tokenizer=tokenizer, pattern="LLLF")
     save(model, tokenizer, args.out)
     again, tokenizer = load(args.out)
     print(again.config.liger["pattern"])

@@ -25,7 +25,7 @@ def main() -> None:
 
     sizes: dict[str, Any] = dict(vocab_size=200, hidden_size=64, num_hidden_layers=4, num_attention_heads=4)
     model = LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=128)).eval()
-    model = linearize(model, pattern=["liger:leaky", "full"], tau=16.0, window=8)
+    model = linearize(model, pattern=["liger:leaky", "full"], tau=16.0, window=8, recall=0)
     ids = torch.randint(200, (1, 50))
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         model.save_pretrained(folder)

@@ -53,8 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--feature-map", choices=FEATURE_MAPS, help="features of the recurrent branch")
     p.add_argument("--window", type=int, help="tokens with exact softmax attention")
     p.add_argument("--sinks", type=int, help="first tokens that stay visible for ever")
-    p.add_argument("--recall", type=int, metavar="R", help="tokens beyond them that stay exact (default: 128)")
-    p.add_argument("--mix", type=float, help="initial weight of the recurrence; 0 leaves the window alone")
+    p.add_argument("--recall", type=int, metavar="R", help="tokens beyond them that stay exact (default: 128 or 0)")
+    p.add_argument("--mix", type=float, help="initial weight of the recurrence; 0 leaves exact tokens alone")
     p.add_argument(
         "--fit-mix", action="store_const", const=True, help="choose it for each head, nearest to the model's attention"
     )
@@ -127,8 +127,9 @@ def _parser() -> argparse.ArgumentParser:
     p = _command(
         commands,
         "evaluate",
-        "Perplexity on held-out text, also without the recurrence, and keys hidden in it; or, with any of --original, "
-        "--figures, --variants, --tasks, --markdown and --report, a table of the model with each part switched off.",
+        "Perplexity on held-out text, also of windows alone and without the recurrence, and keys hidden in it; or, with "
+        "any of --original, --figures, --variants, --tasks, --markdown and --report, a table of the model with each "
+        "part switched off.",
     )
     _text(p, "text or rows to score, as for finetune; default: the held-out help topics of the standard library")
     p.add_argument("--length", type=int, default=512, help="tokens in a block (default: %(default)s)")

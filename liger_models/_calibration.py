@@ -24,7 +24,7 @@ _REACH = 512
 # The first tokens are attention sinks, whose keys are unlike all others.
 _SKIP = 8
 # Tokens in a forward pass: weights that lie on a disk are read once for each.
-_AT_ONCE = 2048
+AT_ONCE = 2048
 
 
 class _Bar(BaseStreamer):
@@ -122,7 +122,7 @@ def measure(model: PreTrainedModel, ids: torch.Tensor, layers: list[int]) -> dic
         for moments, part in zip(found[index], (q, k), strict=True):
             moments.add(part)
 
-    at_once = ids.split(max(1, _AT_ONCE // ids.shape[1]))
+    at_once = ids.split(max(1, AT_ONCE // ids.shape[1]))
     look_into(model, at_once, layers, look, "Measuring queries and keys")
     return {index: Moments(*q.result(), *k.result()) for index, (q, k) in found.items()}
 

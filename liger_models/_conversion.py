@@ -17,7 +17,7 @@ from accelerate.utils import align_module_device
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from liger_layers import FEATURE_MAPS, SoftmaxKernel
+from liger_layers import FEATURE_MAPS, RecallScore, SoftmaxKernel
 from liger_layers.choices import Choices
 from liger_layers.patterns import split
 from liger_models._calibration import Moments, check_calibration, draw_text, measure, slow_channels
@@ -25,11 +25,12 @@ from liger_models._decoder import Decoder, Rotation
 from liger_models._inputs import argument_names
 from liger_models._linearized import LinearizedAttention, LinearizedWindow, before_decoder
 from liger_models._mixing import fit_mixes
-from liger_models._need import Need, asking_rows, measure_need
+from liger_models._need import asking_rows, fit_scores
 from liger_models._snapshot import looked_at
 from liger_models.configuration import LigerConfig
-from liger_models.families import own_windows
+from liger_models.families import longest_text, own_windows
 from liger_models.text import find_tokenizer
+from liger_ops.errors import fail
 
 _log = logging.getLogger(__name__)
 # Rows at most to weigh recurrences on, of those that ask for something and of the others.
@@ -117,10 +118,10 @@ def converted(
 
 
 class Measured(NamedTuple):
-    """By layer, what features, scores and weights of the recurrence are fitted to; the last as they are to be."""
+    """By layer, what features are fitted to, and scores and weights of the recurrence as they are to be."""
 
     moments: Mapping[int, Moments]
-    needs: Mapping[int, Need]
+    scores: Mapping[int, RecallScore]
     mixes: Mapping[int, torch.Tensor]
 
 
@@ -132,7 +133,7 @@ def _made(model: PreTrainedModel, plan: LayerPlan, measured: Measured) -> Linear
         if plan.fitted:
             fit(new, measured.moments[plan.index], decoder.rotation(plan.index))
         if new.score is not None:
-            new.score.calibrate(*measured.needs[plan.index])
+            new.score.load_state_dict(measured.scores[plan.index].state_dict())
         if plan.index in measured.mixes:
             with torch.no_grad():
                 new.mix.weight.copy_(measured.mixes[plan.index])
@@ -163,9 +164,12 @@ def _measured(
         tokenizer = tokenizer or find_tokenizer(model)
         if tokenizer is None:
             _log.warning("calibration: no tokenizer given or found; what is fitted to text said again finds fewer keys")
-        rows = asking_rows(ids, tokenizer, max(plan.options["window"] for plan in plans if plan.recalls or plan.mixed))
+        window = max(plan.options["window"] for plan in plans if plan.recalls or plan.mixed)
+        rows = asking_rows(ids, tokenizer, window, longest_text(model.config))
+        if (most := max(int(row.max()) for row in rows)) >= model.config.vocab_size:
+            fail("tokenizer", f"ids below the model's {model.config.vocab_size}", most)
         if recalling:
-            measured = measured._replace(needs=measure_need(model, rows, recalling))
+            measured = measured._replace(scores=fit_scores(model, rows, recalling))
         if mixed:
             layers = {}
             for plan in mixed:

@@ -6,7 +6,7 @@ Shapes: T tokens of a row, HQ query heads, H key/value heads, G = HQ / H, D head
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from liger_layers import RecallScore
 from liger_layers.rotary import rotate
-from liger_models._calibration import look_into
+from liger_models._calibration import AT_ONCE, look_into
 from liger_models._decoder import Decoder
 from liger_models._hidden import with_hidden
 from liger_models.data import Rows
@@ -28,6 +28,10 @@ _ASKING, _SEED = 24, 7000
 _SINKS, _TAIL = 4, 80
 # Queries looked at together.
 _ROWS = 256
+# What a row has more that says parts of itself again, at most.
+_AGAIN = 56
+# Bytes of sums at once, of as many layers as fit and one at least: a share of the weights, from the least to the most.
+_SHARE, _LEAST, _MOST = 12, 1 << 24, 1 << 30
 
 
 class Need(NamedTuple):
@@ -51,14 +55,20 @@ class _Running:
         """features [N,F] and need [N,H]."""
         features, both = features.double().cpu(), torch.cat([features, need], -1).double().cpu()
         self.count += len(features)
-        self.sums += both.T @ features
+        self.sums.addmm_(both.T, features)
         self.first += both.sum(0)
 
+    @property
+    def nbytes(self) -> int:
+        return self.sums.nbytes
+
     def result(self) -> Need:
+        """Of the sums, which it uses up."""
         # Rows may be too short for any token.
         F, count = self.sums.shape[1], max(self.count, 1)
         mean = self.first / count
-        moments = self.sums / count - mean[:, None] * mean[:F]
+        # In place, for they are large.
+        moments = self.sums.div_(count).addr_(mean, mean[:F], alpha=-1)
         return Need(mean[:F], moments[:F], moments[F:].T)
 
 
@@ -82,8 +92,30 @@ def far_attention(
 
 
 @torch.no_grad()
-def measure_need(model: PreTrainedModel, rows: Sequence[torch.Tensor], windows: Mapping[int, int]) -> dict[int, Need]:
-    """For layers by index, with their windows: needs on rows of token ids, [1,T] each."""
+def fit_scores(
+    model: PreTrainedModel, rows: Sequence[torch.Tensor], windows: Mapping[int, int]
+) -> dict[int, RecallScore]:
+    """For layers by index, with their windows: scores fitted to what is needed on rows of token ids, [1,T] each.
+
+    The sums of a layer grow with the square of its keys' and values' width: as many layers as fit are measured in a
+    pass over the rows.
+    """
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    limit, found, left = min(max(weights // _SHARE, _LEAST), _MOST), {}, list(windows)
+    while left:
+        size = _Running(traits(Decoder(model).attention(left[0]), model.config)).nbytes
+        group, left = left[: max(1, limit // size)], left[max(1, limit // size) :]
+        for index, (score, need) in measure_need(model, rows, {index: windows[index] for index in group}):
+            score.calibrate(*need)
+            found[index] = score
+    return found
+
+
+@torch.no_grad()
+def measure_need(
+    model: PreTrainedModel, rows: Sequence[torch.Tensor], windows: Mapping[int, int]
+) -> Iterator[tuple[int, tuple[RecallScore, Need]]]:
+    """For layers by index, with their windows, one after the other: a score, and the need that it is fitted to."""
     decoder = Decoder(model)
     sums = {index: _Running(traits(decoder.attention(index), model.config)) for index in windows}
 
@@ -92,33 +124,52 @@ def measure_need(model: PreTrainedModel, rows: Sequence[torch.Tensor], windows: 
         features = running.score.features(k.cpu(), v.cpu())
         if tables is not None:
             q, k = rotate(q, *tables), rotate(k, *tables)
-        far = far_attention(q[0].float(), k[0].float(), windows[index], own.scale, own.softcap)
-        need = far * v[0].float().norm(dim=-1)
-        inner = slice(_SINKS, max(len(need) - _TAIL, _SINKS))
-        running.add(features[0, inner], need[inner].cpu())
+        for i in range(len(q)):
+            far = far_attention(q[i].float(), k[i].float(), windows[index], own.scale, own.softcap)
+            need = far * v[i].float().norm(dim=-1)
+            inner = slice(_SINKS, max(len(need) - _TAIL, _SINKS))
+            running.add(features[i, inner], need[inner].cpu())
 
-    look_into(model, rows, windows, look, "Measuring what is recalled")
-    return {index: running.result() for index, running in sums.items()}
+    look_into(model, _together(rows), windows, look, "Measuring what is recalled")
+    for index in windows:
+        running = sums.pop(index)
+        yield index, (running.score, running.result())
 
 
-def asking_rows(ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase | None, window: int) -> list[torch.Tensor]:
+def _together(rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Rows [1,T] of one length behind each other as [n,T], in as few passes as their tokens allow."""
+    found: list[list[torch.Tensor]] = []
+    for row in rows:
+        last = found[-1] if found else []
+        if last and last[0].shape == row.shape and (len(last) + 1) * row.shape[1] <= AT_ONCE:
+            last.append(row)
+        else:
+            found.append([row])
+    return [torch.cat(part) for part in found]
+
+
+def asking_rows(
+    ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase | None, window: int, longest: int | None = None
+) -> list[torch.Tensor]:
     """Token ids [rows,length] in rows that reach far beyond a window, and as many that ask for what was hidden in them.
 
-    Where there is no tokenizer, or too little text for a question, rows say parts of themselves again.
+    Where there is no tokenizer, or too little text for a question, rows say parts of themselves again. No row is longer
+    than `longest`.
     """
     text = ids.flatten()
-    length = min(max(_LENGTH, 2 * window + _TAIL), len(text))
+    length = min(max(_LENGTH, 2 * window + _TAIL), len(text), longest or len(text))
     plain = [row[None] for row in text.split(length) if len(row) == length]
     if tokenizer is None or length < _FITTING:
-        return plain + _said_again(plain)
+        return plain + _said_again(plain, longest)
     hidden = with_hidden(tokenizer, Rows((text,) * _ASKING, (text,) * _ASKING), 1.0, length, _SEED)
     return plain + [row[None] for row in hidden.ids]
 
 
-def _said_again(rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Each row with something out of place in it, and some of its own text, that come once more at the end."""
+def _said_again(rows: Sequence[torch.Tensor], longest: int | None) -> list[torch.Tensor]:
+    """Each row, or what leaves room, with something out of place, and its own text, that come again at its end."""
     draw, found = random.Random(_SEED), []
-    for row in (x[0].tolist() for x in rows):
+    room = None if longest is None else max(1, longest - _AGAIN)
+    for row in (x[0, :room].tolist() for x in rows):
         hidden, place = draw.sample(row, min(12, len(row))), draw.randint(0, len(row) // 2)
         start = draw.randint(0, len(row) // 2)
         found.append(row[:place] + hidden + row[place:] + row[start : start + 32] + hidden)

@@ -119,7 +119,6 @@ class LigerConfig:
         for name, none in (("recall", 0), ("fit_mix", False)):
             if getattr(self, name) and not self._share(names):
                 fail(name, f"{none} with a pattern in which no recurrence shares the softmax", getattr(self, name))
-        recall = self._recalled(longest)
         for index in self.keep:
             names[index] = "full"
         mixed = None in own and not self.pattern
@@ -131,6 +130,10 @@ class LigerConfig:
         keep = tuple(i for i, name in enumerate(names) if name == "full")
         # None where layers that stay have taken every place: a saved model resolves what is written here once more.
         memories, share = (self.memories or 4) if _remember(names) else 0, self._share(names)
+        recall = self.recall
+        if recall is None:
+            room = _RECALL if longest is None else longest - self.window - self.sinks
+            recall = min(_RECALL, max(0, room))
         places = dict(keep=keep, pattern=tuple(names), memories=memories, recall=recall if share else 0)
         return self._placed(**places, fit_mix=self.fit_mix and share)
 
@@ -142,13 +145,25 @@ class LigerConfig:
         kind, gate = split(name)
         if kind != "memories":
             told["memories"] = 0
-        if gate is not None and gate != self.gate:
-            told |= {field: None for field, value in self._usual.items() if told[field] == value}
-            told["gate"] = gate
-            told |= settle(**{field: told[field] for field in Choices._fields})._asdict()
+        told |= self._choices(gate)
         if told["mixing"] != "joint":
             told["recall"] = 0
         return told
+
+    def _choices(self, gate: str | None) -> dict[str, Any]:
+        """What layers are told of a gate that a pattern names, or of the one that all others have, settled."""
+        own: dict[str, Any] = {field: getattr(self, field) for field in Choices._fields}
+        if gate is None or gate == self.gate:
+            return own
+        if gate not in self._settled:
+            given = {field: None if value == self._usual[field] else value for field, value in own.items()}
+            self._settled[gate] = settle(**{**given, "gate": gate})._asdict()
+        return self._settled[gate]
+
+    @functools.cached_property
+    def _settled(self) -> dict[str, dict[str, Any]]:
+        """`_choices` that were made."""
+        return {}
 
     @functools.cached_property
     def _usual(self) -> dict[str, Any]:
@@ -157,17 +172,7 @@ class LigerConfig:
 
     def _share(self, names: Sequence[str]) -> bool:
         """Whether there is a layer whose recurrence shares the softmax of its window."""
-        return any(self.options(name)["mixing"] == "joint" for name in set(names) if _recur([name]))
-
-    def _recalled(self, longest: int | None) -> int:
-        """How many tokens beyond window and sinks are recalled, of a text that has so many."""
-        room = None if longest is None else max(0, longest - self.window - self.sinks)
-        if self.recall is None:
-            return _RECALL if room is None else min(_RECALL, room)
-        if room is not None and self.recall > room:
-            limit = f"at most the {longest} tokens of the model's longest text, less window and sinks"
-            fail("recall", limit, self.recall)
-        return self.recall
+        return any(self._choices(split(name)[1])["mixing"] == "joint" for name in set(names) if _recur([name]))
 
     def _placed(self, **places: Any) -> LigerConfig:
         """A copy with other places for layers and what stands in them, whose choices are settled already."""

@@ -100,10 +100,10 @@ def evaluate(
 
     Returns perplexity and tokens, the predictions that it is of; for a linearized model also perplexity_window_only, of
     window and sinks alone, and, where tokens are recalled, perplexity_no_recurrence, of exact tokens alone: the closer
-    to the perplexity, the less the recurrence does. For each context, a number of tokens of text, also passkey_N, the
-    share of keys found that are hidden in it one at a time, each at one of `depths`, and multikey_N, the same among
-    `keys` of them. `measure_variants` measures more, side by
-    side. ValueError if the text cannot be read, or is shorter than a block or a context.
+    that is to the perplexity, the less the recurrence does. For each context, a number of tokens of text, also
+    passkey_N, the share of keys found that are hidden in it one at a time, each at one of `depths`, and multikey_N, the
+    same among `keys` of them. `measure_variants` measures more, side by side. ValueError if the text cannot be read, or
+    is shorter than a block or a context.
     """
     check_tokenizer(tokenizer)
     if max_blocks is not None and max_blocks < 1:

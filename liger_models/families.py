@@ -136,6 +136,11 @@ def own_windows(config: PreTrainedConfig) -> list[int | None]:
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
+def longest_text(config: PreTrainedConfig) -> int | None:
+    """The tokens of the longest text that a model was made for, None where it does not say."""
+    return getattr(config, "max_position_embeddings", None) or None
+
+
 def project(attention: nn.Module, x: torch.Tensor, t: Traits) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Unrotated q [B,T,HQ,D], k and v [B,T,H,D] of x [B,T,hidden], normed and clipped as the family does."""
     fused = getattr(attention, "qkv_proj", None)

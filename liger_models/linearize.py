@@ -13,7 +13,7 @@ from liger_models._checks import check_architecture, check_weights
 from liger_models._conversion import converted, plan_layers, swap_attention
 from liger_models._snapshot import whole_or_not
 from liger_models.configuration import LigerConfig
-from liger_models.families import own_windows
+from liger_models.families import longest_text, own_windows
 from liger_models.modeling import FAMILIES, AnyModel, forget_name
 from liger_ops.errors import fail
 
@@ -84,7 +84,10 @@ def resolved(
     if not isinstance(config, LigerConfig):
         fail("config", "a LigerConfig", repr(config))
     check_architecture(model)
-    longest = getattr(model.config, "max_position_embeddings", None) or None
+    longest = longest_text(model.config)
+    if config.recall and longest and config.recall > longest - config.window - config.sinks:
+        limit = f"at most the {longest} tokens of the model's longest text, less window and sinks"
+        fail("recall", limit, config.recall)
     return config.resolve(own_windows(model.config), longest)
 
 

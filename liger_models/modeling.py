@@ -27,7 +27,7 @@ from liger_models._linearized import LinearizedWindow as LinearizedWindow
 from liger_models._remote import PortableConfig
 from liger_models.cache import take_cache
 from liger_models.configuration import LigerConfig
-from liger_models.families import KNOWN, PREFIX, Family, own_windows
+from liger_models.families import KNOWN, PREFIX, Family, longest_text, own_windows
 from liger_ops.errors import fail
 
 # A linearized model is still one of its family's class.
@@ -41,7 +41,7 @@ class LigerMixin(ConstantCacheMixin):
         super().__init__(config, *args, **kwargs)
         if not isinstance(config.liger, Mapping):
             fail("config", "that of a linearized model, with a section liger", repr(config.liger))
-        liger = LigerConfig.from_saved(config.liger).resolve(own_windows(config))
+        liger = LigerConfig.from_saved(config.liger).resolve(own_windows(config), longest_text(config))
         config.liger = liger.to_dict()
         decoder, plans = Decoder(self), plan_layers(config, liger)
         swap_attention(self, {plan.index: build(plan, decoder.attention(plan.index), config) for plan in plans})

@@ -33,7 +33,8 @@ def find_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
     """The tokenizer under a model's name, if there is one."""
     try:
         return AutoTokenizer.from_pretrained(model.config.name_or_path)
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, ImportError, LookupError, AttributeError, RuntimeError):
+        # Whatever keeps it from being read: there is something else to be done without one.
         return None
 
 

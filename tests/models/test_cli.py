@@ -29,7 +29,8 @@ def test_the_whole_journey(folder, capsys):
     keys = ["--contexts", "64", "--depths", "2", "--keys", "3"]
     assert main(["evaluate", tuned, *text, *keys, "--length", "32", "--max-blocks", "3", "--json", str(report)]) == 0
     assert "perplexity_window_only" in capsys.readouterr().out
-    figures = {"perplexity", "perplexity_window_only", "tokens", "passkey_64", "multikey_64"}
+    figures = {"perplexity", "perplexity_window_only", "perplexity_no_recurrence", "tokens"}
+    figures |= {"passkey_64", "multikey_64"}
     assert set(json.loads(report.read_text())) == figures
     assert sorted(p.name for p in folder.iterdir()) == ["figures.json", "original", "small", "text.txt", "tuned"]
 

@@ -63,7 +63,7 @@ def test_so_they_are_on_the_disk_in_choosing_and_in_loading(settled, tmp_path):
 @pytest.mark.parametrize("name", FEW)
 def test_a_layer_is_built_and_fitted_outside_the_model(name):
     model = tiny(name)
-    liger = LigerConfig(window=8, pattern="LWF").resolve(own_windows(model.config))
+    liger = LigerConfig(window=8, recall=0, pattern="LWF").resolve(own_windows(model.config))
     plans = plan_layers(model.config, liger)
     assert [plan.name for plan in plans] == [kind for kind in liger.pattern if kind != "full"]
     assert [plan.fitted for plan in plans] == [plan.name == "liger" for plan in plans]

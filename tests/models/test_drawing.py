@@ -100,7 +100,8 @@ def test_with_no_text_at_all_from_the_command_line(tmp_path, capsys, monkeypatch
     monkeypatch.chdir(tmp_path)
     assert main(["draw", "original", "--tokens", "100", "--out", "rows.jsonl", "--length", "32", "--batch", "4"]) == 0
     assert capsys.readouterr().out.startswith("Wrote ")
-    assert main(["linearize", "original", "--out", "small", "--window", "8", "--keep", "1"]) == 0
+    sizes = ["--window", "8", "--recall", "0", "--keep", "1"]
+    assert main(["linearize", "original", "--out", "small", *sizes]) == 0
     given = ["finetune", "small", "--out", "tuned", "--data-free", "600", "--length", "32", "--steps", "2"]
     more = ["--objective", "kl=1,next=0.2,match=0.1", "--window-dropout", "0.5", "--freeze-kept"]
     assert main([*given, *more]) == 0

@@ -9,7 +9,7 @@ from liger_layers.rotary import rotate
 from liger_models import linearize, linearize_on_disk, make_cache
 from liger_models._hidden import with_hidden
 from liger_models._inputs import CACHE
-from liger_models._need import asking_rows, far_attention, measure_need
+from liger_models._need import asking_rows, far_attention, fit_scores, measure_need
 from liger_models.data import Rows
 from liger_models.variants import window_alone, with_recall, without_recall, without_recurrence
 from tests.models.test_exactness import ids
@@ -68,7 +68,7 @@ def test_a_score_is_the_ridge_regression_of_the_need():
 def test_needs_are_measured_on_the_layers_own_keys_and_values():
     model = tiny()
     rows = [ids(1, 160), ids(1, 130)[:, ::2]]
-    found = measure_need(model, rows, {1: 6})
+    found = {index: need for index, (_, need) in measure_need(model, rows, {1: 6})}
     score, parts = RecallScore(2, 12), []
     for row in rows:
         held = {}
@@ -88,6 +88,31 @@ def test_needs_are_measured_on_the_layers_own_keys_and_values():
     assert torch.allclose(found[1].mean, mean, atol=1e-5)
     assert torch.allclose(found[1].covariance, x.T @ x / len(x), atol=1e-4)
     assert torch.allclose(found[1].cross, x.T @ need / len(x), atol=1e-4)
+
+
+def test_scores_are_the_same_however_many_layers_and_rows_fit_at_once(monkeypatch):
+    model, rows, windows = tiny(), [ids(1, 160), ids(1, 160), ids(1, 130), ids(1, 160)], {0: 6, 1: 7, 2: 8}
+    passes = []
+    model.model.register_forward_pre_hook(lambda module, args: passes.append(tuple(args[0].shape)))
+    whole = fit_scores(model, rows, windows)
+    assert passes == [(2, 160), (1, 130), (1, 160)]
+    passes.clear()
+    for name in ("_LEAST", "_MOST"):
+        monkeypatch.setattr(f"liger_models._need.{name}", 1)
+    monkeypatch.setattr("liger_models._need.AT_ONCE", 160)
+    alone = fit_scores(model, rows, windows)
+    assert passes == 3 * [(1, 160), (1, 160), (1, 130), (1, 160)] and list(alone) == list(whole) == [0, 1, 2]
+    for index, score in whole.items():
+        assert (score.weight - alone[index].weight).abs().max() <= 1e-4 * score.weight.abs().max()
+
+
+def test_no_row_is_longer_than_the_longest_text():
+    for tokenizer in (None, tiny_tokenizer()):
+        for longest in (600, 512, 300, 100, 20):
+            rows = asking_rows(ids(8, 512), tokenizer, 64, longest)
+            assert rows and max(row.shape[1] for row in rows) <= longest
+    with pytest.raises(ValueError, match=r"^tokenizer: expected ids below the model's 50, got "):
+        linearize(tiny(vocab_size=50), calibration=ids(4, 160) % 50, tokenizer=tiny_tokenizer(), **SIZES)
 
 
 def test_rows_ask_for_what_is_hidden_in_them():
