@@ -127,8 +127,8 @@ def _parser() -> argparse.ArgumentParser:
     p = _command(
         commands,
         "evaluate",
-        "Perplexity on held-out text, also of windows alone and without the recurrence, and keys hidden in it; or, with "
-        "any of --original, --figures, --variants, --tasks, --markdown and --report, a table of the model with each "
+        "Perplexity on held-out text, also of windows alone and without the recurrence, and hidden keys; or, with any "
+        "of --original, --figures, --variants, --tasks, --markdown and --report, a table of the model with each "
         "part switched off.",
     )
     _text(p, "text or rows to score, as for finetune; default: the held-out help topics of the standard library")
