@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from liger_layers import LigerAttention
 from liger_models import checkpoint
 from liger_models._hidden import with_hidden
 from liger_models._objectives import Objective
@@ -31,7 +33,10 @@ from liger_models.data import Rows, collate, to_rows
 from liger_models.modeling import AnyModel, forget_name
 from liger_models.recipe import Recipe, recipe_of
 from liger_models.teacher import mark_tuned
+from liger_models.variants import seen_exactly
 from liger_ops.errors import fail
+
+_log = logging.getLogger(__name__)
 
 
 @overload
@@ -113,6 +118,7 @@ def finetune(
     objective = checked_objective(model, recipe, teacher)
     rows = with_hidden(tokenizer, to_rows(tokenizer, text, recipe.length), recipe.retrieval, recipe.length, seed)
     objective.check_rows(model, rows)
+    _say_what_is_idle(model, recipe, rows)
     held_out = None if eval_text is None else to_rows(tokenizer, eval_text, recipe.length, "eval_text")
     pad = next((cast(int, x) for x in (tokenizer.pad_token_id, tokenizer.eos_token_id) if x is not None), 0)
     job = _Job(rows, held_out, pad, recipe, objective, seed, merge, eval_steps, reports, tuple(callbacks))
@@ -127,6 +133,20 @@ def checked_objective(model: PreTrainedModel, recipe: Recipe, teacher: PreTraine
     if recipe.freeze_kept:
         frozen(model)
     return objective
+
+
+def _say_what_is_idle(model: PreTrainedModel, recipe: Recipe, rows: Rows) -> None:
+    """A warning where every row is exact as a whole in every layer: recurrences would learn nothing."""
+    layers = [m for m in model.modules() if isinstance(m, LigerAttention)]
+    # Memories, and recurrences beside the window, read every token.
+    exact = [seen_exactly(m) if m.delayed and m.memories is None else 0 for m in layers]
+    dropped = recipe.window_dropout or recipe.recall_dropout
+    if exact and not dropped and max(map(len, rows.ids)) <= min(exact):
+        _log.warning(
+            "text: no row of more than %d tokens, all of which are exact: recurrences learn nothing; longer rows, "
+            "window_dropout or recall_dropout would teach them",
+            min(exact),
+        )
 
 
 def _check_eval(text: Any, steps: int | None) -> None:

@@ -40,6 +40,27 @@ def test_features_always_train_and_the_mix_if_it_may(learn):
     assert set(before) == {n for n, _ in tuned.named_parameters()}
 
 
+@pytest.mark.parametrize(
+    ("options", "recipe", "idle"),
+    [
+        (dict(recall=30), {}, True),
+        (dict(recall=30), dict(window_dropout=1.0, recall_dropout=1.0), False),
+        (dict(recall=5), {}, False),
+        (dict(window=40, preset="paper-gla"), {}, False),
+    ],
+    ids=str,
+)
+def test_rows_that_are_exact_as_a_whole_are_said_to_teach_recurrences_nothing(options, recipe, idle, caplog):
+    model = linearize_tiny(tiny(scale=1.0), **{"window": 8, **options})
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if "mix" in n or "q_proj" in n}
+    tuned = dict(finetune(model, tiny_tokenizer(), TEXT, steps=2, **QUICK, **recipe).named_parameters())
+    assert ("recurrences learn nothing" in caplog.text) == idle
+    changed = {n for n, p in before.items() if not torch.equal(p, tuned[n])}
+    assert any("q_proj" in n for n in changed)
+    if "preset" not in options:
+        assert any("mix" in n for n in changed) != idle
+
+
 def test_memories_from_random_weights_learn_to_route():
     sizes = dict(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2)
     options = {"mom": {"router_shift": True}}
