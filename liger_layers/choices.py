@@ -73,10 +73,10 @@ def check_memories(memories: int, top_k: int) -> None:
         fail("top_k", f"an integer from 1 to {memories} memories", top_k)
 
 
-def check_recall(recall: int, chosen: Choices | None) -> None:
-    """How many tokens stay exact beyond the window, for which what is chosen must share its softmax."""
+def check_recall(recall: int, chosen: Choices) -> None:
+    """How many tokens stay exact beyond the window, for which window and recurrence must share a softmax."""
     check_positive("recall", recall, 0)
-    if recall and chosen is not None and chosen.mixing != "joint":
+    if recall and chosen.mixing != "joint":
         fail("recall", f"0 with mixing={chosen.mixing!r}, as gate {chosen.gate!r} has it", recall)
 
 

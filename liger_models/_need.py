@@ -58,10 +58,6 @@ class _Running:
         self.sums.addmm_(both.T, features)
         self.first += both.sum(0)
 
-    @property
-    def nbytes(self) -> int:
-        return self.sums.nbytes
-
     def result(self) -> Need:
         """Of the sums, which it uses up."""
         # Rows may be too short for any token.
@@ -91,7 +87,6 @@ def far_attention(
     return found.sqrt().T
 
 
-@torch.no_grad()
 def fit_scores(
     model: PreTrainedModel, rows: Sequence[torch.Tensor], windows: Mapping[int, int]
 ) -> dict[int, RecallScore]:
@@ -100,22 +95,30 @@ def fit_scores(
     The sums of a layer grow with the square of its keys' and values' width: as many layers as fit are measured in a
     pass over the rows.
     """
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    limit, found, left = min(max(weights // _SHARE, _LEAST), _MOST), {}, list(windows)
-    while left:
-        size = _Running(traits(Decoder(model).attention(left[0]), model.config)).nbytes
-        group, left = left[: max(1, limit // size)], left[max(1, limit // size) :]
-        for index, (score, need) in measure_need(model, rows, {index: windows[index] for index in group}):
-            score.calibrate(*need)
-            found[index] = score
-    return found
+    decoder, weights = Decoder(model), sum(p.numel() * p.element_size() for p in model.parameters())
+    scores, groups, held = {}, [], 0
+    limit = min(max(weights // _SHARE, _LEAST), _MOST)
+    for index, window in windows.items():
+        own = traits(decoder.attention(index), model.config)
+        scores[index] = RecallScore(own.kv_heads, own.width)
+        H, F = scores[index].weight.shape
+        size = 8 * F * (F + H)
+        if not groups or held + size > limit:
+            groups.append({})
+            held = 0
+        groups[-1][index] = window
+        held += size
+    for group in groups:
+        for index, need in measure_need(model, rows, group):
+            scores[index].calibrate(*need)
+    return scores
 
 
 @torch.no_grad()
 def measure_need(
     model: PreTrainedModel, rows: Sequence[torch.Tensor], windows: Mapping[int, int]
-) -> Iterator[tuple[int, tuple[RecallScore, Need]]]:
-    """For layers by index, with their windows, one after the other: a score, and the need that it is fitted to."""
+) -> Iterator[tuple[int, Need]]:
+    """For layers by index, with their windows, one after the other: needs on rows of token ids, [1,T] each."""
     decoder = Decoder(model)
     sums = {index: _Running(traits(decoder.attention(index), model.config)) for index in windows}
 
@@ -132,8 +135,7 @@ def measure_need(
 
     look_into(model, _together(rows), windows, look, "Measuring what is recalled")
     for index in windows:
-        running = sums.pop(index)
-        yield index, (running.score, running.result())
+        yield index, sums.pop(index).result()
 
 
 def _together(rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -12,7 +12,7 @@ from typing import Any
 from liger_layers.choices import Choices, check_memories, check_recall, settle
 from liger_layers.patterns import read_pattern, split, spread
 from liger_layers.recurrences import with_gate
-from liger_ops.errors import check_factor, check_flag, check_weight, check_window, fail
+from liger_ops.errors import check_factor, check_flag, check_positive, check_weight, check_window, fail
 
 # What a pretrained layer may become.
 LAYERS = ("liger", "memories", "window", "full", "own")
@@ -73,7 +73,10 @@ class LigerConfig:
             fail("fit_mix", f'mixing="joint" and no other mix than {self._usual["mix"]} beside it', given)
         check_memories(self.memories, self.top_k)
         if self.recall is not None:
-            check_recall(self.recall, None if self.pattern else chosen)
+            check_positive("recall", self.recall, 0)
+        # A pattern may name another gate, that can.
+        if self.recall and not self.pattern:
+            check_recall(self.recall, chosen)
         check_weight("router_aux_loss_coef", self.router_aux_loss_coef)
         object.__setattr__(self, "keep", _indices(self.keep))
         object.__setattr__(self, "pattern", read_pattern(self.pattern, LAYERS))

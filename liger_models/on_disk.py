@@ -52,9 +52,10 @@ def linearize_on_disk(
     """Linearize the model in a folder of safetensors into another folder, without ever holding it in memory.
 
     The pretrained weights are copied file by file, whatever their dtype, and what is new follows in a file of its own;
-    `from_pretrained` reads the result like any other. Features are fitted to text that passes through layers which
-    are read when their turn comes. A model that does not fit in memory is too slow to draw that text itself: unless
-    `calibration` is given, it is 2,048 tokens of the help topics of Python's standard library.
+    `from_pretrained` reads the result like any other. Features and scores are fitted to text that passes through
+    layers which are read when their turn comes, once for every 2,048 tokens. A model that does not fit in memory is too
+    slow to draw that text itself: unless `calibration` is given, it is 2,048 tokens of the help topics of Python's
+    standard library, and for scores 24 rows of them that ask for something.
 
     Args:
         source: a local folder with config.json and safetensors, in one file or several.

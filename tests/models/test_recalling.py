@@ -68,7 +68,7 @@ def test_a_score_is_the_ridge_regression_of_the_need():
 def test_needs_are_measured_on_the_layers_own_keys_and_values():
     model = tiny()
     rows = [ids(1, 160), ids(1, 130)[:, ::2]]
-    found = {index: need for index, (_, need) in measure_need(model, rows, {1: 6})}
+    found = dict(measure_need(model, rows, {1: 6}))
     score, parts = RecallScore(2, 12), []
     for row in rows:
         held = {}
