@@ -15,29 +15,46 @@ from benchmarks.cases import Heads
 from benchmarks.timing import calls, milliseconds, replayed, timed
 from liger_ops import liger_attention, sliding_window_attention
 
-WINDOW, WIDE, SINKS = 64, 4096, 4
+WINDOW, WIDE, SINKS, RECALL = 64, 4096, 4, 128
 LEAVES = ("q", "k", "v", "q_log", "k_log", "g", "mix", "initial_state")
-# Heads of the query and of the key, tokens, window, sinks, gate or not, hidden tokens.
+# Heads of the query and of the key, tokens, window, sinks, gate or not, hidden tokens, tokens recalled.
 CASES = {
-    "layer": (8, 2, 1000, 64, 4, True, 70),
-    "no gate, pairs of sequences": (4, 2, 515, 64, 0, False, 0),
-    "one head each": (2, 2, 333, 128, 4, True, 0),
-    "three heads, odd window": (6, 2, 300, 100, 2, True, 5),
-    "long": (4, 1, 4096, 64, 4, True, 0),
+    "layer": (8, 2, 1000, 64, 4, True, 70, 0),
+    "no gate, pairs of sequences": (4, 2, 515, 64, 0, False, 0, 0),
+    "one head each": (2, 2, 333, 128, 4, True, 0, 0),
+    "three heads, odd window": (6, 2, 300, 100, 2, True, 5, 0),
+    "long": (4, 1, 4096, 64, 4, True, 0, 0),
+    "recall": (8, 2, 1000, 64, 4, True, 70, 128),
+    "recall, no gate, long": (4, 2, 4096, 64, 0, False, 0, 64),
 }
 
 
 def inputs(
-    HQ: int, H: int, T: int, window: int, sinks: int, gate: bool, hidden: int, width: int, B: int = 1, **options: Any
+    HQ: int,
+    H: int,
+    T: int,
+    window: int,
+    sinks: int,
+    gate: bool,
+    hidden: int,
+    recall: int,
+    width: int,
+    B: int = 1,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Arguments of liger_attention: rotated tensors in the dtype asked for, features, gates and state in float32."""
+    """Arguments of liger_attention: rotated tensors in the dtype asked for, features, gates, scores and the state,
+    where nothing is recalled, in float32."""
     torch.manual_seed(0)
     S, fine = T + window, options | dict(dtype=torch.float32)
     x = dict(q=torch.randn(B, T, HQ, width, **options))
     x |= {n: torch.randn(B, S, H, width, **options) for n in ("k", "v")}
     x |= {f"{n}_log": torch.randn(B, T, m, width, **fine) for n, m in (("q", HQ), ("k", H))}
     x |= dict(g=-torch.rand(B, T, H, **fine) / 16 if gate else None, mix=torch.rand(HQ, **fine))
-    x |= dict(initial_state=torch.rand(B, H, width, width + 1, **fine), window=window, sinks=sinks)
+    x |= dict(window=window, sinks=sinks)
+    if recall:
+        x |= dict(recall=recall, score=torch.randn(B, T, H, **fine))
+    else:
+        x |= dict(initial_state=torch.rand(B, H, width, width + 1, **fine))
     visible = torch.arange(S, device=x["q"].device).expand(B, -1) >= window + hidden
     return x | (dict(visible=visible) if hidden else {})
 
@@ -50,10 +67,11 @@ def _weight(x: dict[str, Any], o: torch.Tensor) -> torch.Tensor:
 
 def differentiated(x: dict[str, Any], kind: torch.dtype | None = None) -> dict[str, torch.Tensor]:
     """Output, last state and every gradient; in float64 if told."""
-    named = {n: None if x[n] is None else x[n].detach().to(kind or x[n].dtype).requires_grad_() for n in LEAVES}
+    leaves = [n for n in LEAVES if x.get(n) is not None]
+    named = {n: x[n].detach().to(kind or x[n].dtype).requires_grad_() for n in leaves}
     o, last = liger_attention(**(x | named), output_final_state=True)
+    last = last[0] if isinstance(last, tuple) else last
     weight = _weight(x, o)
-    named = {n: y for n, y in named.items() if y is not None}
     grads = torch.autograd.grad((o, last), list(named.values()), (weight, torch.ones_like(last)))
     return dict(o=(o * (weight != 0)).detach(), last=last.detach()) | dict(zip(named, grads, strict=True))
 
@@ -84,10 +102,12 @@ def _rows(T: int, heads: Heads, device: torch.device, count: int) -> list[torch.
     return [torch.randn(1, T, n, heads.D, **options) for n in (heads.HQ, *[heads.H] * (count - 1))]
 
 
-def _liger(measure: Callable, T: int, heads: Heads, device: torch.device, rounds: int) -> dict[str, float]:
+def _liger(measure: Callable, recall: int, T: int, heads: Heads, device: torch.device, rounds: int) -> dict[str, float]:
     options = dict(device=device, dtype=torch.bfloat16)
-    x = inputs(heads.HQ, heads.H, T, WINDOW, SINKS, True, 0, heads.D, **options)
-    return measure(liger_attention, [], x, device, rounds)
+    x = inputs(heads.HQ, heads.H, T, WINDOW, SINKS, True, 0, recall, heads.D, **options)
+    # Which takes no gradient.
+    score = {n: x.pop(n) for n in ("score",) if n in x}
+    return measure(functools.partial(liger_attention, **score), [], x, device, rounds)
 
 
 def _window(
@@ -130,21 +150,22 @@ def _copied(T: int, heads: Heads, device: torch.device, rounds: int) -> dict[str
 
 # What is timed at every length: (T, heads, device, rounds) -> milliseconds.
 TIMED: dict[str, Callable[[int, Heads, torch.device, int], dict[str, float]]] = {
-    "liger_attention": functools.partial(_liger, timed),
+    "liger_attention": functools.partial(_liger, timed, 0),
+    f"liger_attention, recall {RECALL}": functools.partial(_liger, timed, RECALL),
     f"window {WINDOW}": functools.partial(_window, WINDOW, SINKS, timed),
     f"window {WIDE}": functools.partial(_window, WIDE, 0, timed),
     f"flex_attention, window {WINDOW}": functools.partial(_flexible, WINDOW),
     f"flex_attention, window {WIDE}": functools.partial(_flexible, WIDE),
     "sdpa causal": _causal,
     "copy of q, k and v": _copied,
-    "liger_attention, replayed": functools.partial(_liger, replayed),
+    "liger_attention, replayed": functools.partial(_liger, replayed, 0),
     f"window {WINDOW}, replayed": functools.partial(_window, WINDOW, SINKS, replayed),
 }
 
 
 def host(T: int, heads: Heads, device: torch.device) -> dict[str, float]:
     """Milliseconds of the host in one forward and backward, where they go, and how often."""
-    x = inputs(heads.HQ, heads.H, T, WINDOW, SINKS, True, 0, heads.D, device=device, dtype=torch.bfloat16)
+    x = inputs(heads.HQ, heads.H, T, WINDOW, SINKS, True, 0, 0, heads.D, device=device, dtype=torch.bfloat16)
     both, count = calls(liger_attention, [], x)["both_ms"], 10
     both()
     profile = cProfile.Profile()
@@ -156,7 +177,7 @@ def host(T: int, heads: Heads, device: torch.device) -> dict[str, float]:
 
 def kernels(T: int, heads: Heads, device: torch.device) -> dict[str, float]:
     """Milliseconds of each kernel of one forward and backward, as the profiler has them."""
-    x = inputs(heads.HQ, heads.H, T, WINDOW, SINKS, True, 0, heads.D, device=device, dtype=torch.bfloat16)
+    x = inputs(heads.HQ, heads.H, T, WINDOW, SINKS, True, 0, 0, heads.D, device=device, dtype=torch.bfloat16)
     differentiated(x)
     with torch.profiler.profile() as profile:
         differentiated(x)

@@ -40,7 +40,7 @@ def _ops(device: torch.device, names: tuple[str, ...]) -> dict[str, Callable[[],
     def args_of(name: str, B: int, T: int) -> tuple[Callable, list, dict]:
         if name in cases.OPS:
             return getattr(liger_ops, name), *cases.inputs(B, T, name, False, heads, **options)
-        x = joint.inputs(heads.HQ, heads.H, T, joint.WINDOW, joint.SINKS, True, 0, heads.D, B, **options)
+        x = joint.inputs(heads.HQ, heads.H, T, joint.WINDOW, joint.SINKS, True, 0, 0, heads.D, B, **options)
         if name == "liger_attention":
             return liger_ops.liger_attention, [], x
         rows = x["q"], *(x[n][:, joint.WINDOW :] for n in "kv")

@@ -52,5 +52,5 @@ def joint(x: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor, Recalled | No
     if T == 1 and not torch.is_grad_enabled():
         return joint_in_pytorch.joint_step(x)
     if _devices.on_triton(x.q) and _joint.serves(x) and not (x.g is not None and x.g.ndim == 4):
-        return *_joint.joint(x, *_joint.find_keys(x)), None
+        return _joint.joint(x, *_joint.find_keys(x))
     return joint_in_pytorch.joint(x)

@@ -109,6 +109,10 @@ class KernelAttentionInputs(NamedTuple):
     """`AttentionInputs` as kernels take them: column [B,P] of the sinks, S where a row has fewer, and rest [B,S].
 
     rest marks the keys that are neither hidden nor sinks. Of what left the window, g [B,T,H] or None.
+
+    With recall k_log and g are of what enters the recurrence at each query, and so is left_v [B,T,H,V]. A block of
+    queries sees held_k [B,N*R,H,D] and held_v [B,N*R,H,V] until the query held_lost [B,N*R,H], and the keys that leave
+    the window in it until left_lost [B,T,H].
     """
 
     q: torch.Tensor
@@ -123,6 +127,11 @@ class KernelAttentionInputs(NamedTuple):
     g: torch.Tensor | None = None
     mix: torch.Tensor | None = None
     state: torch.Tensor | None = None
+    left_v: torch.Tensor | None = None
+    left_lost: torch.Tensor | None = None
+    held_k: torch.Tensor | None = None
+    held_v: torch.Tensor | None = None
+    held_lost: torch.Tensor | None = None
 
 
 def work_dtype(x: torch.Tensor) -> torch.dtype:

@@ -5,12 +5,15 @@ Shapes: B batch, T queries, S keys, HQ query heads, H key/value heads, D width, 
 
 import functools
 import math
+from typing import Any, NamedTuple
 
 import torch
 
 from liger_ops import _checks
-from liger_ops._inputs import AttentionInputs, KernelAttentionInputs
+from liger_ops._inputs import AttentionInputs, KernelAttentionInputs, Recalled
+from liger_ops._torch.attention.recall import recalling
 from liger_ops._torch.attention.window import find_sinks
+from liger_ops.limits import BLOCK
 
 # What one program holds of a query and a value, and of sinks beside the window.
 _WIDEST, _MOST_SINKS = 128, 16
@@ -28,10 +31,9 @@ def _is_seen(device: torch.device, width: int) -> bool:
 
 
 def serves(x: AttentionInputs) -> bool:
-    """Whether kernels do, where they serve anything: on Hopper, but recall, float64, softcap and odd widths."""
+    """Whether kernels do, where they serve anything: on Hopper, but float64, softcap and odd widths."""
     widths = x.q.shape[-1], x.v.shape[-1]
     fits = max(widths) <= _WIDEST and x.sinks <= _MOST_SINKS and not x.softcap and x.q.numel() > 0
-    fits = fits and x.recalled is None
     coarse = x.q_log is None or x.q_log.dtype != torch.float64
     narrowest = min(*widths, *(() if x.q_log is None else x.q_log.shape[-1:]))
     return fits and coarse and _is_seen(x.q.device, narrowest)
@@ -56,7 +58,10 @@ def _plain_keys(B: int, S: int, sinks: int, device: torch.device, _: bool) -> tu
 # `KernelAttentionInputs` as ops of torch.library take them: of the window alone, and with what left it.
 _WINDOW = "Tensor q, Tensor k, Tensor v, Tensor column, Tensor rest, int window, float scale"
 _JOINT = _WINDOW + ", Tensor q_log, Tensor k_log, Tensor? g, Tensor mix, Tensor state"
-_DIFFERENTIABLE = ("q", "k", "v", "q_log", "k_log", "g", "mix", "state")
+_RECALL = _JOINT + ", Tensor left_v, Tensor left_lost, Tensor held_k, Tensor held_v, Tensor held_lost"
+# Of the record's fields, those without recall.
+_ARGUMENTS = _JOINT.count("Tensor") + 2
+_DIFFERENTIABLE = ("q", "k", "v", "q_log", "k_log", "g", "mix", "state", "left_v", "held_k", "held_v")
 
 
 def _wanted(x: KernelAttentionInputs) -> list[str]:
@@ -74,7 +79,10 @@ def _backward(
     """The gradients that are `_wanted`; found are o, top, lse, h and z."""
     from liger_ops._triton import joint
 
-    grads = joint.backward(joint.prepare(x), do, dstate, joint.Outputs(last=None, **found))
+    return _in_dtypes(x, joint.backward(joint.prepare(x), do, dstate, joint.Outputs(last=None, **found)))
+
+
+def _in_dtypes(x: KernelAttentionInputs, grads: NamedTuple) -> list[torch.Tensor]:
     return [getattr(grads, n).to(getattr(x, n).dtype) for n in _wanted(x)]
 
 
@@ -92,7 +100,7 @@ def _joint(*inputs):
 
 
 @_joint.register_fake
-def _(*inputs):
+def _joint_fake(*inputs):
     x = KernelAttentionInputs(*inputs)
     row = x.q.new_empty(x.q.shape[:3], dtype=torch.float32)
     last, halves = _like(x.state), x.q.dtype == torch.bfloat16
@@ -111,9 +119,47 @@ def _joint_backward(do, dstate, o, top, lse, h, z, *inputs):
 
 
 @_joint_backward.register_fake
-def _(do, dstate, o, top, lse, h, z, *inputs):
+def _joint_backward_fake(do, dstate, o, top, lse, h, z, *inputs):
     x = KernelAttentionInputs(*inputs)
     return [_like(getattr(x, n)) for n in _wanted(x)]
+
+
+@torch.library.custom_op(
+    "liger_ops::recall_kernels",
+    mutates_args=(),
+    schema=f"({_RECALL}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _recall(*inputs):
+    """As `_joint`; between a row's largest score and the log of all weights, which is in units of it, that of what is
+    exact."""
+    from liger_ops._triton import joint_recall
+
+    return tuple(joint_recall.forward(KernelAttentionInputs(*inputs)))
+
+
+@_recall.register_fake
+def _(*inputs):
+    o, last, row, *rest = _joint_fake(*inputs)
+    return o, last, row, torch.empty_like(row), *rest
+
+
+@torch.library.custom_op(
+    "liger_ops::recall_kernels_backward",
+    mutates_args=(),
+    schema=f"(Tensor do, Tensor dstate, Tensor o, Tensor top, Tensor exact, Tensor lse, Tensor h, Tensor z, {_RECALL}) "
+    "-> Tensor[]",
+)
+def _recall_backward(do, dstate, o, top, exact, lse, h, z, *inputs):
+    from liger_ops._triton import joint_recall
+
+    x = KernelAttentionInputs(*inputs)
+    found = joint_recall.Outputs(o, None, top, exact, lse, h, z)
+    return _in_dtypes(x, joint_recall.backward(x, do, dstate, found))
+
+
+@_recall_backward.register_fake
+def _(do, dstate, o, top, exact, lse, h, z, *inputs):
+    return _joint_backward_fake(do, dstate, o, top, lse, h, z, *inputs)
 
 
 @torch.library.custom_op("liger_ops::window_kernels", mutates_args=(), schema=f"({_WINDOW}) -> (Tensor, Tensor)")
@@ -174,34 +220,45 @@ def _setup_joint(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _differentiate_joint(ctx, do, dstate, *_):
+def _differentiate_joint(name, op, ctx, do, dstate, *_):
     held = ctx.saved_tensors
     do = torch.zeros_like(held[len(ctx.names)]) if do is None else do
     dstate = torch.zeros_like(held[ctx.names.index("state")]) if dstate is None else dstate
-    return _differentiate("joint_kernels", ctx, lambda found, x: _joint_backward(do, dstate, *found, *x))
+    return _differentiate(name, ctx, lambda found, x: op(do, dstate, *found, *x))
 
 
 def _differentiate_window(ctx, do, _):
     return _differentiate("window_kernels", ctx, lambda found, x: _window_backward(do, *found, *x))
 
 
-_joint.register_autograd(_differentiate_joint, setup_context=_setup_joint)
+for _name, _op, _back in (("joint_kernels", _joint, _joint_backward), ("recall_kernels", _recall, _recall_backward)):
+    _op.register_autograd(functools.partial(_differentiate_joint, _name, _back), setup_context=_setup_joint)
 _window.register_autograd(_differentiate_window, setup_context=_save)
 
 
-def joint(x: AttentionInputs, column: torch.Tensor, rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """o [B,T,HQ,V] and the state after the T tokens [B,H,M,V+1], for g [B,T,H] or None.
+def joint(
+    x: AttentionInputs, column: torch.Tensor, rest: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, Recalled | None]:
+    """o [B,T,HQ,V], the state after the T tokens [B,H,M,V+1], and what is recalled, for g [B,T,H] or None.
 
     column [B,P] of the sinks, S where a row has fewer; rest [B,S] marks the other visible keys.
     """
-    T, S, g = x.q.shape[1], x.k.shape[1], x.g
-    if g is not None:
-        g = g.masked_fill(~rest[:, S - T - x.window : S - x.window, None], 0.0)
+    T, S = x.q.shape[1], x.k.shape[1]
     assert x.mix is not None and x.state is not None
-    far = dict(q_log=x.q_log, k_log=x.k_log, g=g, mix=x.mix.float(), state=x.state.float())
-    given = KernelAttentionInputs(x.q, x.k, x.v, column, rest, x.window, x.scale, **far)
-    _checks.refuse_tangents("joint_kernels", given)
-    return _joint(*given)[:2]
+    far: dict[str, Any] = dict(q_log=x.q_log, k_log=x.k_log, g=x.g, mix=x.mix.float(), state=x.state.float())
+    there, recalled = rest[:, S - T - x.window : S - x.window], None
+    enters = there.unsqueeze(-1)
+    if x.recalled is not None:
+        leaving, recalled = recalling(x, there, BLOCK)
+        far |= leaving
+        enters = far.pop("enters")
+        far["k_log"] = far["k_log"].masked_fill(~enters.unsqueeze(-1), -torch.inf)
+    if x.g is not None:
+        far["g"] = far["g"].masked_fill(~enters, 0.0)
+    record = KernelAttentionInputs(x.q, x.k, x.v, column, rest, x.window, x.scale, **far)
+    _checks.refuse_tangents("joint_kernels" if recalled is None else "recall_kernels", record)
+    o, last, *_ = _joint(*record[:_ARGUMENTS]) if recalled is None else _recall(*record)
+    return o, last, recalled
 
 
 def window(x: AttentionInputs, column: torch.Tensor, rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

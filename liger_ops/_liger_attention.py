@@ -60,7 +60,7 @@ def liger_attention(
         initial_state: [B,H,M,V+1]; the last column accumulates the key features alone. With recall what a call
             returned, that and the tokens recalled.
         output_final_state: also return the state after the T tokens have left the window.
-        recall: how many tokens stay exact beyond the window, for each key/value head; PyTorch serves them.
+        recall: how many tokens stay exact beyond the window, for each key/value head.
         score: [B,T,H] of the T tokens that leave the window, columns as of k_log; needed with recall.
 
     Returns:

@@ -14,5 +14,7 @@ WIDEST_KEY = 256
 # Tokens of a chunk in PyTorch. A gate per channel costs an exponential per row, column and channel of a chunk, the
 # others one per row and column.
 CHUNK, CHUNK_PER_CHANNEL = 32, 16
+# Queries that start from the same recalled tokens, beside kernels.
+BLOCK = 64
 # Tokens that are not worth a matrix product.
 FEW_TOKENS = 4

@@ -121,7 +121,8 @@ class Outputs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Of the tensors of the same names among `KernelAttentionInputs`; the first three of the window alone."""
+    """Of the tensors of the same names among `KernelAttentionInputs`; the first three of the window alone, the last
+    three with recall."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -131,6 +132,9 @@ class Gradients(NamedTuple):
     g: torch.Tensor | None = None
     mix: torch.Tensor | None = None
     state: torch.Tensor | None = None
+    left_v: torch.Tensor | None = None
+    held_k: torch.Tensor | None = None
+    held_v: torch.Tensor | None = None
 
 
 def prepare(x: KernelAttentionInputs, launcher: Launcher = LAUNCHER) -> Call:

@@ -118,7 +118,8 @@ def _take(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     # Not by len, which a trace would hold for the only batch there is.
     B, S, H = x.shape[:3]
     rows = torch.arange(B, device=x.device).view(-1, 1, 1) * (S * H) + places
-    return x.reshape(B * S * H, -1).index_select(0, rows.flatten()).view(*places.shape, -1)
+    # Unlike that of index_select, its gradient has the same bits in every run on a GPU.
+    return F.embedding(rows, x.reshape(B * S * H, -1))
 
 
 def recalling(x: AttentionInputs, there: torch.Tensor, block: int) -> tuple[dict[str, torch.Tensor | None], Recalled]:
