@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from liger_ops import liger_attention, naive_liger_attention, naive_recall
 from liger_ops._torch.attention import window as blocked
-from liger_ops._torch.attention.recall import membership
+from liger_ops._torch.attention.recall import _starts, _starts_at_once, membership
 from tests.ops.test_liger_attention import NAMES
 from tests.ops.test_liger_attention import cases as joint_cases
 from tests.ops.test_window import distance
@@ -52,6 +52,16 @@ def test_members_and_losers_are_those_of_a_heap(data):
         assert torch.equal(found[b][tokens][:, tokens].permute(2, 0, 1), recalled[0])
         assert torch.equal(lost[b, tokens].T, torch.where(out[0] >= 0, tokens[out[0].clamp(min=0)], -1))
         assert not found[b][:, padding[b]].any() and (lost[b, padding[b]] == -1).all()
+
+
+@pytest.mark.parametrize(("N", "R", "C"), [(1, 1, 1), (5, 3, 8), (8, 8, 3), (13, 4, 4)])
+def test_blocks_start_alike_on_a_gpu(N, R, C):
+    """Ranks, of which what fills the last block has none."""
+    ranks = torch.stack([torch.randperm(R + N * C) for _ in range(6)]).view(2, 3, -1)
+    first, arrivals = ranks[..., :R], ranks[..., R:].unflatten(-1, (N, C)).clone()
+    arrivals[..., -1, C // 2 + 1 :] = -1
+    one, other = (starts(first, arrivals).sort(-1).values for starts in (_starts, _starts_at_once))
+    assert one.shape == (2, 3, N + 1, R) and torch.equal(one, other)
 
 
 @st.composite

@@ -47,6 +47,27 @@ def _contest(slots: torch.Tensor, arrivals: torch.Tensor) -> torch.Tensor:
     return lost
 
 
+def _starts(first: torch.Tensor, arrivals: torch.Tensor) -> torch.Tensor:
+    """Ranks first [...,R] and arrivals [...,N,C] -> the R highest before each block and behind the last [...,N+1,R]."""
+    R, starts = first.shape[-1], [first]
+    for new in arrivals.unbind(-2):
+        starts.append(torch.cat([starts[-1], new], -1).topk(R, sorted=False).values)
+    return torch.stack(starts, -2)
+
+
+def _starts_at_once(first: torch.Tensor, arrivals: torch.Tensor) -> torch.Tensor:
+    """`_starts` in as many steps as N has binary digits, each over all blocks: more work, and far fewer launches."""
+    R, C = first.shape[-1], arrivals.shape[-1]
+    own = F.pad(arrivals, (0, R - C), value=-1) if C < R else arrivals.topk(R, sorted=False).values
+    # What block i and those before it have brought, 1, 2, 4 .. of them.
+    found, reach = torch.cat([first.unsqueeze(-2), own], -2), 1
+    while reach < found.shape[-2]:
+        both = torch.cat([found[..., reach:, :], found[..., :-reach, :]], -1)
+        found = torch.cat([found[..., :reach, :], both.topk(R, sorted=False).values], -2)
+        reach *= 2
+    return found
+
+
 @torch.library.custom_op(
     "liger_ops::recall",
     mutates_args=(),
@@ -58,14 +79,12 @@ def _recall(score, there, recall, block):
     order, rank = _ranks(score.transpose(1, 2), there)
     # What fills the last block is below all others, and drives out nobody.
     arrivals = F.pad(rank[..., R:], (0, N * C - T), value=-1).unflatten(-1, (N, C))
-    starts = [rank[..., :R]]
-    for new in arrivals.unbind(2):
-        starts.append(torch.cat([starts[-1], new], -1).topk(R, sorted=False).values)
-    losers = order.gather(-1, _contest(torch.stack(starts[:-1], 2), arrivals).flatten(2)[..., :T])
+    starts = (_starts_at_once if rank.is_cuda else _starts)(rank[..., :R], arrivals)
+    losers = order.gather(-1, _contest(starts[:, :, :-1].clone(), arrivals).flatten(2)[..., :T])
     arrival = torch.arange(T, device=rank.device).expand_as(losers)
     lost = torch.full_like(rank, T).scatter_(-1, losers, arrival).masked_fill_(~there, 0)
-    kept = order.gather(-1, starts[-1]).sort(-1).values
-    members = order.gather(-1, torch.cat(starts[:-1], -1))
+    kept = order.gather(-1, starts[:, :, -1]).sort(-1).values
+    members = order.gather(-1, starts[:, :, :-1].flatten(2))
     found = members, kept, lost, losers, there.gather(-1, losers)
     return tuple(x.transpose(1, 2).contiguous() for x in found)
 
