@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import tempfile
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,16 +10,12 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_utils import get_last_checkpoint
 
+from liger_models._whole import written_whole
 from liger_models.modeling import forget_name
 from liger_models.teacher import mark_tuned
 from liger_ops.errors import fail
 
-# The settings of the run, beside its checkpoints.
-_RUN = "run.json"
-# What the Trainer reports to files, which lies there too and is nobody's to remove.
-_REPORTS = "runs"
 # A model's, and that of adapters without the model.
 _CONFIGS = ("config.json", "adapter_config.json")
 
@@ -102,42 +94,6 @@ def told(name: str):
         raise ValueError(f"model: could not load {name!r}: {' '.join(lines[:2])}") from error
 
 
-def check_output(folder: str | Path, overwrite: bool) -> Path:
-    """The folder as a Path; ValueError if it exists and may not be replaced."""
-    folder = Path(folder)
-    if folder.exists() and not overwrite:
-        raise ValueError(f"out: {folder} exists; pass --overwrite to replace it")
-    if folder.exists() and not folder.is_dir():
-        fail("out", "a folder", f"the file {folder}")
-    if folder.exists() and any(folder.iterdir()) and not any((folder / name).is_file() for name in _CONFIGS):
-        fail("out", "a model's folder to replace", f"{folder}, which holds something else")
-    return folder
-
-
-@contextmanager
-def written_whole(folder: str | Path, overwrite: bool = False):
-    """Yield a sibling folder to write into; it takes the name of `folder` only after everything in it was written."""
-    # Through links, and a name even for ".".
-    folder = check_output(folder, overwrite).resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
-    try:
-        yield part
-        # mkdtemp makes folders private; the result gets the permissions of an ordinary one.
-        mask = os.umask(0)
-        os.umask(mask)
-        part.chmod(0o777 & ~mask)
-        if folder.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".old", dir=folder.parent))
-            folder.rename(old / "was")
-            part.rename(folder)
-            shutil.rmtree(old)
-        else:
-            part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
 def save(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, overwrite: bool = False
 ) -> Path:
@@ -146,42 +102,3 @@ def save(
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
     return Path(folder)
-
-
-def claim(folder: Path, run: dict, resume: bool) -> str | None:
-    """Take a folder for the checkpoints of a run; the checkpoint to resume from, if so asked.
-
-    ValueError if the folder holds something else, an interrupted run that nobody asked to resume, or a run with other
-    settings.
-    """
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if folder.is_dir():
-        if others := [x.name for x in folder.iterdir() if not _ours(x) and x.name != _REPORTS]:
-            fail("checkpoints", "a folder of checkpoints", f"{folder}, which holds {others[0]}")
-        if last and not resume:
-            raise ValueError(f"checkpoints: {folder} holds an interrupted run; resume it, or remove the folder")
-    if resume:
-        if last is None:
-            raise ValueError(f"resume: expected a checkpoint in {folder}, found none")
-        before = json.loads((folder / _RUN).read_text(encoding="utf-8"))
-        for name, value in run.items():
-            if before.get(name) != value:
-                fail(name, f"{before.get(name)!r}, as in the run to resume", repr(value))
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / _RUN).write_text(json.dumps(run), encoding="utf-8")
-    return last
-
-
-def _ours(path: Path) -> bool:
-    return path.name == _RUN or (path.is_dir() and path.name.startswith("checkpoint-"))
-
-
-def discard(folder: Path, unless_checkpoint: bool = False) -> None:
-    """Remove what a run left in its folder of checkpoints, and nothing else; optionally only if it left none."""
-    if not folder.is_dir() or (unless_checkpoint and get_last_checkpoint(str(folder))):
-        return
-    for path in folder.iterdir():
-        if _ours(path):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if not any(folder.iterdir()):
-        folder.rmdir()

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import importlib
 import json
+import signal
 import sys
+import threading
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from liger_linear.__main__ import main
 from liger_models import checkpoint
+from liger_models._runs import SavedAtTheEnd, discard
+from liger_models._whole import check_output
 from liger_models.configuration import LigerConfig
 from liger_models.data import read
 from liger_models.drawing import draw
@@ -34,7 +40,7 @@ def _checked(path: Path | None, name: str = "text") -> Path | None:
 
 
 def _linearize(args) -> None:
-    checkpoint.check_output(args.out, args.overwrite)
+    check_output(args.out, args.overwrite)
     names = "gate", "tau", "pool", "feature_map", "window", "sinks", "recall", "mix", "fit_mix", "memories", "top_k"
     changes, keep = {name: getattr(args, name) for name in (*names, "pattern")}, args.keep
     # Before a model is loaded, which takes longer.
@@ -58,7 +64,7 @@ def _linearize(args) -> None:
 
 
 def _finetune(args) -> None:
-    checkpoint.check_output(args.out, args.overwrite)
+    check_output(args.out, args.overwrite)
     if args.data_free is not None and args.text is not None:
         fail("data-free", "--text or --data-free", "both")
     if args.data_free is not None:
@@ -78,9 +84,14 @@ def _finetune(args) -> None:
         draw(model, tokenizer, args.data_free, out=text, length=recipe.length)
     changes |= dict(eval_text=held_out, eval_steps=args.eval_steps, report_to=args.report_to, merge=not args.no_merge)
     store = args.out.with_name(args.out.name + ".checkpoints")
+    # Which outlive a model that cannot be saved.
+    changes["callbacks"] = [SavedAtTheEnd()]
     model = finetune(model, tokenizer, text, args.recipe, checkpoints=store, resume=args.resume, **changes)
-    checkpoint.save(model, tokenizer, args.out, args.overwrite)
-    checkpoint.discard(store)
+    try:
+        checkpoint.save(model, tokenizer, args.out, args.overwrite)
+    except (ValueError, OSError) as error:
+        raise OSError(f"{error}; what was learned lies in {store}, and --resume saves it again") from error
+    discard(store)
     print(f"Wrote {args.out}")
 
 
@@ -166,6 +177,19 @@ def _import(modules: list[str]) -> None:
         sys.path.remove("")
 
 
+@contextmanager
+def _ends_alike() -> Iterator[None]:
+    """Within, a process that is told to end does what Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def run(args: Namespace) -> int:
     """Do what a command line says; the exit status, after one line on stderr where it is not 0."""
     commands = {
@@ -176,8 +200,9 @@ def run(args: Namespace) -> int:
         "evaluate": _evaluate,
     }
     try:
-        _import(args.modules)
-        commands[args.command](args)
+        with _ends_alike():
+            _import(args.modules)
+            commands[args.command](args)
     except (ValueError, OSError) as error:
         print(f"liger: {error}", file=sys.stderr)
         return 2

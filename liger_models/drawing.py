@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from liger_models._inputs import input_device
+from liger_models._snapshot import fingerprint
 from liger_models.generation import continued, without_settings
 from liger_models.modeling import LigerMixin
 from liger_models.teacher import is_tuned, original
@@ -73,7 +74,7 @@ def draw(
         fail("chat", "0 for a tokenizer without a chat template", chat)
     share = (0.5 if tokenizer.chat_template else 0.0) if chat is None else float(chat)
     model = original(model) if isinstance(model, LigerMixin) and not is_tuned(model) else model
-    told = dict(length=length, batch=batch, chat=share, temperature=temperature, seed=seed, model=_print(model))
+    told = dict(length=length, batch=batch, chat=share, temperature=temperature, seed=seed, model=fingerprint(model))
     name = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
     path, rows, drawn, number, silent = None if out is None else Path(out), [], 0, 0, 0
     held = {} if path is None else _held(path, name)
@@ -106,14 +107,6 @@ def _check(tokens: int, length: int, batch: int, chat: float | None, temperature
         fail("chat", "a share from 0 to 1", repr(chat))
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not 0 < temperature < 100:
         fail("temperature", "a number > 0", repr(temperature))
-
-
-def _print(model: PreTrainedModel) -> str:
-    """What tells other models apart: a hash of the shapes and of some of the weights."""
-    found = hashlib.sha256()
-    for _, parameter in sorted(model.named_parameters()):
-        found.update(f"{tuple(parameter.shape)} {parameter.flatten()[:8].tolist()}".encode())
-    return found.hexdigest()[:16]
 
 
 def _append(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -14,12 +14,13 @@ from typing import Any, Literal, cast, overload
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from liger_layers import LigerAttention
 from liger_models import checkpoint
 from liger_models._hidden import with_hidden
 from liger_models._objectives import Objective
+from liger_models._runs import Sealed, claimed_run, is_finished, last_whole
+from liger_models._snapshot import fingerprint
 from liger_models._training import (
     ExactDropout,
     Interrupt,
@@ -179,15 +180,15 @@ def _run(
     run["liger"] = getattr(model.config, "liger", None)
     teacher = job.objective.teacher
     run["teacher"] = None if teacher is None else f"{type(teacher).__name__}, {teacher.num_parameters():,} parameters"
-    last = checkpoint.claim(folder, run, resume)
-    try:
-        return _train(model, job, folder, last)
-    except KeyboardInterrupt as error:
-        if get_last_checkpoint(str(folder)):
-            raise KeyboardInterrupt(f"fine-tuning interrupted; the checkpoint in {folder} can be resumed") from error
-        raise
-    finally:
-        checkpoint.discard(folder, unless_checkpoint=True)
+    run["dtype"], run["weights"] = str(model.dtype), fingerprint(model)
+    with claimed_run(folder, run, resume) as last:
+        try:
+            return _train(model, job, folder, last)
+        except KeyboardInterrupt as error:
+            if last_whole(folder):
+                said = f"fine-tuning interrupted; the checkpoint in {folder} can be resumed"
+                raise KeyboardInterrupt(said) from error
+            raise
 
 
 def _measured(state: TrainerState) -> bool:
@@ -252,14 +253,17 @@ def _train(model: PreTrainedModel, job: _Job, folder: Path, last: str | None) ->
             train_dataset=job.rows,
             eval_dataset=job.held_out,
             data_collator=partial(collate, pad=job.pad),
-            callbacks=[interrupt, *job.callbacks],
+            callbacks=[interrupt, Sealed(), *job.callbacks],
         )
         job.objective.place(arguments.device)
         if routed:
             # The load of memories is to be balanced while they learn.
             model.config.output_router_logits = True
         with interrupt.listening(), checkpoint.quiet_peft():
-            trainer.train(resume_from_checkpoint=last)
+            if last and is_finished(last):
+                trainer._load_from_checkpoint(last)
+            else:
+                trainer.train(resume_from_checkpoint=last)
         done = not interrupt.asked
         if done and job.held_out and not _measured(trainer.state):
             trainer.evaluate()

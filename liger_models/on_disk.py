@@ -25,6 +25,7 @@ from liger_models._calibration import check_calibration
 from liger_models._checks import FLOATS
 from liger_models._conversion import LayerPlan, converted, plan_layers
 from liger_models._decoder import Decoder
+from liger_models._whole import check_output, written_whole
 from liger_models.configuration import LigerConfig
 from liger_models.linearize import linearized_config, resolved
 from liger_models.text import standard_text, to_blocks
@@ -72,7 +73,7 @@ def linearize_on_disk(
     """
     if not isinstance(source, str | Path):
         fail("model", "a local folder", type(source).__name__)
-    source, out = Path(source), checkpoint.check_output(out, overwrite)
+    source, out = Path(source), check_output(out, overwrite)
     if out.resolve() in source.resolve().parents:
         fail("out", "a folder that does not hold the model to read", out)
     files, skeleton = _files(source), _skeleton(source)
@@ -85,7 +86,7 @@ def linearize_on_disk(
         calibration = _standard_rows(tokenizer)
     if calibration is not None:
         check_calibration(calibration, skeleton.config.vocab_size)
-    with checkpoint.written_whole(out, overwrite) as part, tempfile.TemporaryDirectory(dir=part) as scratch:
+    with written_whole(out, overwrite) as part, tempfile.TemporaryDirectory(dir=part) as scratch:
         written, size = _copy(source, files, part, skeleton)
         model = _open(source, files, skeleton, scratch)
         limit = max(path.stat().st_size for path in written) // 2

@@ -1,6 +1,5 @@
 """Names survive linearizing, folders reload to the same logits, and nothing half-written stays behind."""
 
-import errno
 import json
 
 import pytest
@@ -41,34 +40,6 @@ def test_save_and_reload_gives_the_same_logits(name, options, tmp_path):
     half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
     out = half.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=5, eos_token_id=None)
     assert out.shape == (2, 35)
-
-
-def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
-    out = tmp_path / "model"
-    with pytest.raises(OSError, match="No space left"), checkpoint.written_whole(out) as part:
-        (part / "half").write_text("x")
-        raise OSError(errno.ENOSPC, "No space left on device")
-    assert list(tmp_path.iterdir()) == []
-    with checkpoint.written_whole(out) as part:
-        (part / "config.json").write_text("x")
-    with pytest.raises(ValueError, match="exists; pass --overwrite"):
-        checkpoint.check_output(out, overwrite=False)
-    with pytest.raises(OSError), checkpoint.written_whole(out, overwrite=True) as part:
-        raise OSError(errno.ENOSPC, "No space left on device")
-    assert [p.name for p in out.iterdir()] == ["config.json"]
-    with checkpoint.written_whole(out, overwrite=True) as part:
-        (part / "second").write_text("x")
-    assert [p.name for p in out.iterdir()] == ["second"]
-    assert [p.name for p in tmp_path.iterdir()] == ["model"]
-
-
-def test_overwrite_replaces_models_only(tmp_path):
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "chapter").write_text("x")
-    with pytest.raises(ValueError, match="out: expected a model's folder to replace"):
-        checkpoint.check_output(tmp_path / "thesis", overwrite=True)
-    checkpoint.save(tiny(), tiny_tokenizer(), tmp_path / "model")
-    checkpoint.save(tiny(), tiny_tokenizer(), tmp_path / "model", overwrite=True)
 
 
 @pytest.mark.parametrize(

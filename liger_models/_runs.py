@@ -1,0 +1,155 @@
+"""The checkpoints that a run of fine-tuning leaves in a folder, and which of them are whole."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from transformers import TrainerCallback
+
+from liger_models._whole import claimed, settle
+from liger_ops.errors import fail
+
+_log = logging.getLogger(__name__)
+# The settings of the run, beside its checkpoints, and in each of them its files with their bytes, written last.
+_RUN, _SEAL = "run.json", "whole.json"
+# What the Trainer reports to files, which lies there too and is nobody's to remove.
+_REPORTS = "runs"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+class Sealed(TrainerCallback):
+    """Marks a checkpoint as whole when all of it is on the disk."""
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            place = Path(cast(str, args.output_dir)) / f"checkpoint-{state.global_step}"
+            settle(place)
+            _write(place / _SEAL, _sizes(place))
+
+
+class SavedAtTheEnd(TrainerCallback):
+    """A checkpoint of the last step too, for whoever may fail to save what comes of it."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            control.should_save = True
+
+
+def _sizes(place: Path) -> dict[str, int]:
+    return {str(x.relative_to(place)): x.stat().st_size for x in sorted(place.rglob("*")) if x.is_file()}
+
+
+def _write(path: Path, value: Any) -> None:
+    """JSON that is there whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value), encoding="utf-8")
+    settle(part)
+    part.replace(path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object, empty where there is none that can be read."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """All that look like one, whole or not, the latest last."""
+    found = [x for x in folder.iterdir() if x.is_dir() and _CHECKPOINT.fullmatch(x.name)] if folder.is_dir() else []
+    return sorted(found, key=lambda x: int(x.name.rpartition("-")[2]))
+
+
+def last_whole(folder: Path) -> str | None:
+    """The latest checkpoint that was written to its end and that still has all its files."""
+    for place in reversed(_checkpoints(folder)):
+        sealed = _read(place / _SEAL)
+        there = _sizes(place)
+        if sealed and all(there.get(name) == size for name, size in sealed.items()):
+            return str(place)
+        _log.warning("checkpoints: %s is not whole and is not used", place)
+    return None
+
+
+def is_finished(checkpoint: str) -> bool:
+    """Whether nothing is left to do behind a checkpoint, where the Trainer would take one step more."""
+    state = _read(Path(checkpoint) / "trainer_state.json")
+    return state.get("global_step", 0) >= state.get("max_steps", 1)
+
+
+@contextmanager
+def claimed_run(folder: Path, run: Mapping[str, Any], resume: bool) -> Iterator[str | None]:
+    """Hold a folder for the checkpoints of a run; yields the one to resume from, if so asked.
+
+    Afterwards the folder is gone unless it holds a checkpoint that is whole. ValueError if it holds something else, an
+    interrupted run that nobody asked to resume, or a run with other settings, and if another process holds it.
+    """
+    if int(os.environ.get("RANK", 0)):
+        # The first process of several keeps the folder.
+        yield last_whole(folder) if resume else None
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        stack.enter_context(claimed(folder, "checkpoints"))
+        last = _last(folder, run, resume)
+        folder.mkdir(exist_ok=True)
+        if not resume:
+            _write(folder / _RUN, run)
+        try:
+            yield last
+        finally:
+            if last_whole(folder) is None:
+                _remove(folder)
+
+
+def _last(folder: Path, run: Mapping[str, Any], resume: bool) -> str | None:
+    if folder.is_dir():
+        if others := [x.name for x in folder.iterdir() if not _ours(x) and x.name != _REPORTS]:
+            fail("checkpoints", "a folder of checkpoints", f"{folder}, which holds {others[0]}")
+        if _checkpoints(folder) and not resume:
+            raise ValueError(f"checkpoints: {folder} holds an interrupted run; resume it, or remove the folder")
+    if not resume:
+        return None
+    last, before = last_whole(folder), _read(folder / _RUN)
+    if last is None:
+        raise ValueError(f"resume: expected a checkpoint in {folder} that is whole, found none")
+    if not before:
+        raise ValueError(f"resume: expected the settings of a run in {folder / _RUN}, found none")
+    # As they are read again.
+    for name, value in json.loads(json.dumps(run)).items():
+        if before.get(name) != value:
+            fail(name, f"{before.get(name)!r}, as in the run to resume", repr(value))
+    return last
+
+
+def _ours(path: Path) -> bool:
+    name = path.name.removesuffix(".part")
+    return name == _RUN or (path.is_dir() and _CHECKPOINT.fullmatch(path.name) is not None)
+
+
+def discard(folder: Path) -> None:
+    """Remove what a run left in its folder of checkpoints, and nothing else; nothing where another run is at it."""
+    if folder.is_dir():
+        try:
+            with claimed(folder, "checkpoints"):
+                _remove(folder)
+        except ValueError as error:
+            _log.warning("%s", error)
+
+
+def _remove(folder: Path) -> None:
+    for path in folder.iterdir():
+        if _ours(path):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if not any(folder.iterdir()):
+        folder.rmdir()

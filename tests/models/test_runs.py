@@ -1,0 +1,170 @@
+"""Runs of fine-tuning that are interrupted, in the middle of a checkpoint too, resume from the last that is whole."""
+
+import errno
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+
+from liger_models import _runs, checkpoint, cli, finetune
+from liger_models._runs import Sealed, discard, last_whole
+from liger_models._training import Interrupt
+from liger_models._whole import claimed
+from tests.models.test_finetune import QUICK, TEXT
+from tests.models.tiny import linearize_tiny, tiny, tiny_tokenizer
+
+
+def tune(store=None, change=None, **options):
+    model = linearize_tiny(tiny(), window=8)
+    if change:
+        change(model)
+    return finetune(model, tiny_tokenizer(), **{"text": TEXT, "steps": 6, "checkpoints": store} | options | QUICK)
+
+
+def struck(patch, step):
+    """From here on Ctrl-C is pressed in this step."""
+
+    def strike(self, args, state, control, **kwargs):
+        if state.global_step == step - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    patch.setattr(Interrupt, "on_step_begin", strike)
+
+
+def interrupt(monkeypatch, store, step, torn=False, **options):
+    """A run that is interrupted in a step; torn: again before its checkpoint is whole."""
+    with monkeypatch.context() as patch:
+        struck(patch, step)
+        if torn:
+            patch.setattr(Sealed, "on_save", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            tune(store, **options)
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_a_torn_checkpoint_is_none(tmp_path, monkeypatch, caplog):
+    whole, store = tune(), tmp_path / "store"
+    interrupt(monkeypatch, store, 2, torn=True)
+    assert not store.exists()
+    interrupt(monkeypatch, store, 2)
+    interrupt(monkeypatch, store, 4, torn=True, resume=True)
+    assert {path.name for path in store.iterdir()} == {"checkpoint-2", "checkpoint-4", "run.json"}
+    assert last_whole(store) == str(store / "checkpoint-2")
+    assert "checkpoint-4 is not whole" in caplog.text
+    assert same(tune(store, resume=True), whole)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "trainer_state.json", "adapter_model.safetensors"])
+def test_a_checkpoint_that_lost_a_file_is_none(tmp_path, monkeypatch, name):
+    store = tmp_path / "store"
+    interrupt(monkeypatch, store, 2)
+    held = (store / "checkpoint-2" / name).read_bytes()
+    (store / "checkpoint-2" / name).write_bytes(held[:-1])
+    assert last_whole(store) is None
+    (store / "checkpoint-2" / name).unlink()
+    with pytest.raises(ValueError, match=r"resume: expected a checkpoint in .* that is whole, found none"):
+        tune(store, resume=True)
+    # It is not removed either.
+    (store / "checkpoint-2" / name).write_bytes(held)
+    assert last_whole(store)
+
+
+def test_another_run_is_not_resumed(tmp_path, monkeypatch):
+    store = tmp_path / "store"
+    interrupt(monkeypatch, store, 2)
+
+    def other(model):
+        torch.nn.init.normal_(model.model.embed_tokens.weight)
+
+    for options, name in (
+        (dict(text=TEXT.upper()), "text"),
+        (dict(change=other), "weights"),
+        (dict(change=torch.nn.Module.double), "dtype"),
+        (dict(seed=3), "seed"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: expected .* as in the run to resume, got "):
+            tune(store, resume=True, **options)
+    for content in ("", "{", "[]", "null", "[" * 100_000):
+        (store / "run.json").write_text(content)
+        with pytest.raises(ValueError, match="resume: expected the settings of a run"):
+            tune(store, resume=True)
+
+
+def test_settings_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    store = tmp_path / "store"
+    interrupt(monkeypatch, store, 2)
+    before = (store / "run.json").read_bytes()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_runs, "settle", full)
+        struck(patch, 4)
+        with pytest.raises(OSError, match="No space left"):
+            tune(store, resume=True)
+        with pytest.raises(OSError, match="No space left"):
+            tune(tmp_path / "new")
+    assert (store / "run.json").read_bytes() == before and last_whole(store) == str(store / "checkpoint-2")
+    assert {path.name for path in (tmp_path / "new").iterdir()} <= {"run.json.part"}
+    tune(tmp_path / "new")
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path, monkeypatch):
+    store = tmp_path / "store"
+    interrupt(monkeypatch, store, 2)
+    with claimed(store, "checkpoints"):
+        with pytest.raises(ValueError, match="checkpoints: expected a folder that no other process is writing"):
+            tune(store, resume=True)
+        discard(store)
+    assert last_whole(store)
+    discard(store)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def command(tmp_path):
+    """liger finetune of a small model into tmp_path / "out", with more arguments."""
+    checkpoint.save(linearize_tiny(tiny(), window=8), tiny_tokenizer(), tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    fixed = f"finetune {tmp_path}/model --out {tmp_path}/out --text {tmp_path}/text.txt --steps 4 --length 32 --batch 2"
+    return lambda *more: cli.main([*fixed.split(), *more])
+
+
+def test_a_model_that_cannot_be_saved_is_not_lost(tmp_path, monkeypatch, capsys, command):
+    assert command() == 0
+    shutil.move(tmp_path / "out", tmp_path / "wanted")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", full)
+        assert command() == 2
+    assert "what was learned lies in" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(Interrupt, "on_step_begin", lambda *_, **__: pytest.fail("trained again"), raising=False)
+        assert command("--resume") == 0
+    assert not (tmp_path / "out.checkpoints").exists()
+    found, wanted = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "wanted"))
+    assert found == wanted
+
+
+def test_to_be_told_to_end_is_to_be_interrupted(tmp_path, monkeypatch, capsys, command):
+    before = signal.getsignal(signal.SIGTERM)
+
+    def strike(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Interrupt, "on_step_begin", strike)
+        assert command() == 130
+    assert "--resume continues" in capsys.readouterr().err and signal.getsignal(signal.SIGTERM) is before
+    assert last_whole(tmp_path / "out.checkpoints") == str(tmp_path / "out.checkpoints" / "checkpoint-2")
+    assert command("--resume") == 0
