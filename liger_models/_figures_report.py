@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+
+from liger_models._whole import write_json
 
 # Colours are told apart by the colour-blind, as in the demonstration's report.
 STYLES = {
@@ -28,7 +29,7 @@ _NEEDLES = ("passkey", "multikey", "multivalue")
 def write_report(folder: Path, result: Mapping[str, Any], title: str) -> None:
     """report.json, report.md and report.png in a folder, which is made."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "report.json", result)
     text = f"# {title}\n\n{markdown(result)}"
     if (figure := picture(result["variants"], title)) is not None:
         figure.savefig(folder / "report.png", dpi=120)

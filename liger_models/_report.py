@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import matplotlib
@@ -11,6 +10,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import LogLocator
 
+from liger_models._whole import write_json
 from liger_models.costs import PROCESS
 
 # Colour says which model, and is told apart by the colour-blind; a broken line says that it was not tuned.
@@ -26,7 +26,7 @@ _TIMES = {"decode_ms": ("decoding", "ms a token"), "prefill_s": ("prefill", "s")
 
 def write_report(folder: Path, result: dict) -> None:
     """report.json, report.md and report.png in a folder that exists."""
-    (folder / "report.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "report.json", result)
     (folder / "report.md").write_text("\n".join(_markdown(result)), encoding="utf-8")
     figure = _picture(result)
     figure.savefig(folder / "report.png", dpi=120)

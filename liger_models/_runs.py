@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from transformers import TrainerCallback
 
-from liger_models._whole import claimed, settle
+from liger_models._whole import claimed, settle, write_json
 from liger_ops.errors import fail
 
 _log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ class Sealed(TrainerCallback):
         if state.is_world_process_zero:
             place = Path(cast(str, args.output_dir)) / f"checkpoint-{state.global_step}"
             settle(place)
-            _write(place / _SEAL, _sizes(place))
+            write_json(place / _SEAL, _sizes(place))
 
 
 class SavedAtTheEnd(TrainerCallback):
@@ -45,14 +45,6 @@ class SavedAtTheEnd(TrainerCallback):
 
 def _sizes(place: Path) -> dict[str, int]:
     return {str(x.relative_to(place)): x.stat().st_size for x in sorted(place.rglob("*")) if x.is_file()}
-
-
-def _write(path: Path, value: Any) -> None:
-    """JSON that is there whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value), encoding="utf-8")
-    settle(part)
-    part.replace(path)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -104,7 +96,7 @@ def claimed_run(folder: Path, run: Mapping[str, Any], resume: bool) -> Iterator[
         last = _last(folder, run, resume)
         folder.mkdir(exist_ok=True)
         if not resume:
-            _write(folder / _RUN, run)
+            write_json(folder / _RUN, run)
         try:
             yield last
         finally:

@@ -6,6 +6,7 @@ import ctypes
 import errno
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from liger_ops.errors import fail
 
@@ -138,6 +140,27 @@ def settle(part: Path) -> None:
         if not path.is_symlink():
             path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
             _sync(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """JSON that is there whole or not at all; what is no number is null."""
+    content = json.dumps(_numbers(value), indent=2, allow_nan=False) + "\n"
+    if path.exists() and not path.is_file():
+        # A pipe or a device.
+        path.write_text(content, encoding="utf-8")
+        return
+    part = path.with_name(path.name + ".part")
+    part.write_text(content, encoding="utf-8")
+    settle(part)
+    part.replace(path.resolve())
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _numbers(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_numbers(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _sync(path: Path) -> None:

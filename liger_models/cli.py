@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import signal
 import sys
 import threading
@@ -16,7 +15,7 @@ from typing import Any
 from liger_linear.__main__ import main
 from liger_models import checkpoint
 from liger_models._runs import SavedAtTheEnd, discard
-from liger_models._whole import check_output
+from liger_models._whole import check_output, write_json
 from liger_models.configuration import LigerConfig
 from liger_models.data import read
 from liger_models.drawing import draw
@@ -141,7 +140,7 @@ def _evaluate(args) -> None:
     for name, value in figures.items():
         print(f"{name:24} {value:,.4g}")
     if args.json:
-        args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        write_json(args.json, figures)
 
 
 def _measure_variants(args, text, options) -> None:
@@ -158,7 +157,7 @@ def _measure_variants(args, text, options) -> None:
     table = markdown(result)
     print(table, end="")
     if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_json(args.json, result)
     if args.markdown:
         args.markdown.write_text(table, encoding="utf-8")
     if args.report:

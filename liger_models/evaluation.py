@@ -19,6 +19,9 @@ from liger_models.retrieval import check_tokenizer, retrieval
 from liger_models.variants import distinct_variants, window_alone, without_recurrence
 from liger_ops.errors import fail
 
+# Of which a perplexity is still a number.
+_MOST = 700.0
+
 
 def perplexity(model: PreTrainedModel, blocks: torch.Tensor | Rows, description: str = "Perplexity") -> float:
     """exp of the mean next-token loss over token ids [n, length] or rows with labels, one row at a time.
@@ -50,7 +53,10 @@ class Losses(NamedTuple):
 
 @torch.no_grad()
 def position_losses(model: PreTrainedModel, rows: torch.Tensor | Rows, description: str = "Evaluating") -> Losses:
-    """Losses of a model by position over token ids [n, length] or rows with labels, one forward pass a row."""
+    """Losses of a model by position over token ids [n, length] or rows with labels, one forward pass a row.
+
+    ValueError where their mean is no number, or too large for a perplexity.
+    """
     rows = _rows(rows)
     model.eval()
     device = input_device(model)
@@ -65,6 +71,8 @@ def position_losses(model: PreTrainedModel, rows: torch.Tensor | Rows, descripti
             found.counts[: len(labels)] += asked
     if not found.predictions:
         fail("blocks", "rows with a token to predict", "none")
+    if not found.mean() <= _MOST:
+        fail("model", f"a loss of at most {_MOST:g} nats a token", f"{found.mean():g}; its weights may be damaged")
     return found
 
 

@@ -7,7 +7,13 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from liger_models._inputs import input_device
 from liger_models.text import chat_ids, framing, token_ids
@@ -49,16 +55,27 @@ def without_settings(model: PreTrainedModel):
             holder.generation_config = own
 
 
+class _Numbers(LogitsProcessor):
+    """ValueError for scores that are no numbers, of which the likeliest token would be a token all the same."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        # Those that are never to be said are minus infinity.
+        if not (scores < torch.inf).all():
+            fail("model", "finite scores of tokens", "NaN or infinity; its weights may be damaged")
+        return scores
+
+
 def continued(
     model: PreTrainedModel, ids: torch.Tensor, shown: torch.Tensor | None = None, **options: Any
 ) -> torch.Tensor:
     """Token ids [B,T+N] that begin with ids [B,T], all of them shown or those where shown [B,T] is 1.
 
-    Options go to model.generate.
+    Options go to model.generate. ValueError for scores that are no numbers.
     """
+    processors = LogitsProcessorList([_Numbers(), *(options.pop("logits_processor", None) or ())])
     # Not every pretrained model has it, but every causal LM.
     mask = torch.ones_like(ids) if shown is None else shown
-    return cast(Any, model).generate(ids, attention_mask=mask, **options)
+    return cast(Any, model).generate(ids, attention_mask=mask, logits_processor=processors, **options)
 
 
 @torch.no_grad()
@@ -74,7 +91,7 @@ def generate(
     """The continuation of a prompt, begun as the tokenizer begins a text.
 
     chat wraps the prompt in the tokenizer's chat template; options go to model.generate. ValueError for no token at
-    all, or chat without a template.
+    all, chat without a template, or scores that are no numbers.
     """
     device = input_device(model)
     if chat:

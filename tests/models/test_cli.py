@@ -66,6 +66,27 @@ def test_bad_input_is_one_line_and_leaves_nothing(folder, capsys, arguments, mes
     assert sorted(folder.rglob("*")) == before
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
+def test_damaged_weights_are_told(folder, capsys, value):
+    """Of which the likeliest token would be a token, and a perplexity no JSON."""
+    model = tiny()
+    model.model.norm.weight.data.fill_(value)
+    checkpoint.save(model, tiny_tokenizer(), folder / "damaged")
+    before, (damaged, text) = sorted(folder.rglob("*")), (str(folder / "damaged"), str(folder / "text.txt"))
+    evaluation = ["evaluate", damaged, "--text", text, "--length", "32", "--json", str(folder / "figures.json")]
+    writing = (
+        ["generate", damaged, "the quick"],
+        ["generate", damaged, "the quick", "--sample"],
+        ["draw", damaged, "--out", str(folder / "rows.jsonl"), "--tokens", "8"],
+    )
+    # Scores that are no likelihoods are scores all the same.
+    for arguments in (evaluation, *(writing if value > 1e38 or value != value else ())):
+        capsys.readouterr()
+        assert main(arguments) == 2
+        assert "its weights may be damaged" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert sorted(folder.rglob("*")) == before
+
+
 def test_a_folder_beside_the_output_is_not_ours_to_delete(folder, capsys):
     (folder / "x.checkpoints").mkdir()
     (folder / "x.checkpoints" / "mine").write_text("precious")

@@ -8,7 +8,7 @@ import signal
 import pytest
 import torch
 
-from liger_models import _runs, checkpoint, cli, finetune
+from liger_models import _runs, _whole, checkpoint, cli, finetune
 from liger_models._runs import Sealed, discard, last_whole
 from liger_models._training import Interrupt
 from liger_models._whole import claimed
@@ -104,7 +104,8 @@ def test_settings_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(_runs, "settle", full)
+        for module in (_runs, _whole):
+            patch.setattr(module, "settle", full)
         struck(patch, 4)
         with pytest.raises(OSError, match="No space left"):
             tune(store, resume=True)

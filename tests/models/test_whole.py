@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from liger_models import _whole, checkpoint
-from liger_models._whole import check_output, written_whole
+from liger_models._whole import check_output, write_json, written_whole
 from tests.models.tiny import tiny, tiny_tokenizer
 
 CONFIG = json.dumps({"model_type": "llama"})
@@ -206,3 +206,23 @@ def test_a_disk_that_fails_to_hold_it_is_told(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         write(out)
     assert (out / "model.safetensors").read_text() == "old" and names(tmp_path) == ["out"]
+
+
+def test_json_is_json(tmp_path, monkeypatch):
+    path = tmp_path / "figures.json"
+    write_json(path, {"a": [1.5, float("nan")], "b": (float("inf"), True, None), "c": {"d": "x"}})
+    held = {"a": [1.5, None], "b": [None, True, None], "c": {"d": "x"}}
+    assert json.loads(path.read_text(), parse_constant=lambda x: pytest.fail(x)) == held
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "link").symlink_to("figures.json")
+    write_json(tmp_path / "link", [2])
+    assert (tmp_path / "link").is_symlink() and json.loads(path.read_text()) == [2]
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_json(path, [3])
+    assert json.loads(path.read_text()) == [2]
+    monkeypatch.undo()
+    write_json(Path("/dev/null"), [4])
