@@ -8,13 +8,13 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 from transformers import TrainerCallback
 
-from liger_models._whole import claimed, settle, write_json
+from liger_models._whole import claimed, resolved, settle, write_json
 from liger_ops.errors import fail
 
 _log = logging.getLogger(__name__)
@@ -22,6 +22,8 @@ _log = logging.getLogger(__name__)
 _RUN, _SEAL = "run.json", "whole.json"
 # What the Trainer reports to files, which lies there too and is nobody's to remove.
 _REPORTS = "runs"
+# What the settings of each run say among others.
+_SETTINGS = {"text", "seed", "model"}
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -48,10 +50,10 @@ def _sizes(place: Path) -> dict[str, int]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A JSON object, empty where there is none that can be read."""
+    """A JSON object, empty where there is none; OSError where what is there cannot be read."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -79,29 +81,33 @@ def is_finished(checkpoint: str) -> bool:
     return state.get("global_step", 0) >= state.get("max_steps", 1)
 
 
+def is_first_process() -> bool:
+    """Whether this one keeps folders, of several that a launcher may have started."""
+    return int(os.environ.get("WORLD_SIZE") or 1) < 2 or not int(os.environ.get("RANK") or 0)
+
+
 @contextmanager
 def claimed_run(folder: Path, run: Mapping[str, Any], resume: bool) -> Iterator[str | None]:
     """Hold a folder for the checkpoints of a run; yields the one to resume from, if so asked.
 
-    Afterwards the folder is gone unless it holds a checkpoint that is whole. ValueError if it holds something else, an
-    interrupted run that nobody asked to resume, or a run with other settings, and if another process holds it.
+    Afterwards the folder is as it was unless there is a checkpoint that is whole. ValueError if it holds something
+    else, an interrupted run that nobody asked to resume, or a run with other settings, and if another process holds it.
     """
-    if int(os.environ.get("RANK", 0)):
-        # The first process of several keeps the folder.
+    folder = resolved(folder, "checkpoints")
+    if not is_first_process():
         yield last_whole(folder) if resume else None
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        stack.enter_context(claimed(folder, "checkpoints"))
-        last = _last(folder, run, resume)
+    with claimed(folder, "checkpoints"):
+        last, there = _last(folder, run, resume), folder.exists()
         folder.mkdir(exist_ok=True)
         if not resume:
             write_json(folder / _RUN, run)
         try:
             yield last
         finally:
-            if last_whole(folder) is None:
-                _remove(folder)
+            if last is None and last_whole(folder) is None:
+                _remove(folder, keep=there)
 
 
 def _last(folder: Path, run: Mapping[str, Any], resume: bool) -> str | None:
@@ -125,23 +131,27 @@ def _last(folder: Path, run: Mapping[str, Any], resume: bool) -> str | None:
 
 
 def _ours(path: Path) -> bool:
-    name = path.name.removesuffix(".part")
-    return name == _RUN or (path.is_dir() and _CHECKPOINT.fullmatch(path.name) is not None)
+    if path.name == _RUN:
+        return bool(_checkpoints(path.parent)) or set(_read(path)) >= _SETTINGS
+    return path.is_dir() and _CHECKPOINT.fullmatch(path.name) is not None
 
 
 def discard(folder: Path) -> None:
     """Remove what a run left in its folder of checkpoints, and nothing else; nothing where another run is at it."""
-    if folder.is_dir():
+    folder = resolved(folder, "checkpoints")
+    if folder.is_dir() and is_first_process():
         try:
             with claimed(folder, "checkpoints"):
                 _remove(folder)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             _log.warning("%s", error)
 
 
-def _remove(folder: Path) -> None:
-    for path in folder.iterdir():
-        if _ours(path):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if not any(folder.iterdir()):
+def _remove(folder: Path, keep: bool = False) -> None:
+    for path in [x for x in folder.iterdir() if _ours(x)]:
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
+        else:
+            shutil.rmtree(path)
+    if not keep and not any(folder.iterdir()):
         folder.rmdir()

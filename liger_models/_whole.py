@@ -10,12 +10,15 @@ import math
 import os
 import re
 import shutil
+import stat
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from liger_ops.errors import fail
 
@@ -48,6 +51,8 @@ def check_output(folder: str | Path, overwrite: bool) -> Path:
         fail("out", "a folder", f"the file {folder}")
     if folder.exists() and any(folder.iterdir()) and not _is_model(folder):
         fail("out", "a model's folder to replace", f"{folder}, which holds something else")
+    if folder.exists() and os.path.ismount(folder):
+        fail("out", "a folder in a file system", f"{folder}, the whole of one")
     return folder
 
 
@@ -67,11 +72,11 @@ def _is_model(folder: Path) -> bool:
 def written_whole(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield a sibling folder to write into; it takes the name of `folder` only after everything in it is on the disk.
 
-    Of a model that it replaces only what `save_pretrained` writes goes; whatever else lies there stays. ValueError for
-    a folder that another process is writing, or that appeared meanwhile.
+    Of a model that it replaces only what `save_pretrained` writes goes; whatever else lies there stays, as NAME.old
+    where something new has its name. ValueError for a folder that another process is writing, or that appeared
+    meanwhile; OSError where the disk does not hold it.
     """
-    # Through links, and a name even for ".".
-    folder = check_output(folder, overwrite).resolve()
+    folder = resolved(check_output(folder, overwrite), "out")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with claimed(folder, "out") as alone:
         if alone:
@@ -82,9 +87,19 @@ def written_whole(folder: str | Path, overwrite: bool = False) -> Iterator[Path]
             yield part
             settle(part)
             _put(part, folder, overwrite)
+        except SafetensorError as error:
+            raise OSError(f"{folder}: {error}") from error
         finally:
             # Or what was there before, which it changed places with.
             shutil.rmtree(part, ignore_errors=True)
+
+
+def resolved(folder: Path, name: str) -> Path:
+    """Through links, and with a name even for "."; ValueError for links in a loop."""
+    try:
+        return folder.resolve()
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"{name}: could not follow {folder}: {error}") from error
 
 
 @contextmanager
@@ -96,26 +111,26 @@ def claimed(folder: Path, name: str) -> Iterator[bool]:
     if fcntl is None:
         yield False
         return
-    path = folder.with_name(f".{folder.name}.lock")
-    while True:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            alone = True
-        except BlockingIOError:
-            os.close(lock)
-            fail(name, "a folder that no other process is writing", folder)
-        except OSError:
-            alone = False
-        # Whoever held it before may have removed it.
-        if path.exists() and os.path.samestat(os.fstat(lock), path.stat()):
-            break
-        os.close(lock)
+    path, lock, alone = folder.with_name(f".{folder.name}.liger-lock"), None, True
     try:
+        # Whoever held it before may have removed it.
+        while lock is None or not (path.exists() and os.path.samestat(os.fstat(lock), path.stat())):
+            if lock is not None:
+                os.close(lock)
+            lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(lock)
+                lock = None
+                fail(name, "a folder that no other process is writing", folder)
+            except OSError:
+                alone = False
         yield alone
     finally:
-        path.unlink(missing_ok=True)
-        os.close(lock)
+        if lock is not None:
+            path.unlink(missing_ok=True)
+            os.close(lock)
 
 
 def _clean(folder: Path) -> None:
@@ -123,7 +138,9 @@ def _clean(folder: Path) -> None:
     left = re.compile(rf"\.{re.escape(folder.name)}\.[a-z0-9_]{{8}}\.(part|old)")
     for path in sorted(folder.parent.iterdir()):
         if left.fullmatch(path.name) and path.is_dir():
-            if path.suffix == ".old" and not folder.exists():
+            if path.suffix == ".old" and not (folder.exists() and any(folder.iterdir())):
+                if folder.exists():
+                    folder.rmdir()
                 _log.warning("out: %s was put back, which an interrupted run had moved aside", folder)
                 path.rename(folder)
             else:
@@ -138,21 +155,31 @@ def settle(part: Path) -> None:
     inside = [Path(place, name) for place, folders, files in os.walk(part) for name in (*files, *folders)]
     for path in (*reversed(inside), part):
         if not path.is_symlink():
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+            # Folders keep the group that their parent gave them.
+            group = path.stat().st_mode & stat.S_ISGID if path.is_dir() else 0
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask | group)
             _sync(path)
 
 
 def write_json(path: Path, value: Any) -> None:
     """JSON that is there whole or not at all; what is no number is null."""
     content = json.dumps(_numbers(value), indent=2, allow_nan=False) + "\n"
-    if path.exists() and not path.is_file():
-        # A pipe or a device.
+    if (path.exists() and not path.is_file()) or path.is_relative_to("/dev") or path.is_relative_to("/proc"):
+        # A pipe or a device, or what a shell has open.
         path.write_text(content, encoding="utf-8")
         return
-    part = path.with_name(path.name + ".part")
-    part.write_text(content, encoding="utf-8")
-    settle(part)
-    part.replace(path.resolve())
+    path = path.resolve()
+    number, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    os.close(number)
+    part = Path(name)
+    try:
+        part.write_text(content, encoding="utf-8")
+        settle(part)
+        if path.exists():
+            shutil.copymode(path, part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _numbers(value: Any) -> Any:
@@ -183,8 +210,12 @@ def _put(part: Path, folder: Path, overwrite: bool) -> None:
     """Give a whole folder its name; what had it before has the other's then, if there was anything."""
     if overwrite and folder.exists():
         check_output(folder, overwrite)
-        _keep(folder, part)
+        shutil.copymode(folder, part)
+        taken = {path.name for path in part.iterdir()}
+        _keep(folder, part, taken)
         _exchange(part, folder)
+        # What somebody wrote there meanwhile.
+        _keep(part, folder, taken, os.replace)
     else:
         try:
             # Of what is there, only an empty folder is replaced.
@@ -196,27 +227,38 @@ def _put(part: Path, folder: Path, overwrite: bool) -> None:
     _sync(folder.parent)
 
 
-def _keep(old: Path, new: Path) -> None:
-    """What is not a model's in its old folder into the new one as well, as other names of the same files."""
+def _keep(old: Path, new: Path, taken: Iterable[str], put: Callable[[Path, Path], object] | None = None) -> None:
+    """What is not a model's in its old folder into the new one as well, as other names of the same files.
+
+    Under a name of its own where the new one has `taken` it.
+    """
     for path in old.iterdir():
-        place = new / path.name
-        if _KNOWN.fullmatch(path.name):
-            continue
+        if not _KNOWN.fullmatch(path.name):
+            _both(path, new / (f"{path.name}.old" if path.name in taken else path.name), put or _link)
+
+
+def _both(path: Path, place: Path, put: Callable[[Path, Path], object]) -> None:
+    """A file, or a folder and all in it, also at another place, where older ones go."""
+    if path.is_dir() and not path.is_symlink():
+        if place.is_symlink() or place.is_file():
+            place.unlink()
+        place.mkdir(exist_ok=True)
+        shutil.copymode(path, place)
+        for inner in path.iterdir():
+            _both(inner, place / inner.name, put)
+    elif not (os.path.lexists(place) and os.path.samestat(path.lstat(), place.lstat())):
         if place.is_dir() and not place.is_symlink():
             shutil.rmtree(place)
-        else:
+        elif put is _link:
             place.unlink(missing_ok=True)
-        if path.is_dir() and not path.is_symlink():
-            shutil.copytree(path, place, symlinks=True, copy_function=_link)
-        else:
-            _link(path, place)
+        put(path, place)
 
 
-def _link(path: str | Path, place: str | Path) -> None:
+def _link(path: Path, place: Path) -> None:
     try:
         os.link(path, place, follow_symlinks=False)
     except OSError:
-        # Not every file system has links.
+        # Not every file system has links. What was copied changes places with its original later.
         shutil.copy2(path, place, follow_symlinks=False)
 
 

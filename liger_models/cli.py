@@ -14,7 +14,7 @@ from typing import Any
 
 from liger_linear.__main__ import main
 from liger_models import checkpoint
-from liger_models._runs import SavedAtTheEnd, discard
+from liger_models._runs import SavedAtTheEnd, discard, is_first_process
 from liger_models._whole import check_output, write_json
 from liger_models.configuration import LigerConfig
 from liger_models.data import read
@@ -86,6 +86,8 @@ def _finetune(args) -> None:
     # Which outlive a model that cannot be saved.
     changes["callbacks"] = [SavedAtTheEnd()]
     model = finetune(model, tokenizer, text, args.recipe, checkpoints=store, resume=args.resume, **changes)
+    if not is_first_process():
+        return
     try:
         checkpoint.save(model, tokenizer, args.out, args.overwrite)
     except (ValueError, OSError) as error:

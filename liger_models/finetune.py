@@ -264,7 +264,8 @@ def _train(model: PreTrainedModel, job: _Job, folder: Path, last: str | None) ->
                 trainer._load_from_checkpoint(last)
             else:
                 trainer.train(resume_from_checkpoint=last)
-        done = not interrupt.asked
+        # To stop when nothing is left to do is to be done.
+        done = not interrupt.asked or trainer.state.global_step >= trainer.state.max_steps > 0
         if done and job.held_out and not _measured(trainer.state):
             trainer.evaluate()
     finally:

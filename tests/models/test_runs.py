@@ -128,6 +128,67 @@ def test_two_runs_do_not_share_a_folder(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_somebody_else_left_is_not_touched(tmp_path, monkeypatch):
+    """A file of the same name, a folder that was empty, and one behind a link."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    tune(mine)
+    (mine / "run.json").write_text('{"distance": 10}')
+    with pytest.raises(ValueError, match=r"checkpoints: expected a folder of checkpoints, got .* holds run.json"):
+        tune(mine)
+    discard(mine)
+    assert [path.name for path in mine.iterdir()] == ["run.json"]
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "real").mkdir()
+    interrupt(monkeypatch, tmp_path / "link", 2)
+    (tmp_path / "real" / "checkpoint-1").symlink_to(mine)
+    with claimed(tmp_path / "real", "checkpoints"), pytest.raises(ValueError, match="no other process"):
+        tune(tmp_path / "link", resume=True)
+    discard(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (mine / "run.json").is_file()
+
+
+def test_a_disk_that_cannot_be_read_removes_nothing(tmp_path, monkeypatch):
+    store = tmp_path / "store"
+    interrupt(monkeypatch, store, 2)
+
+    def broken(*_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+
+    def strike(self, args, state, control, **kwargs):
+        monkeypatch.setattr(_runs, "_read", broken)
+        raise RuntimeError("struck by lightning")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Interrupt, "on_step_begin", strike)
+        with pytest.raises(RuntimeError, match="lightning"):
+            tune(store, resume=True)
+    monkeypatch.undo()
+    assert last_whole(store)
+
+
+def test_the_others_of_several_processes_leave_the_folder_alone(tmp_path, monkeypatch):
+    store = tmp_path / "store"
+    interrupt(monkeypatch, store, 2)
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(ValueError, match="holds an interrupted run"), _runs.claimed_run(store, {}, False):
+        pass
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with claimed(store, "checkpoints"), _runs.claimed_run(store, {}, True) as last:
+        assert last == str(store / "checkpoint-2")
+    discard(store)
+    assert last_whole(store)
+
+
+def test_to_be_interrupted_when_all_is_done_is_to_be_done(tmp_path, monkeypatch):
+    def strike(self, args, state, control, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Interrupt, "on_evaluate", strike)
+    whole = tune()
+    assert same(tune(tmp_path / "store", eval_text=TEXT, eval_steps=6), whole)
+
+
 @pytest.fixture
 def command(tmp_path):
     """liger finetune of a small model into tmp_path / "out", with more arguments."""

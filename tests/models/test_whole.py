@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -77,11 +78,64 @@ def test_what_is_not_a_models_stays_where_it_is(tmp_path):
     with written_whole(out, overwrite=True) as part:
         (part / "model.safetensors").write_text("new")
         (part / "README.md").write_text("another's")
-    assert names(out) == [".git", "README.md", "data.safetensors", "link", "model.safetensors", "original"]
-    assert (out / "model.safetensors").read_text() == "new" and (out / "README.md").read_text() == "mine"
+    kept = [".git", "README.md", "README.md.old", "data.safetensors", "link", "model.safetensors", "original"]
+    assert names(out) == kept and (out / "model.safetensors").read_text() == "new"
+    # Two of one model go together.
+    assert (out / "README.md").read_text() == "another's" and (out / "README.md.old").read_text() == "mine"
     assert (out / ".git" / "objects" / "pack").read_text() == "history" and (out / "link").is_symlink()
     assert os.path.samestat(before, (out / "data.safetensors").stat())
     assert (out / "original" / "source" / "config.json").is_file() and names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_what_is_written_meanwhile_stays_too(tmp_path, monkeypatch, linked):
+    out, exchange = model(tmp_path / "out", model="old"), _whole._exchange
+    (out / "runs").mkdir()
+    for name in ("runs/log", "notes"):
+        (out / name).write_text("early")
+
+    def late(part, folder):
+        (out / "runs" / "log").unlink()
+        for name in ("runs/log", "runs/more", "other"):
+            (out / name).write_text("late")
+        exchange(part, folder)
+
+    def unable(*_, **__):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(_whole, "_exchange", late)
+    if not linked:
+        monkeypatch.setattr(os, "link", unable)
+    write(out)
+    found = {name: (out / name).read_text() for name in ("runs/log", "runs/more", "other", "notes")}
+    assert found == {"runs/log": "late", "runs/more": "late", "other": "late", "notes": "early"}
+    assert (out / "model.safetensors").read_text() == "new" and names(tmp_path) == ["out"]
+
+
+def test_a_private_folder_stays_private(tmp_path):
+    out = model(tmp_path / "out")
+    out.chmod(0o700)
+    write(out)
+    assert out.stat().st_mode & 0o777 == 0o700
+
+
+def test_links_in_a_loop_are_one_line(tmp_path):
+    (tmp_path / "out").symlink_to("out")
+    with pytest.raises(ValueError, match="out: could not follow"):
+        write(tmp_path / "out")
+
+
+def test_a_disk_that_is_full_is_an_os_error(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    usual = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, before[1]))
+    try:
+        with pytest.raises(OSError):
+            checkpoint.save(tiny(), tiny_tokenizer(), tmp_path / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, usual)
+    assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize("exchanged", [True, False])
@@ -225,4 +279,7 @@ def test_json_is_json(tmp_path, monkeypatch):
         write_json(path, [3])
     assert json.loads(path.read_text()) == [2]
     monkeypatch.undo()
-    write_json(Path("/dev/null"), [4])
+    path.chmod(0o600)
+    write_json(path, [4])
+    assert path.stat().st_mode & 0o777 == 0o600 and names(tmp_path) == ["figures.json", "link"]
+    write_json(Path("/dev/null"), [5])
