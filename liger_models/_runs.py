@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from transformers import TrainerCallback
 
-from liger_models._whole import claimed, resolved, settle, write_json
+from liger_models._whole import claimed, resolved, to_disk, write_json
 from liger_ops.errors import fail
 
 _log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class Sealed(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             place = Path(cast(str, args.output_dir)) / f"checkpoint-{state.global_step}"
-            settle(place)
+            to_disk(place)
             write_json(place / _SEAL, _sizes(place))
 
 

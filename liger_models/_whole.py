@@ -85,7 +85,7 @@ def written_whole(folder: str | Path, overwrite: bool = False) -> Iterator[Path]
         part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
         try:
             yield part
-            settle(part)
+            to_disk(part)
             _put(part, folder, overwrite)
         except SafetensorError as error:
             raise OSError(f"{folder}: {error}") from error
@@ -148,7 +148,7 @@ def _clean(folder: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def settle(part: Path) -> None:
+def to_disk(part: Path) -> None:
     """A file, or a folder and all in it, on the disk, and with the permissions of ordinary files and folders."""
     mask = os.umask(0)
     os.umask(mask)
@@ -174,7 +174,7 @@ def write_json(path: Path, value: Any) -> None:
     part = Path(name)
     try:
         part.write_text(content, encoding="utf-8")
-        settle(part)
+        to_disk(part)
         if path.exists():
             shutil.copymode(path, part)
         part.replace(path)

@@ -107,7 +107,7 @@ def test_the_folder_behind_a_link_is_replaced_and_the_link_stays(source, tmp_pat
 
 def test_what_holds_the_source_is_not_replaced(source, tmp_path):
     inner = source()
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="out: expected a folder that does not hold the model to read"):
         linearize_on_disk(inner, tmp_path, calibration=IDS, overwrite=True)
     assert (inner / "config.json").is_file()

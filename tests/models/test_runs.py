@@ -105,7 +105,7 @@ def test_settings_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         for module in (_runs, _whole):
-            patch.setattr(module, "settle", full)
+            patch.setattr(module, "to_disk", full)
         struck(patch, 4)
         with pytest.raises(OSError, match="No space left"):
             tune(store, resume=True)
