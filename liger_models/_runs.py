@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from transformers import TrainerCallback
 
-from liger_models._whole import claimed, resolved, to_disk, write_json
+from liger_models._whole import claimed, read_json, resolved, to_disk, write_json
 from liger_ops.errors import fail
 
 _log = logging.getLogger(__name__)
@@ -25,6 +25,8 @@ _REPORTS = "runs"
 # What the settings of each run say among others.
 _SETTINGS = {"text", "seed", "model"}
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+# Settings that a killed process was writing.
+_TORN = re.compile(r"\.run\.json\.[a-z0-9_]{8}\.part")
 
 
 class Sealed(TrainerCallback):
@@ -49,15 +51,6 @@ def _sizes(place: Path) -> dict[str, int]:
     return {str(x.relative_to(place)): x.stat().st_size for x in sorted(place.rglob("*")) if x.is_file()}
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON object, empty where there is none; OSError where what is there cannot be read."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
 def _checkpoints(folder: Path) -> list[Path]:
     """All that look like one, whole or not, the latest last."""
     found = [x for x in folder.iterdir() if x.is_dir() and _CHECKPOINT.fullmatch(x.name)] if folder.is_dir() else []
@@ -67,7 +60,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 def last_whole(folder: Path) -> str | None:
     """The latest checkpoint that was written to its end and that still has all its files."""
     for place in reversed(_checkpoints(folder)):
-        sealed = _read(place / _SEAL)
+        sealed = read_json(place / _SEAL)
         there = _sizes(place)
         if sealed and all(there.get(name) == size for name, size in sealed.items()):
             return str(place)
@@ -77,7 +70,7 @@ def last_whole(folder: Path) -> str | None:
 
 def is_finished(checkpoint: str) -> bool:
     """Whether nothing is left to do behind a checkpoint, where the Trainer would take one step more."""
-    state = _read(Path(checkpoint) / "trainer_state.json")
+    state = read_json(Path(checkpoint) / "trainer_state.json")
     return state.get("global_step", 0) >= state.get("max_steps", 1)
 
 
@@ -118,7 +111,7 @@ def _last(folder: Path, run: Mapping[str, Any], resume: bool) -> str | None:
             raise ValueError(f"checkpoints: {folder} holds an interrupted run; resume it, or remove the folder")
     if not resume:
         return None
-    last, before = last_whole(folder), _read(folder / _RUN)
+    last, before = last_whole(folder), read_json(folder / _RUN)
     if last is None:
         raise ValueError(f"resume: expected a checkpoint in {folder} that is whole, found none")
     if not before:
@@ -132,8 +125,9 @@ def _last(folder: Path, run: Mapping[str, Any], resume: bool) -> str | None:
 
 def _ours(path: Path) -> bool:
     if path.name == _RUN:
-        return bool(_checkpoints(path.parent)) or set(_read(path)) >= _SETTINGS
-    return path.is_dir() and _CHECKPOINT.fullmatch(path.name) is not None
+        return bool(_checkpoints(path.parent)) or set(read_json(path)) >= _SETTINGS
+    kind = _CHECKPOINT if path.is_dir() else _TORN
+    return kind.fullmatch(path.name) is not None
 
 
 def discard(folder: Path) -> None:

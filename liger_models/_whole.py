@@ -60,12 +60,21 @@ def _is_model(folder: Path) -> bool:
     """Whether a folder holds the config of a model, and not one of something else."""
     for name, entries in _CONFIGS.items():
         try:
-            config = json.loads((folder / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            config = read_json(folder / name)
+        except OSError:
             continue
-        if isinstance(config, dict) and any(entry in config for entry in entries):
+        if any(entry in config for entry in entries):
             return True
     return False
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, empty where there is none; OSError where what is there cannot be read."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 @contextmanager

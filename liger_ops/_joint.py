@@ -60,7 +60,7 @@ _WINDOW = "Tensor q, Tensor k, Tensor v, Tensor column, Tensor rest, int window,
 _JOINT = _WINDOW + ", Tensor q_log, Tensor k_log, Tensor? g, Tensor mix, Tensor state"
 _RECALL = _JOINT + ", Tensor left_v, Tensor left_lost, Tensor held_k, Tensor held_v, Tensor held_lost"
 # Of the record's fields, those without recall.
-_ARGUMENTS = _JOINT.count("Tensor") + 2
+_ARGUMENTS = KernelAttentionInputs._fields.index("left_v")
 _DIFFERENTIABLE = ("q", "k", "v", "q_log", "k_log", "g", "mix", "state", "left_v", "held_k", "held_v")
 
 

@@ -9,7 +9,7 @@ output and the log of all weights, whichever part it is in. Logarithms are to ba
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,9 +46,6 @@ class _Blocks(NamedTuple):
     k: torch.Tensor
     v: torch.Tensor
     scores: torch.Tensor
-
-
-_RECALLED = "left_v", "left_lost", "held_k", "held_v", "held_lost"
 
 
 def _left(x: KernelAttentionInputs) -> slice:
@@ -89,8 +86,7 @@ def _to_time(parts: list[torch.Tensor], length: int) -> torch.Tensor:
 
 
 def _window(x: KernelAttentionInputs) -> joint.Call:
-    alone: dict[str, Any] = dict.fromkeys(("q_log", "k_log", "g", "mix", "state", *_RECALLED))
-    return joint.prepare(x._replace(**alone))
+    return joint.prepare(x._replace(q_log=None, g=None))
 
 
 def _above(x: KernelAttentionInputs, top: torch.Tensor) -> torch.Tensor:
@@ -107,8 +103,7 @@ def _recurrence(x: KernelAttentionInputs, top: torch.Tensor, exact: torch.Tensor
     column, rest = x.column.new_zeros(B, 1), torch.arange(T + 1, device=k.device).expand(B, -1) > 0
     # Features saturate above the largest score, not above all that is exact.
     q_log = _above(x, top).clamp_(max=MAX_LOG_FEATURE) - (exact - top).unsqueeze(-1) / LOG2
-    far: dict[str, Any] = dict(q_log=q_log) | dict.fromkeys(_RECALLED)
-    return joint.prepare(x._replace(k=k, v=v, column=column, rest=rest, window=0, **far))
+    return joint.prepare(x._replace(q_log=q_log, k=k, v=v, column=column, rest=rest, window=0))
 
 
 @full_precision

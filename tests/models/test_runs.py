@@ -112,8 +112,11 @@ def test_settings_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="No space left"):
             tune(tmp_path / "new")
     assert (store / "run.json").read_bytes() == before and last_whole(store) == str(store / "checkpoint-2")
-    assert {path.name for path in (tmp_path / "new").iterdir()} <= {"run.json.part"}
+    assert list((tmp_path / "new").iterdir()) == []
+    # What a kill leaves instead is no stranger's.
+    (tmp_path / "new" / ".run.json.abcd_123.part").write_text("{")
     tune(tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path, monkeypatch):
@@ -156,7 +159,7 @@ def test_a_disk_that_cannot_be_read_removes_nothing(tmp_path, monkeypatch):
         raise OSError(errno.EIO, "Input/output error")
 
     def strike(self, args, state, control, **kwargs):
-        monkeypatch.setattr(_runs, "_read", broken)
+        monkeypatch.setattr(_runs, "read_json", broken)
         raise RuntimeError("struck by lightning")
 
     with monkeypatch.context() as patch:

@@ -56,7 +56,12 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
 
 
 def test_overwrite_replaces_models_only(tmp_path):
-    for name, content in (("thesis", "x"), ("config.json", "{}"), ("config.json", '{"compilerOptions": {}}')):
+    for name, content in (
+        ("thesis", "x"),
+        ("config.json", "{}"),
+        ("config.json", "[" * 100_000),
+        ("config.json", '{"compilerOptions": {}}'),
+    ):
         (tmp_path / "thesis").mkdir(exist_ok=True)
         (tmp_path / "thesis" / name).write_text(content)
         with pytest.raises(ValueError, match="out: expected a model's folder to replace"):
