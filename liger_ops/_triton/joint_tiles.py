@@ -16,7 +16,8 @@ from liger_ops._triton.tiles import dot
 LOG2 = tl.constexpr(1.4426950408889634)
 # What the logarithm of a feature saturates at.
 MOST = tl.constexpr(limits.MAX_LOG_FEATURE * 1.4426950408889634)
-MASKED = tl.constexpr(-1e30)
+# Half of what float32 holds: added to a score it hides it, and a row that sees nothing has no NaN.
+MASKED = tl.constexpr(-1.7e38)
 
 
 @triton.jit
