@@ -71,6 +71,8 @@ def check_qkv(
             fail(name, f"{q.dtype} as {query}", x.dtype)
         if x.device != q.device:
             fail(name, f"device {q.device} as {query}", x.device)
+        if x.layout != torch.strided:
+            fail(name, "a dense tensor", x.layout)
     B, T, HQ, K = q.shape
     S, H = k.shape[1:3]
     if k.shape != (B, T if same_length else S, H, K):
@@ -103,7 +105,7 @@ def check_windowed(
     """What windowed attention is given; the scale and the bound of the scores, 0 for none, as numbers."""
     check_qkv(q, k, v, same_length=False)
     # What is plainly right costs no call, which a decoded token notices.
-    if not (type(window) is int and window > 0 and type(sinks) is int and sinks >= 0):
+    if not (type(window) is int and 0 < window < 1 << 62 and type(sinks) is int and 0 <= sinks < 1 << 62):
         check_window(window, sinks)
     if visible is not None:
         if not isinstance(visible, torch.Tensor):

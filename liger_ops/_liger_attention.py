@@ -3,6 +3,7 @@
 Shapes: B batch, T queries, S = W + T keys, HQ query heads, H key/value heads, D width, M features, V value width.
 """
 
+import math
 from typing import cast
 
 import torch
@@ -77,14 +78,11 @@ def liger_attention(
         errors.fail("k", f"at least T + window = {T + window} tokens", S)
     if not isinstance(q_log, torch.Tensor):
         errors.check_tensor("q_log", q_log)
-    if not isinstance(mix, torch.Tensor) and (not isinstance(mix, int | float) or not mix >= 0):
-        errors.fail("mix", f"a number >= 0 or [{q.shape[2]}]", repr(mix))
+    mix = _as_mix(mix, q)
     far = slice(S - T - window, S - window)
     _checks.check_qkv(q_log, k_log, v[:, far].to(q_log.dtype), query="q_log", key="k_log")
     if q_log.shape[:3] != q.shape[:3]:
         errors.fail("q_log", f"{list(q.shape[:3])} and a width, to match q", tuple(q_log.shape))
-    if isinstance(mix, torch.Tensor) and (mix.shape not in (q.shape[2:3], (1,), ()) or mix.device != q.device):
-        errors.fail("mix", f"a number or [{q.shape[2]}] on {q.device}", f"{tuple(mix.shape)} on {mix.device}")
     _checks.check_decay(g, k_log, (3, 4))
     # What is plainly right costs no call.
     if recall or score is not None or type(recall) is not int:
@@ -94,13 +92,24 @@ def liger_attention(
     _checks.check_state(state, B, k_log, v.shape[-1] + 1)
     if state is None:
         state = k_log.new_zeros(B, k.shape[2], k_log.shape[-1], v.shape[-1] + 1)
-    fine = torch.promote_types(q.dtype, torch.float32)
-    mix = torch.as_tensor(mix, dtype=fine, device=q.device).expand(q.shape[2])
     far = q_log, k_log, g, mix, state, score, recalled
     o, state, after = _backend.joint(AttentionInputs(q, k, v, window, sinks, scale, softcap, visible, *far))
     if not output_final_state:
         return o, None
     return o, state if after is None else (state, (after.k.to(k.dtype), after.v.to(v.dtype), after.far))
+
+
+def _as_mix(mix: torch.Tensor | float, q: torch.Tensor) -> torch.Tensor:
+    """The weight of the far part for each query head [HQ], in what sums are taken in; values are read on a CPU only."""
+    expected = f"a number >= 0 or floating [{q.shape[2]}] on {q.device}"
+    if not isinstance(mix, torch.Tensor):
+        if isinstance(mix, bool) or not isinstance(mix, int | float) or not 0 <= mix < math.inf:
+            errors.fail("mix", expected, repr(mix))
+    elif mix.shape not in (q.shape[2:3], (1,), ()) or mix.device != q.device or not mix.is_floating_point():
+        errors.fail("mix", expected, f"{mix.dtype} {tuple(mix.shape)} on {mix.device}")
+    elif mix.device.type == "cpu" and not torch.compiler.is_compiling() and not mix.detach().amin() >= 0:
+        errors.fail("mix", expected, f"a minimum of {mix.detach().amin().item():.4g}")
+    return torch.as_tensor(mix, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device).expand(q.shape[2])
 
 
 def _check_recall(

@@ -52,10 +52,12 @@ def lists_keywords(call: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def check_positive(name: str, value: Any, minimum: int = 1) -> None:
-    """An integer from the minimum on."""
+    """An integer from the minimum on, that fits 64 bits."""
     # torch.export writes lengths as SymInt.
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt) or value < minimum:
         fail(name, f"an integer >= {minimum}", repr(value))
+    if isinstance(value, int) and value.bit_length() > 63:
+        fail(name, "an integer below 2^63", value)
 
 
 def check_flag(name: str, value: object) -> None:

@@ -238,7 +238,9 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="k: expected at least T"):
         liger_attention(x, x, x, x, x, None, window=4)
     k = torch.randn(1, 13, 2, 8)
-    for name, value in (("q_log", None), ("mix", -1.0), ("mix", "a"), ("softcap", True), ("scale", True)):
+    mixes = (-1.0, "a", True, 1j, torch.inf, -torch.ones(2), torch.tensor([1.0, torch.nan]), torch.ones(2) * 1j)
+    others = (("q_log", None), ("softcap", True), ("scale", True), ("scale", torch.tensor(torch.nan)), ("sinks", 2**63))
+    for name, value in (*(("mix", mix) for mix in mixes), *others):
         options = dict(q_log=x, mix=1.0) | {name: value}
         with pytest.raises(ValueError, match=f"^{name}: expected "):
             liger_attention(x, k, k, k_log=x, g=None, window=4, **options)
