@@ -137,7 +137,17 @@ def _made(model: PreTrainedModel, plan: LayerPlan, measured: Measured) -> Linear
         if plan.index in measured.mixes:
             with torch.no_grad():
                 new.mix.weight.copy_(measured.mixes[plan.index])
+    _check_finite(new, decoder.attention(plan.index), plan.index)
     return new
+
+
+def _check_finite(new: nn.Module, old: nn.Module, index: int) -> None:
+    """ValueError where what a layer has beside the old one is no number: what it was fitted to has overflowed."""
+    known = dict(old.named_parameters()).keys()
+    for name, x in new.named_parameters():
+        if name not in known and not x.isfinite().all():
+            given = f"NaN or infinity in {name}, as from activations that overflow {x.dtype}"
+            fail("model", f"layer {index} to be fitted to finite numbers", given)
 
 
 def _measured(

@@ -150,6 +150,8 @@ def with_nan(tensor):
     ("spoil", "options", "message"),
     [
         (lambda f: damage(f, with_nan), {}, "expected finite values, got NaN or infinity"),
+        (lambda f: damage(f, torch.Tensor.int), {}, r"expected one of .*, got torch\.int32"),
+        (lambda f: damage(f, torch.Tensor.bool), {}, r"expected one of .*, got torch\.bool"),
         (lambda f: damage(f, lambda x: x[:-1].clone()), {}, r"expected shape \[\d+, 48\], got \["),
         (lambda f: max(f.glob("*.safetensors")).unlink(), {}, "expected every file of model.safetensors.index.json"),
         (lambda f: max(f.glob("*.safetensors")).write_bytes(b"x" * 99), {}, "could not read the weights"),
@@ -211,3 +213,17 @@ def test_memory_stays_below_the_largest_file_and_a_third(tmp_path):
     print(f"weights {whole / 1e6:.0f} MB, largest file {largest / 1e6:.0f} MB, memory added {added / 1e6:.0f} MB")
     assert whole > 3 * largest
     assert added <= 1.3 * largest
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_features_are_not_fitted_to_what_overflows(on_disk, source, tmp_path):
+    folder = source(dtype=torch.float16)
+    for path in folder.glob("*.safetensors"):
+        tensors = {n: 3e4 * x.sign() if "q_proj.weight" in n else x for n, x in load_file(path).items()}
+        save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="fitted to finite numbers, got NaN or infinity in feature"):
+        if on_disk:
+            linearize_on_disk(folder, tmp_path / "out", calibration=IDS, window=8)
+        else:
+            linearize(AutoModelForCausalLM.from_pretrained(folder).eval(), calibration=IDS, window=8)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
