@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from liger_ops.errors import check_positive, check_tensor, check_window, fail
+from liger_ops.errors import check_positive, check_tensor, check_window, fail, shown
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -28,7 +28,7 @@ def as_softcap(softcap: float | None) -> float:
     if softcap is None:
         return 0.0
     if isinstance(softcap, bool) or not isinstance(softcap, (int, float)) or not 0 < softcap < math.inf:
-        fail("softcap", "a number > 0, or None", repr(softcap))
+        fail("softcap", "a number > 0, or None", shown(softcap))
     return float(softcap)
 
 
@@ -41,7 +41,7 @@ def as_scale(scale: float | None, width: int) -> float:
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         given = f"a tensor {tuple(scale.shape)}" if isinstance(scale, torch.Tensor) else type(scale).__name__
         fail("scale", "a number (multiply q by anything that learns)", given)
-    if not -math.inf < scale < math.inf:
+    if not -math.inf < scale < math.inf or (isinstance(scale, int) and scale.bit_length() > 63):
         fail("scale", "a finite number", scale)
     return scale
 
@@ -140,12 +140,18 @@ def check_decay(
     if g.ndim not in ranks or tuple(g.shape) != shapes[g.ndim]:
         wanted = " or ".join(str(list(shapes[rank])) for rank in ranks) or "None"
         fail(name, f"shape {wanted}", tuple(g.shape))
-    if g.device != k.device or not g.is_floating_point():
-        fail(name, f"a floating tensor on {k.device}", f"{g.dtype} on {g.device}")
+    if g.device != k.device or not g.is_floating_point() or g.layout != torch.strided:
+        fail(name, f"a dense floating tensor on {k.device}", f"{g.layout} {g.dtype} on {g.device}")
     if raw or g.device.type != "cpu" or torch.compiler.is_compiling() or not g.numel():
         return
     if not g.detach().amax() <= 0:
         fail(name, "log decays <= 0", f"a maximum of {g.detach().amax().item():.4g}")
+
+
+def check_logs(name: str, x: torch.Tensor) -> None:
+    """Logarithms of weights, whose largest is below infinity; values are read on a CPU only."""
+    if x.device.type == "cpu" and not torch.compiler.is_compiling() and x.numel() and not x.detach().amax() < math.inf:
+        fail(name, "logarithms below infinity", f"a maximum of {x.detach().amax().item():.4g}")
 
 
 def check_strength(beta: torch.Tensor, v: torch.Tensor, live: torch.Tensor | None = None) -> None:
@@ -242,6 +248,7 @@ def check_pool(pool: torch.Tensor, slots: torch.Tensor, k: torch.Tensor, width: 
 def either(name: str, x: torch.Tensor | None, other: str, y: torch.Tensor | None) -> torch.Tensor | None:
     """Whichever of two names for one argument was given."""
     if x is not None and y is not None:
+        check_tensor(other, y)
         fail(other, f"None when {name} is given", tuple(y.shape))
     return y if x is None else x
 

@@ -29,7 +29,7 @@ def _gate(g, A_log, dt_bias, lower_bound, k):
     if lower_bound is None:
         return -rate * F.softplus(g)
     if not isinstance(lower_bound, (int, float)) or not -torch.inf < lower_bound < 0:
-        errors.fail("lower_bound", "a number < 0", lower_bound)
+        errors.fail("lower_bound", "a number < 0", errors.shown(lower_bound))
     return lower_bound * torch.sigmoid(rate * g)
 
 
@@ -89,7 +89,7 @@ def run_delta_rule(
     else:
         for name, given in (("A_log", A_log), ("dt_bias", dt_bias), ("lower_bound", lower_bound)):
             if given is not None:
-                errors.fail(name, "None without use_gate_in_kernel", given if name == "lower_bound" else "a tensor")
+                errors.fail(name, "None without use_gate_in_kernel", errors.shown(given))
     strength = _strength(beta, use_beta_sigmoid_in_kernel, allow_neg_eigval, v)
     _checks.check_decay(g, k, ranks, gate_name)
     _checks.check_strength(strength, v)
@@ -115,7 +115,7 @@ def chunk_delta_rule(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    beta: torch.Tensor,
+    beta: torch.Tensor | None,
     scale: float | None = None,
     initial_state: torch.Tensor | None = None,
     output_final_state: bool = False,
@@ -206,7 +206,7 @@ def chunk_gated_delta_rule(
     k: torch.Tensor,
     v: torch.Tensor,
     g: torch.Tensor,
-    beta: torch.Tensor,
+    beta: torch.Tensor | None,
     scale: float | None = None,
     initial_state: torch.Tensor | None = None,
     output_final_state: bool = False,
@@ -234,7 +234,7 @@ def chunk_gated_delta_rule(
         q: [B,T,HQ,K] queries, HQ a multiple of H, or H a multiple of HQ.
         k: [B,T,HK,K] keys; v: [B,T,H,V] values, H a multiple of HK; in the dtype of q.
         g: [B,T,H] log decay per step, <= 0; -inf forgets everything.
-        beta: [B,T,H] write strength, 0 to 2: at 1 the old value goes, at 2 it changes sign.
+        beta: [B,T,H] write strength, 0 to 2, None for 1: at 1 the old value goes, at 2 it changes sign.
         scale: factor on q, a number; None means K ** -0.5.
         initial_state: [N,H,K,V], or None for zeros.
         output_final_state: also return the state after the last token.
@@ -317,7 +317,7 @@ def fused_recurrent_gated_delta_rule(
     if g is not None and gk is not None:
         errors.check_tensor("g", g)
         errors.check_tensor("gk", gk)
-        if gk.ndim != 4 or gk.shape[:3] != g.shape or gk.device != g.device:
+        if gk.ndim != 4 or gk.shape[:3] != g.shape or (gk.device, gk.layout) != (g.device, g.layout):
             wanted = f"[{', '.join(map(str, g.shape))}, K] on {g.device} beside g"
             errors.fail("gk", wanted, f"{tuple(gk.shape)} on {gk.device}")
         gk = gk + g.unsqueeze(-1)

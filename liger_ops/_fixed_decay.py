@@ -70,7 +70,7 @@ def parallel_retention(
 ) -> tuple[torch.Tensor, None]:
     """`chunk_retention` without states; returns (o, None), because scores of all pairs are not formed."""
     if output_attentions is not False:
-        errors.fail("output_attentions", "False (scores of all pairs are not formed)", repr(output_attentions))
+        errors.fail("output_attentions", "False (scores of all pairs are not formed)", errors.shown(output_attentions))
     o, _ = chunk_retention(q, k, v, scale, cu_seqlens=cu_seqlens, chunk_size=chunk_size, max_seqlen=max_seqlen)
     return o, None
 

@@ -70,8 +70,8 @@ def chunk_gsa(
     if initial_state is not None:
         first = _checks.check_parts(initial_state, dict(hk=(N, H, K, M), hv=(N, H, M, v.shape[-1])), k)
     _checks.check_chunk_size(chunk_size)
-    if checkpoint_level not in (0, 1, 2):
-        errors.fail("checkpoint_level", "0, 1 or 2", repr(checkpoint_level))
+    if type(checkpoint_level) is not int or checkpoint_level not in (0, 1, 2):
+        errors.fail("checkpoint_level", "0, 1 or 2", errors.shown(checkpoint_level))
     scale, work = _checks.as_scale(scale, q.shape[-1]), work_dtype(q)
 
     def core(q, k, v, s, g, state, cu_seqlens):
@@ -177,6 +177,7 @@ def chunk_lightnet(
     errors.check_cu_seqlens(cu_seqlens, q.shape[0], q.shape[1], None, max_seqlen)
     N, (H, K) = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, k.shape[2:]
     work = work_dtype(q)
+    _checks.check_logs("k", k)
     if initial_state is None:
         initial_state = None, None
     elif not isinstance(initial_state, (tuple, list)) or len(initial_state) != 2:

@@ -34,7 +34,7 @@ def keywords(absent: str = "") -> Callable[[Callable[_P, _R]], Callable[_P, _R]]
         either_layout = "state_v_first" in own
         hints = (*absent.split(), *_HINTS)
         choices = (*own, *(["transpose_state_layout"] if either_layout else []), *hints)
-        title = op.__name__
+        title, flags = op.__name__, errors.flags_of(op)
 
         @functools.wraps(op)
         def door(*args: _P.args, **options: _P.kwargs) -> _R:
@@ -44,6 +44,7 @@ def keywords(absent: str = "") -> Callable[[Callable[_P, _R]], Callable[_P, _R]]
             for name in hints:
                 if name in options:
                     _check_hint(name, options.pop(name))
+            errors.check_flags(flags, args, options)
             return op(*args, **options)
 
         return door
@@ -65,8 +66,7 @@ def another_name(op: Callable[_P, _R], name: str) -> Callable[_P, _R]:
 
 def _rename_layout(options: dict[str, Any]) -> None:
     transposed = options.pop("transpose_state_layout")
-    if not isinstance(transposed, bool):
-        errors.fail("transpose_state_layout", "True or False", repr(transposed))
+    errors.check_flag("transpose_state_layout", transposed)
     if options.get("state_v_first"):
         errors.fail("transpose_state_layout", "nothing beside state_v_first, another name for it", transposed)
     options["state_v_first"] = transposed
@@ -76,7 +76,7 @@ def _check_hint(name: str, given: Any) -> None:
     if name in _ABSENT:
         wanted, why = _ABSENT[name]
         if given is not wanted:
-            errors.fail(name, f"{wanted} ({why})", type(given).__name__ if wanted is None else repr(given))
+            errors.fail(name, f"{wanted} ({why})", type(given).__name__ if wanted is None else errors.shown(given))
     elif name == "disable_recompute":
         errors.check_flag(name, given)
     elif name == "chunk_indices" and given is not None:

@@ -85,7 +85,7 @@ def liger_attention(
         errors.fail("q_log", f"{list(q.shape[:3])} and a width, to match q", tuple(q_log.shape))
     _checks.check_decay(g, k_log, (3, 4))
     # What is plainly right costs no call.
-    if recall or score is not None or type(recall) is not int:
+    if type(recall) is not int or recall or score is not None:
         state, recalled = _check_recall(recall, score, initial_state, k_log, g, (k, v))
     else:
         state, recalled = cast("torch.Tensor | None", initial_state), None
@@ -104,7 +104,7 @@ def _as_mix(mix: torch.Tensor | float, q: torch.Tensor) -> torch.Tensor:
     expected = f"a number >= 0 or floating [{q.shape[2]}] on {q.device}"
     if not isinstance(mix, torch.Tensor):
         if isinstance(mix, bool) or not isinstance(mix, int | float) or not 0 <= mix < math.inf:
-            errors.fail("mix", expected, repr(mix))
+            errors.fail("mix", expected, errors.shown(mix))
     elif mix.shape not in (q.shape[2:3], (1,), ()) or mix.device != q.device or not mix.is_floating_point():
         errors.fail("mix", expected, f"{mix.dtype} {tuple(mix.shape)} on {mix.device}")
     elif mix.device.type == "cpu" and not torch.compiler.is_compiling() and not mix.detach().amin() >= 0:
@@ -121,12 +121,11 @@ def _check_recall(
     columns: tuple[torch.Tensor, torch.Tensor],
 ) -> tuple[torch.Tensor | None, Recalled | None]:
     """The state of the recurrence, if there is one, and the tokens recalled, zeros at first; None without recall."""
+    errors.check_positive("recall", recall, 0)
     if not recall:
         if score is not None:
             errors.fail("score", "None without recall", f"a {type(score).__name__}")
-        errors.check_positive("recall", recall, 0)
         return cast("torch.Tensor | None", state), None
-    errors.check_positive("recall", recall, 0)
     B, T, H, M = k_log.shape
     errors.check_tensor("score", score)
     assert isinstance(score, torch.Tensor)

@@ -157,7 +157,8 @@ def fused_recurrent_hgrn2(
 
 
 def _key(q: torch.Tensor, g: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    errors.check_tensor("q", q)
     errors.check_tensor("g", g)
-    _checks.check_qkv(q, g.to(q.dtype), v, key="g")
+    _checks.check_qkv(q, g.to(q.dtype) if g.is_floating_point() else g, v, key="g")
     # Exact near g = 0, where 1 - exp(g) is not.
     return (-torch.expm1(g)).to(v.dtype)

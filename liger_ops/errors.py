@@ -4,7 +4,7 @@ import functools
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import torch
@@ -18,6 +18,11 @@ def fail(name: str, expected: str, given: object) -> NoReturn:
     raise ValueError(f"{name}: expected {expected}, got {given}")
 
 
+def shown(value: object) -> str:
+    """What was given, in one line."""
+    return f"a tensor {tuple(value.shape)}" if isinstance(value, torch.Tensor) else " ".join(repr(value).split())
+
+
 def check_tensor(name: str, x: object) -> None:
     if not isinstance(x, torch.Tensor):
         fail(name, "a tensor", type(x).__name__)
@@ -27,7 +32,7 @@ def check_known(name: str, value: object, choices: Iterable[str]) -> None:
     """A name that is among the choices, which the refusal lists."""
     choices = list(choices)
     if not isinstance(value, str) or value not in choices:
-        fail(name, f"one of {', '.join(choices)}", repr(value))
+        fail(name, f"one of {', '.join(choices)}", shown(value))
 
 
 def check_keywords(caller: str, given: Iterable[str], choices: Collection[str]) -> None:
@@ -37,8 +42,27 @@ def check_keywords(caller: str, given: Iterable[str], choices: Collection[str]) 
             raise TypeError(f"{caller}: unexpected argument {name!r}; expected one of {', '.join(choices)}")
 
 
+def flags_of(call: Callable[..., Any]) -> tuple[tuple[int, str], ...]:
+    """Place and name of each parameter that is True or False."""
+    parameters = inspect.signature(call).parameters.values()
+    kinds = bool, bool | None
+    return tuple((i, x.name) for i, x in enumerate(parameters) if isinstance(x.default, bool) or x.annotation in kinds)
+
+
+def check_flags(flags: tuple[tuple[int, str], ...], args: tuple[Any, ...], options: Mapping[str, Any]) -> None:
+    """Of what is given; None passes for False, as flash-linear-attention's layers hand it on."""
+    for place, name in flags:
+        value = args[place] if place < len(args) else options.get(name)
+        if value is not None:
+            check_flag(name, value)
+
+
 def lists_keywords(call: Callable[_P, _R]) -> Callable[_P, _R]:
-    """For a public function or constructor: an unknown keyword is answered with its name and the choices."""
+    """For a public function or constructor: an unknown keyword is answered with its name and the choices.
+
+    A flag is True or False.
+    """
+    flags = flags_of(call)
     known = dict.fromkeys(name for name in inspect.signature(call).parameters if name != "self")
     title = call.__qualname__.removesuffix(".__init__")
 
@@ -46,6 +70,7 @@ def lists_keywords(call: Callable[_P, _R]) -> Callable[_P, _R]:
     def door(*args: _P.args, **options: _P.kwargs) -> _R:
         if not options.keys() <= known.keys():
             check_keywords(title, options, known)
+        check_flags(flags, args, options)
         return call(*args, **options)
 
     return door
@@ -55,26 +80,26 @@ def check_positive(name: str, value: Any, minimum: int = 1) -> None:
     """An integer from the minimum on, that fits 64 bits."""
     # torch.export writes lengths as SymInt.
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt) or value < minimum:
-        fail(name, f"an integer >= {minimum}", repr(value))
+        fail(name, f"an integer >= {minimum}", shown(value))
     if isinstance(value, int) and value.bit_length() > 63:
         fail(name, "an integer below 2^63", value)
 
 
 def check_flag(name: str, value: object) -> None:
     if not isinstance(value, bool):
-        fail(name, "True or False", repr(value))
+        fail(name, "True or False", shown(value))
 
 
 def check_weight(name: str, value: Any) -> None:
     """A share of a sum, or of a loss."""
     if not _is_number(value) or not 0 <= value < math.inf:
-        fail(name, "a weight >= 0", repr(value))
+        fail(name, "a weight >= 0", shown(value))
 
 
 def check_factor(name: str, value: Any, optional: bool = False) -> None:
     """A temperature, scale, bound or base; None too if optional."""
     if not (optional and value is None) and (not _is_number(value) or not 0 < value < math.inf):
-        fail(name, "a number > 0, or None" if optional else "a number > 0", repr(value))
+        fail(name, "a number > 0, or None" if optional else "a number > 0", shown(value))
 
 
 def check_window(window: Any, sinks: Any) -> None:

@@ -170,7 +170,7 @@ GATE = -torch.rand(1, 6, 2, 4)
         ),
         (
             lambda: liger_ops.liger_attention(X[:, :3], X, X, X[:, :3], X[:, :3], None, torch.ones(3), window=3),
-            r"mix: expected a number or \[2\]",
+            r"mix: expected a number >= 0 or floating \[2\]",
         ),
     ],
 )
