@@ -245,7 +245,7 @@ def _conversation(
     ids = chat_ids(tokenizer, messages, **options)
     asked = [False] * len(ids)
     if _MARKED.search(tokenizer.get_chat_template(tools=tools)):
-        mask = marked(tokenizer, messages, tools)
+        mask = marked(tokenizer, messages, tools or None)
         # What stands before a text may have been added or taken away there.
         shared = min(len(mask), len(ids))
         return ids, [False] * (len(ids) - shared) + mask[len(mask) - shared :]
