@@ -172,6 +172,11 @@ def _command(commands, name: str, text: str) -> argparse.ArgumentParser:
     p = commands.add_parser(name, help=text, description=text)
     p.add_argument("model", metavar="MODEL", help=_MODEL)
     p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="weights' dtype")
+    p.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the Python code that comes with a model; without it such a model is refused",
+    )
     return p
 
 

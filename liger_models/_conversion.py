@@ -22,7 +22,7 @@ from liger_layers.choices import Choices
 from liger_layers.patterns import split
 from liger_models._calibration import Moments, check_calibration, draw_text, measure, slow_channels
 from liger_models._decoder import Decoder, Rotation
-from liger_models._inputs import argument_names
+from liger_models._inputs import argument_names, check_ids
 from liger_models._linearized import LinearizedAttention, LinearizedWindow, before_decoder
 from liger_models._mixing import fit_mixes
 from liger_models._need import asking_rows, fit_scores
@@ -30,7 +30,6 @@ from liger_models._snapshot import looked_at
 from liger_models.configuration import LigerConfig
 from liger_models.families import longest_text, own_windows
 from liger_models.text import find_tokenizer
-from liger_ops.errors import fail
 
 _log = logging.getLogger(__name__)
 # Rows at most to weigh recurrences on, of those that ask for something and of the others.
@@ -176,8 +175,7 @@ def _measured(
             _log.warning("calibration: no tokenizer given or found; what is fitted to text said again finds fewer keys")
         window = max(plan.options["window"] for plan in plans if plan.recalls or plan.mixed)
         rows = asking_rows(ids, tokenizer, window, longest_text(model.config))
-        if (most := max(int(row.max()) for row in rows)) >= model.config.vocab_size:
-            fail("tokenizer", f"ids below the model's {model.config.vocab_size}", most)
+        check_ids(model, rows)
         if recalling:
             measured = measured._replace(scores=fit_scores(model, rows, recalling))
         if mixed:

@@ -6,7 +6,7 @@ Shapes: B batch, T columns at hand, S columns seen before. A column holds a toke
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -24,6 +24,13 @@ _NEEDED = {"input_ids", "attention_mask", "position_ids", "inputs_embeds", "use_
 def input_device(model: PreTrainedModel) -> torch.device:
     """Where a model takes its token ids."""
     return cast(nn.Embedding, model.get_input_embeddings()).weight.device
+
+
+def check_ids(model: PreTrainedModel, rows: Iterable[torch.Tensor]) -> None:
+    """ValueError for token ids of a tokenizer that has more of them than a model has embeddings."""
+    known = len(cast(nn.Embedding, model.get_input_embeddings()).weight)
+    if (most := max((int(row.max()) for row in rows if row.numel()), default=0)) >= known:
+        fail("tokenizer", f"ids below the model's {known}", most)
 
 
 def argument_names(decoder: nn.Module) -> tuple[str, ...]:

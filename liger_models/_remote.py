@@ -33,9 +33,8 @@ class PortableConfig(_Config):
     auto_classes: ClassVar[dict[str, str]]
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
-        own = {auto: f"{_MODULE}.{name}" for auto, name in self.auto_classes.items()}
-        # A pretrained model may have come with code of its own; what else it names stays.
-        self.auto_map = {**(getattr(self, "auto_map", None) or {}), **own}
+        # A pretrained model may have come with code of its own, which does not go along.
+        self.auto_map = {auto: f"{_MODULE}.{name}" for auto, name in self.auto_classes.items()}
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         code = _CODE.format(module=type(self).__module__, names=", ".join(self.auto_classes.values()))
         Path(save_directory, f"{_MODULE}.py").write_text(code, encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 import sys
 import threading
@@ -11,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from liger_linear.__main__ import main
 from liger_models import checkpoint
@@ -38,6 +41,10 @@ def _checked(path: Path | None, name: str = "text") -> Path | None:
     return path
 
 
+def _load(args, model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    return checkpoint.load(model, args.dtype, trust_remote_code=args.trust_remote_code)
+
+
 def _linearize(args) -> None:
     check_output(args.out, args.overwrite)
     names = "gate", "tau", "pool", "feature_map", "window", "sinks", "recall", "mix", "fit_mix", "memories", "top_k"
@@ -47,10 +54,12 @@ def _linearize(args) -> None:
     if args.on_disk:
         if args.select is not None or args.dtype != "auto":
             raise ValueError("on-disk: expected neither --select nor --dtype, which need the model in memory")
+        if args.trust_remote_code:
+            raise ValueError("on-disk: expected no --trust-remote-code, for no code goes along")
         options = dict(preset=args.preset, keep=keep, overwrite=args.overwrite)
         print(f"Wrote {linearize_on_disk(args.model, args.out, **options, **changes)}")
         return
-    model, tokenizer = checkpoint.load(args.model, args.dtype)
+    model, tokenizer = _load(args, args.model)
     if args.select is not None:
         if keep is not None:
             fail("select", "--keep or --select", "both")
@@ -75,7 +84,7 @@ def _finetune(args) -> None:
     changes["freeze_kept"] = args.freeze_kept or None
     # Before a model is loaded, which takes longer.
     recipe = recipe_of(args.recipe, changes)
-    model, tokenizer = checkpoint.load(args.model, args.dtype)
+    model, tokenizer = _load(args, args.model)
     if args.data_free is not None:
         # Before the model writes, which takes longer still.
         checked_objective(model, recipe)
@@ -99,14 +108,14 @@ def _finetune(args) -> None:
 def _draw(args) -> None:
     if args.out.is_dir() or args.out.suffix != ".jsonl":
         fail("out", "a file that ends in .jsonl", args.out)
-    model, tokenizer = checkpoint.load(args.model, args.dtype)
+    model, tokenizer = _load(args, args.model)
     names = ("length", "batch", "chat", "temperature", "seed")
     rows = draw(model, tokenizer, args.tokens, out=args.out, **{name: getattr(args, name) for name in names})
     print(f"Wrote {len(rows)} rows to {args.out}")
 
 
 def _generate(args) -> None:
-    model, tokenizer = checkpoint.load(args.model, args.dtype)
+    model, tokenizer = _load(args, args.model)
     print(
         generate(
             model, tokenizer, args.prompt, max_new_tokens=args.max_new_tokens, chat=args.chat, do_sample=args.sample
@@ -137,7 +146,7 @@ def _evaluate(args) -> None:
         return
     if args.values is not None:
         fail("values", f"one of --{', --'.join(_LONG)} beside it", "none")
-    model, tokenizer = checkpoint.load(args.model, args.dtype)
+    model, tokenizer = _load(args, args.model)
     figures = evaluate(model, tokenizer, text, **options)
     for name, value in figures.items():
         print(f"{name:24} {value:,.4g}")
@@ -152,8 +161,8 @@ def _measure_variants(args, text, options) -> None:
 
     names = ("figures", "variants", "values", "tasks", "tasks_from", "examples", "passage")
     options |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    model, tokenizer = checkpoint.load(args.model, args.dtype)
-    original = checkpoint.load(args.original, args.dtype)[0] if args.original else None
+    model, tokenizer = _load(args, args.model)
+    original = _load(args, args.original)[0] if args.original else None
     found = measure_variants(model, tokenizer, text, original=original, **options)
     result = {"model": str(args.model), "original": args.original, **found}
     table = markdown(result)
@@ -172,8 +181,9 @@ def _import(modules: list[str]) -> None:
     try:
         for name in modules:
             importlib.import_module(name)
-    except ImportError as error:
-        raise ValueError(f"import: could not import {name!r}: {error}") from error
+    # A module may raise anything, or end the process.
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"import: could not import {name!r}: {' '.join(str(error).split()) or repr(error)}") from error
     finally:
         sys.path.remove("")
 
@@ -205,6 +215,8 @@ def run(args: Namespace) -> int:
             _import(args.modules)
             commands[args.command](args)
     except (ValueError, OSError) as error:
+        if os.environ.get("LIGER_DEBUG") == "1":
+            raise
         print(f"liger: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:

@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from liger_models.text import chat_ids, cut, framing, templated, to_blocks, token_ids
+from liger_models.text import chat_ids, cut, framing, marked, to_blocks, token_ids
 from liger_ops.errors import fail
 
 # The label of a position that nothing is asked of, as torch's cross_entropy has it.
@@ -245,8 +245,7 @@ def _conversation(
     ids = chat_ids(tokenizer, messages, **options)
     asked = [False] * len(ids)
     if _MARKED.search(tokenizer.get_chat_template(tools=tools)):
-        out = templated(tokenizer, messages, return_assistant_tokens_mask=True, **options)
-        mask = [bool(x) for x in out["assistant_masks"]]
+        mask = marked(tokenizer, messages, tools or None)
         # What stands before a text may have been added or taken away there.
         shared = min(len(mask), len(ids))
         return ids, [False] * (len(ids) - shared) + mask[len(mask) - shared :]

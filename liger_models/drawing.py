@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from liger_models._inputs import input_device
 from liger_models._snapshot import fingerprint
+from liger_models._templates import rendered
 from liger_models.generation import continued, without_settings
 from liger_models.modeling import LigerMixin
 from liger_models.teacher import is_tuned, original
@@ -188,9 +189,7 @@ class _Author(NamedTuple):
     def _template(self) -> tuple[list[int], list[int]]:
         """The token ids that the template puts before what a user says, and those behind it."""
         messages = [{"role": "user", "content": _SAID}]
-        chat_ids(self.tokenizer, messages)
-        text = cast(str, self.tokenizer.apply_chat_template(messages, tokenize=False))
-        parts = text.split(_SAID)
+        parts = rendered(self.tokenizer, messages).split(_SAID)
         if len(parts) != 2:
             fail("chat", "a chat template that repeats what a user says once", f"{len(parts) - 1} times")
         before, behind = (self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from liger_models._inputs import input_device
+from liger_models._inputs import check_ids, input_device
 from liger_models.data import IGNORED, Rows, documents, to_rows
 from liger_models.generation import base_of, evaluating
 from liger_models.modeling import LigerMixin
@@ -55,9 +55,10 @@ class Losses(NamedTuple):
 def position_losses(model: PreTrainedModel, rows: torch.Tensor | Rows, description: str = "Evaluating") -> Losses:
     """Losses of a model by position over token ids [n, length] or rows with labels, one forward pass a row.
 
-    ValueError where their mean is no number, or too large for a perplexity.
+    ValueError for ids that the model does not know, or where their mean is no number, or too large for a perplexity.
     """
     rows = _rows(rows)
+    check_ids(model, rows.ids)
     model.eval()
     device = input_device(model)
     longest = max(map(len, rows.ids), default=1)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from liger_models._inputs import input_device
+from liger_models._inputs import check_ids, input_device
 from liger_models._objectives import divergence
 from liger_models.data import IGNORED, Rows, documents, to_rows
 from liger_models.evaluation import Losses, binned, position_losses
@@ -193,6 +193,7 @@ def measure_variants(
     if original is not None and original.config.vocab_size != model.config.vocab_size:
         fail("original", f"a vocabulary of {model.config.vocab_size}", original.config.vocab_size)
     rows, exact = to_rows(tokenizer, text, length).first(max_blocks), exact_tokens(model)
+    check_ids(model, rows.ids)
     if "positions" in chosen and exact and max(map(len, rows.ids)) <= exact + 1:
         fail("length", f"more than {exact + 1} tokens, so that some lie beyond the exact ones", max(map(len, rows.ids)))
     questions = _questions(tokenizer, tasks, tasks_from, examples, passage)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from liger_layers import LigerAttention
 from liger_models import checkpoint
 from liger_models._hidden import with_hidden
+from liger_models._inputs import check_ids
 from liger_models._objectives import Objective
 from liger_models._runs import Sealed, claimed_run, is_finished, last_whole
 from liger_models._snapshot import fingerprint
@@ -118,9 +119,11 @@ def finetune(
     reports = _reports(report_to, checkpoints)
     objective = checked_objective(model, recipe, teacher)
     rows = with_hidden(tokenizer, to_rows(tokenizer, text, recipe.length), recipe.retrieval, recipe.length, seed)
+    check_ids(model, rows.ids)
     objective.check_rows(model, rows)
     _say_what_is_idle(model, recipe, rows)
     held_out = None if eval_text is None else to_rows(tokenizer, eval_text, recipe.length, "eval_text")
+    check_ids(model, held_out.ids if held_out else ())
     pad = next((cast(int, x) for x in (tokenizer.pad_token_id, tokenizer.eos_token_id) if x is not None), 0)
     job = _Job(rows, held_out, pad, recipe, objective, seed, merge, eval_steps, reports, tuple(callbacks))
     return _run(model, job, checkpoints, resume)

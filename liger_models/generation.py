@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from liger_models._inputs import input_device
+from liger_models._inputs import check_ids, input_device
 from liger_models.text import chat_ids, framing, token_ids
 from liger_ops.errors import fail
 
@@ -70,8 +70,9 @@ def continued(
 ) -> torch.Tensor:
     """Token ids [B,T+N] that begin with ids [B,T], all of them shown or those where shown [B,T] is 1.
 
-    Options go to model.generate. ValueError for scores that are no numbers.
+    Options go to model.generate. ValueError for ids that the model does not know, or scores that are no numbers.
     """
+    check_ids(model, [ids])
     processors = LogitsProcessorList([_Numbers(), *(options.pop("logits_processor", None) or ())])
     # Not every pretrained model has it, but every causal LM.
     mask = torch.ones_like(ids) if shown is None else shown

@@ -25,15 +25,18 @@ from liger_models._calibration import check_calibration
 from liger_models._checks import FLOATS
 from liger_models._conversion import LayerPlan, converted, plan_layers
 from liger_models._decoder import Decoder
-from liger_models._whole import check_output, written_whole
+from liger_models._folders import check_folder
+from liger_models._settings import check_config, check_tokenizer
+from liger_models._whole import check_output, read_json, write_json, written_whole
 from liger_models.configuration import LigerConfig
 from liger_models.linearize import linearized_config, resolved
 from liger_models.text import standard_text, to_blocks
 from liger_ops.errors import fail
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-# Weights in any format: what is converted comes from safetensors, and nothing else goes along.
-_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"}
+# Weights in any format: what is converted comes from safetensors, and nothing else goes along; nor does code.
+_LEFT = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".py"}
+_TOKENIZER = "tokenizer_config.json"
 # Numbers looked at together: more would cost memory, fewer time.
 _PIECE = 1 << 22
 _ROWS, _LENGTH = 8, 256
@@ -76,7 +79,11 @@ def linearize_on_disk(
     source, out = Path(source), check_output(out, overwrite)
     if out.resolve() in source.resolve().parents:
         fail("out", "a folder that does not hold the model to read", out)
+    with checkpoint.told(str(source)):
+        check_folder(source, every=True)
     files, skeleton = _files(source), _skeleton(source)
+    if "auto_map" in read_json(source / _TOKENIZER) and _tokenizer(source, needed=False) is None:
+        fail("model", "a tokenizer that needs no code of its own", repr(str(source)))
     config = resolved(skeleton, config, preset, keep, changes)
     plans = plan_layers(skeleton.config, config)
     tokenizer = None
@@ -96,11 +103,7 @@ def linearize_on_disk(
             size += sum(tensor.nbytes for tensor in tensors.values())
             written[path] = list(tensors)
         _name(written, size)
-        for path in source.iterdir():
-            if path.is_file() and path.suffix not in _WEIGHTS and not path.name.endswith(".index.json"):
-                shutil.copyfile(path, part / path.name)
-        if (source / CHAT_TEMPLATE_DIR).is_dir():
-            shutil.copytree(source / CHAT_TEMPLATE_DIR, part / CHAT_TEMPLATE_DIR)
+        _copy_others(source, part)
         linearized_config(model, config).save_pretrained(part)
     return out
 
@@ -135,8 +138,9 @@ def _files(folder: Path) -> dict[str, list[str]]:
 def _skeleton(folder: Path) -> PreTrainedModel:
     """The model in a folder without its weights."""
     with checkpoint.told(str(folder)), torch.device("meta"):
-        config = AutoConfig.from_pretrained(folder)
-        skeleton = AutoModelForCausalLM.from_config(config)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        check_config(config)
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     if getattr(config, "quantization_config", None):
         fail("model", "weights that are not quantized", repr(str(folder)))
     return skeleton
@@ -156,12 +160,25 @@ def _copy(
     return written, size
 
 
+def _copy_others(source: Path, part: Path) -> None:
+    """Whatever lies beside weights goes along, but for code and the names of it."""
+    templates = [*(source / CHAT_TEMPLATE_DIR).glob("*.jinja")]
+    if templates:
+        (part / CHAT_TEMPLATE_DIR).mkdir()
+    for path in (*source.iterdir(), *templates):
+        if path.is_file() and path.suffix not in _LEFT and not path.name.endswith(".index.json"):
+            shutil.copyfile(path, part / path.relative_to(source))
+    settings = read_json(part / _TOKENIZER)
+    if settings.pop("auto_map", None) is not None:
+        write_json(part / _TOKENIZER, settings)
+
+
 def _open(folder: Path, files: dict[str, list[str]], skeleton: PreTrainedModel, scratch: str) -> PreTrainedModel:
     """The model in a folder with its weights left there: each is read when its module runs, then dropped.
 
     If they lie in files otherwise than in memory, as experts do, they are rewritten into the folder scratch.
     """
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     options: dict[str, Any] = dict(device_map=_places(skeleton), offload_folder=scratch)
     with _quiet("accelerate.big_modeling"):
         if get_checkpoint_conversion_mapping(config.model_type) is None:
@@ -225,11 +242,14 @@ def _check(path: Path, names: list[str], shapes: dict[str, list[int]]) -> int:
 
 def _tokenizer(folder: Path, needed: bool) -> PreTrainedTokenizerBase | None:
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, TypeError) as error:
+        with checkpoint.told(str(folder)):
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            check_tokenizer(tokenizer)
+    except ValueError as error:
         if not needed:
             return None
         raise ValueError(f"calibration: expected token ids, or a tokenizer in {folder} to read text with") from error
+    return tokenizer
 
 
 def _standard_rows(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from liger_models._checks import check_weights
 from liger_models._conversion import converted, plan_layers
 from liger_models._decoder import Decoder
-from liger_models._inputs import input_device
+from liger_models._inputs import check_ids, input_device
 from liger_models._snapshot import looked_at
 from liger_models.configuration import LigerConfig
 from liger_models.linearize import resolved
@@ -62,6 +62,7 @@ def select_layers(
         fail("keep", f"a number of layers from 0 to {len(open_to)}", repr(keep))
     device, tokenizer = input_device(model), tokenizer or _tokenizer(model)
     rows = hidden_keys(tokenizer, text, length, device)
+    check_ids(model, [ids for ids, _ in rows])
     with torch.no_grad(), looked_at(model), _Bench.of(model, config, open_to, rows, calibration, tokenizer) as bench:
         return _choose(bench, keep)
 

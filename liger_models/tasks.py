@@ -19,7 +19,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from liger_models._inputs import input_device
+from liger_models._inputs import check_ids, input_device
 from liger_models._task_forms import SIX_TASKS as SIX_TASKS
 from liger_models._task_forms import TASKS as TASKS
 from liger_models._task_forms import Completion, Question, Row, Task
@@ -230,6 +230,7 @@ def _log_probabilities(model, batch, asked, device: torch.device) -> list[torch.
     lengths = [len(row) for row in batch]
     longest = [max(len(rest) for _, rest in asked[row]) for row in batch]
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in batch], batch_first=True).to(device)
+    check_ids(model, ids)
     mask = (torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]).long().to(device)
     # Nothing is asked before the earliest ending.
     first = min(length - n for length, n in zip(lengths, longest, strict=True))

@@ -6,10 +6,10 @@ from pydoc_data import topics
 from typing import Any, cast
 
 import torch
-from jinja2 import TemplateError
 from transformers import AutoTokenizer, BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from liger_models._templates import bounded, rendered
 from liger_ops.errors import fail
 
 
@@ -32,7 +32,7 @@ def hold_out(text: str) -> tuple[str, str]:
 def find_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
     """The tokenizer under a model's name, if there is one."""
     try:
-        return AutoTokenizer.from_pretrained(model.config.name_or_path)
+        return AutoTokenizer.from_pretrained(model.config.name_or_path, trust_remote_code=False)
     except (OSError, ValueError, TypeError, ImportError, LookupError, AttributeError, RuntimeError):
         # Whatever keeps it from being read: there is something else to be done without one.
         return None
@@ -68,16 +68,18 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]],
     """
     if not tokenizer.chat_template:
         fail("messages", "a tokenizer with a chat template", "one without")
-    try:
-        ids = cast(list[int], templated(tokenizer, messages, **options)["input_ids"])
-    except (TemplateError, TypeError, KeyError) as error:
-        raise ValueError(f"messages: the chat template refuses them: {error}") from error
+    ids = tokenizer(rendered(tokenizer, messages, **options), add_special_tokens=False)["input_ids"]
     return once_before(ids, framing(tokenizer)[0])
 
 
-def templated(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **options: Any) -> BatchEncoding:
-    """A conversation through the tokenizer's template: input_ids, and what the options ask for."""
-    return cast(BatchEncoding, tokenizer.apply_chat_template(messages, return_dict=True, **options))
+def marked(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], tools: list[Any] | None) -> list[bool]:
+    """For each token id of a conversation, by a template with generation markers, whether the assistant says it."""
+    # Which says that it is not too long; tokens are not made within a limit of memory, where their library would abort.
+    rendered(tokenizer, messages, tools=tools)
+    with bounded(tokenizer, tools):
+        options: dict[str, Any] = dict(return_dict=True, return_assistant_tokens_mask=True, tools=tools)
+        found = cast(BatchEncoding, tokenizer.apply_chat_template(messages, **options))
+    return [bool(x) for x in cast(list[int], found["assistant_masks"])]
 
 
 def once_before(ids: list[int], before: list[int]) -> list[int]:

@@ -9,6 +9,8 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import torch
 
+# Of which products are numbers yet, in float32.
+_HEAVIEST = 1e9
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -92,8 +94,8 @@ def check_flag(name: str, value: object) -> None:
 
 def check_weight(name: str, value: Any) -> None:
     """A share of a sum, or of a loss."""
-    if not _is_number(value) or not 0 <= value < math.inf:
-        fail(name, "a weight >= 0", shown(value))
+    if not _is_number(value) or not 0 <= value <= _HEAVIEST:
+        fail(name, f"a weight >= 0 of at most {_HEAVIEST:g}", shown(value))
 
 
 def check_factor(name: str, value: Any, optional: bool = False) -> None:
