@@ -102,7 +102,7 @@ class Attention(nn.Module):
         if state is None:
             state = LigerState.zeros(now.parts, x.shape[0], now.origin, x.device, k.dtype)
         else:
-            self._check_state(state, x.shape[0], now)
+            self._check_state(state, k, now)
         if position_embeddings is None and self.rope_theta is not None:
             before = torch.arange(x.shape[1], device=x.device) if mask is None else mask.cumsum(1) - 1
             position = state.position[:, None] + before
@@ -135,8 +135,9 @@ class Attention(nn.Module):
         vars(replica).update(HERE.told[self]._asdict() if self in HERE.told else {})
         return replica
 
-    def _check_state(self, state: object, batch: int, now: Any) -> None:
-        """ValueError unless the state comes from such a layer and every part has its shape."""
+    def _check_state(self, state: object, keys: torch.Tensor, now: Any) -> None:
+        """ValueError unless the state comes from such a layer, on such keys, and every part has its shape."""
+        batch = keys.shape[0]
         if not isinstance(state, LigerState):
             errors.fail("state", "a LigerState", type(state).__name__)
         if state.origin != now.origin:
@@ -157,6 +158,13 @@ class Attention(nn.Module):
                 errors.fail("state", f"{name} of shape {wanted}", given)
         if shown is not None and shown.dtype != torch.bool:
             errors.fail("state", "visible of torch.bool", shown.dtype)
+        held = state.recurrent[0] if isinstance(state.recurrent, tuple) else state.recurrent
+        wide = keys.dtype if keys.dtype == torch.float64 else torch.float32
+        for name, x, kind in (("k", state.k, keys.dtype), ("recurrent", held, wide)):
+            if x is not None and x.dtype != kind:
+                errors.fail("state", f"{name} of {kind}", x.dtype)
+        if state.position.device != keys.device:
+            errors.fail("state", f"one on {keys.device}", f"one on {state.position.device}")
 
     def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> LigerState:
         """The state before the first token; dtype is that of keys."""

@@ -9,6 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from torch import nn
+
 from liger_layers._alone import SlidingWindowAttention
 from liger_layers._attention import Attention, LigerAttention
 from liger_layers._state import Origin
@@ -87,6 +90,14 @@ def with_mix(mixes: Iterable[Mix], weight: float) -> Iterator[None]:
     check_weight("weight", weight)
     with telling({**HERE.told, **dict.fromkeys(mixes, weight)}):
         yield
+
+
+def told_to(module: nn.Module) -> list[tuple[int, Any]]:
+    """What calls of a module from here go by, where it is not what the module itself has: by place among its modules."""
+    # A compiler would look at every module.
+    if not HERE.told or torch.compiler.is_compiling():
+        return []
+    return [(i, HERE.told[m]) for i, m in enumerate(module.modules()) if m in HERE.told]
 
 
 def _with(origin: Origin, **changes: Any) -> Origin:

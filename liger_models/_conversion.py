@@ -23,7 +23,7 @@ from liger_layers.patterns import split
 from liger_models._calibration import Moments, check_calibration, draw_text, measure, slow_channels
 from liger_models._decoder import Decoder, Rotation
 from liger_models._inputs import argument_names
-from liger_models._linearized import LinearizedAttention, LinearizedWindow, before_decoder
+from liger_models._linearized import LinearizedAttention, LinearizedWindow, after_decoder, before_decoder
 from liger_models._mixing import fit_mixes
 from liger_models._need import asking_rows, fit_scores
 from liger_models._snapshot import looked_at
@@ -197,3 +197,4 @@ def swap_attention(model: PreTrainedModel, attention: Mapping[int, nn.Module]) -
         decoder.put(index, module)
     hook = functools.partial(before_decoder, argument_names(decoder.module))
     decoder.module.register_forward_pre_hook(hook, with_kwargs=True)
+    decoder.module.register_forward_hook(after_decoder, with_kwargs=True)

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from liger_layers import LigerAttention, LigerState, SlidingWindowAttention, calls
 from liger_models._inputs import CACHE, by_name, token_positions
-from liger_models.cache import admit, fit_cache, layer_and_state, make_cache, take_cache
+from liger_models.cache import admit, check_source, end_call, fit_cache, layer_and_state, make_cache, take_cache
 from liger_models.families import Projections, traits
 from liger_ops.errors import fail
 
@@ -89,14 +89,15 @@ def before_decoder(names: tuple[str, ...], module: PreTrainedModel, args: tuple,
     if tokens is None:
         # The decoder says what it wants.
         return (), kwargs
-    use_cache = kwargs.get("use_cache")
+    use_cache, told = kwargs.get("use_cache"), calls.told_to(module)
     if cache is not None:
         fit_cache(cache, module.config, tokens.shape[0])
-    elif module.training:
+    elif module.training or (use_cache is None and any(getattr(one, "full", False) for _, one in told)):
         # Nobody reads a cache while training, and with gradient checkpointing none may be written.
         kwargs["use_cache"] = False
     elif module.config.use_cache if use_cache is None else use_cache:
         cache = make_cache(module.config)
+    check_source(cache, module, tokens.shape[1], told)
     mask, shown = admit(cache, tokens, ids, kwargs.get("attention_mask"), kwargs.get("position_ids"), kwargs)
     if mask is not None and kwargs.get("position_ids") is None:
         # Padding takes no position, wherever it stands.
@@ -108,3 +109,8 @@ def before_decoder(names: tuple[str, ...], module: PreTrainedModel, args: tuple,
         # A mask that is already four-dimensional is passed through, so no T x T mask is built for nobody.
         kwargs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
     return (), kwargs
+
+
+def after_decoder(module: PreTrainedModel, args: tuple, kwargs: dict, output: object) -> None:
+    """The layers have seen what they were to see."""
+    end_call(kwargs.get(CACHE))
