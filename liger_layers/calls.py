@@ -93,7 +93,7 @@ def with_mix(mixes: Iterable[Mix], weight: float) -> Iterator[None]:
 
 
 def told_to(module: nn.Module) -> list[tuple[int, Any]]:
-    """What calls of a module from here go by, where it is not what the module itself has: by place among its modules."""
+    """What calls of a module from here go by, by place among its modules, where that is not what they have."""
     # A compiler would look at every module.
     if not HERE.told or torch.compiler.is_compiling():
         return []

@@ -224,8 +224,8 @@ def check_source(cache: Cache | None, decoder: nn.Module, tokens: int, told: Any
     if not first.seen:
         first.source = source
     elif first.source is not None and first.source != source:
-        what = "weights" if first.source[0] != source[0] else "parts switched off for a while"
-        fail(CACHE, "one that this model filled as it is", f"one of a model with other {what}")
+        expected = "the same weights" if first.source[0] != source[0] else "the same parts switched off"
+        fail(CACHE, f"one that was filled with {expected}", "one of others")
 
 
 def end_call(cache: Cache | None) -> None:

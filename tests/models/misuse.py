@@ -1,5 +1,6 @@
 """Ways to give a model, or a layer, a cache that is not its own: each ends in the right numbers or in one refusal."""
 
+import contextlib
 import copy
 import io
 import itertools
@@ -14,6 +15,7 @@ from liger_layers import LigerAttention, MixtureOfMemories, SlidingWindowAttenti
 from liger_layers.calls import with_window
 from liger_models import LigerConfig, LigerForCausalLM, LigerModelConfig, as_original, make_cache
 from liger_models._inputs import CACHE
+from liger_models.checkpoint import quiet_peft
 from liger_models.modeling import FAMILIES
 from liger_models.variants import window_alone, with_recall, without_recall, without_recurrence
 from tests.models.tiny import SIZES, tiny
@@ -40,6 +42,12 @@ def scratch(seed=0, **options):
     return LigerForCausalLM(LigerModelConfig(**sizes, **told)).eval().requires_grad_(False)
 
 
+def adapted(model, **options):
+    """With adapters on its queries."""
+    with quiet_peft():
+        return get_peft_model(model, LoraConfig(target_modules=["q_proj"], **options))
+
+
 def fill(model, rows=1, tokens=HELD):
     cache = DynamicCache()
     model(IDS[:rows, :tokens], **{CACHE: cache})
@@ -61,7 +69,7 @@ def told_otherwise():
     options = [dict(window=9), dict(window=7), dict(sinks=3), dict(sinks=0), dict(tau=8.0), dict(recall=2)]
     options += [dict(recall=0), dict(memories=2), dict(keep=(1,)), dict(keep=(0, 2)), dict(pattern="LWL")]
     options += [dict(learn_mix=False), dict(feature_map="softmax"), dict(mix=0.5), dict(pool="heads")]
-    options += [dict(gate=name) for name in ("gla", "retnet", "mamba2")]
+    options += [dict(gate=name) for name in ("gla", "retention", "mamba2")]
     options += [dict(gate=name, recall=0) for name in ("gated_deltanet", "hgrn2", "gsa")]
     options += [dict(mixing="sum", recall=0), dict(mixing="sum", recall=0, normalize=False)]
     for one in options:
@@ -146,7 +154,7 @@ def other_weights():
     yield "one from scratch, changed", lambda: _scratch_changed()
 
     def adapters(before, after):
-        model = get_peft_model(make(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+        model = adapted(make(), init_lora_weights=False)
         torch.manual_seed(5)
         model.add_adapter("other", LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
         model.eval()
@@ -195,7 +203,8 @@ def tampered():
     def changed(change, **options):
         model = make(**options)
         cache = fill(model)
-        return go_on(model, change(cache, model) or cache)
+        other = change(cache, model)
+        return go_on(model, other if isinstance(other, DynamicCache) else cache)
 
     def swap(cache, model):
         cache.layers[1], cache.layers[2] = cache.layers[2], cache.layers[1]
@@ -237,9 +246,7 @@ def tampered():
     yield "on the meta device", lambda: changed(meta)
     yield "in halves", lambda: changed(halves)
     yield "one layer reset", lambda: changed(lambda cache, model: cache.layers[0].reset())
-    yield "one row of one layer", lambda: changed(
-        lambda cache, model: cache.layers[1].batch_repeat_interleave(2)
-    )
+    yield "rows of one layer", lambda: changed(lambda cache, model: cache.layers[1].batch_repeat_interleave(2))
 
 
 def handled():
@@ -264,19 +271,22 @@ def handled():
         model(IDS[1:, :5], **{CACHE: other})
         return cache
 
-    yield "deep copy", lambda: through(lambda cache, model: copy.deepcopy(cache))
-    yield "two branches", lambda: through(branches)
-    yield "pickled", lambda: through(lambda cache, model: pickle.loads(pickle.dumps(cache)))
-    yield "saved", lambda: through(saved)
-    yield "saved, one kept", lambda: through(saved, options=dict(keep=(0,)))
-    yield "reset", lambda: through(reset)
+    # What is right may not be refused.
+    yield "right: deep copy", lambda: through(lambda cache, model: copy.deepcopy(cache))
+    yield "right: two branches", lambda: through(branches)
+    yield "right: pickled", lambda: through(lambda cache, model: pickle.loads(pickle.dumps(cache)))
+    yield "right: saved", lambda: through(saved)
+    yield "right: saved, one kept", lambda: through(saved, options=dict(keep=(0,)))
+    yield "right: reset", lambda: through(reset)
     for name, change in {
         "reordered": lambda cache: cache.reorder_cache(torch.tensor([1, 0])),
         "selected": lambda cache: cache.batch_select_indices(torch.tensor([1])),
         "repeated": lambda cache: cache.batch_repeat_interleave(2),
     }.items():
-        yield name, lambda change=change: _rearranged(change)
-    yield "saved for the same weights elsewhere", lambda: _elsewhere(saved)
+        yield f"right: {name}", lambda change=change: _rearranged(change)
+    yield "right: saved, for the same weights elsewhere", lambda: _elsewhere(saved)
+    yield "right: the same weights again", lambda: _elsewhere(lambda cache, model: cache)
+    yield "right: another head", lambda: _another_head()
     yield "cropped", lambda: through(lambda cache, model: cache.crop(-1))
     yield "two rows for one", lambda: through(lambda cache, model: fill(model, 2))
     yield "one row for two", lambda: go_on(make(), fill(make()), rows=2)
@@ -298,6 +308,13 @@ def _rearranged(change):
     rows = {1: rows[1:], 4: rows.repeat_interleave(2), 2: rows.flip(0)}[size]
     found = model(IDS[rows, HELD : HELD + 3], **{CACHE: cache}).logits
     return found, model(IDS[rows, : HELD + 3], use_cache=False).logits[:, -3:]
+
+
+def _another_head():
+    model = make()
+    cache = fill(model)
+    model.lm_head.weight.mul_(2)
+    return go_on(model, cache)
 
 
 def _elsewhere(saved):
@@ -365,6 +382,17 @@ def cut_short():
         yield f"from scratch, in {place}", lambda place=place: again(scratch(), place, ERRORS[0], 3)
     model = make()
     yield "the decoder alone", lambda: again(model, "model.norm", ERRORS[0], 1, model.model)
+    yield "right: a call that was refused", lambda: _refused()
+
+
+def _refused():
+    model = make()
+    cache = fill(model)
+    with contextlib.suppress(ValueError):
+        model(IDS[:1, HELD : HELD + 3], attention_mask=torch.ones(1, 9), **{CACHE: cache})
+    with window_alone(model), contextlib.suppress(ValueError):
+        model(IDS[:1, HELD : HELD + 3], **{CACHE: cache})
+    return go_on(model, cache)
 
 
 def states():
@@ -410,12 +438,14 @@ GROUPS = (told_otherwise, other_weights, switched, tampered, handled, foreign, c
 
 
 def judge(case) -> str:
-    """"right", "refused: why", or what went wrong."""
+    """ "right", "refused: why", or what went wrong."""
     with torch.no_grad():
         try:
             found, wanted = case()
         except (ValueError, RuntimeError) as error:
-            clear = any(words in str(error) for words in (": expected ", "cannot forget", "a Liger layer keeps a state"))
+            clear = any(
+                words in str(error) for words in (": expected ", "cannot forget", "a Liger layer keeps a state")
+            )
             return f"{'refused' if clear and len(str(error).splitlines()) == 1 else 'unclear'}: {error}"
         except Exception as error:
             return f"unclear: {type(error).__name__}: {error}"
