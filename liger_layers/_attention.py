@@ -127,7 +127,8 @@ class Attention(nn.Module):
         if tables is not None:
             q, k = (rotate(y, *tables) for y in (q, k))
         o = full_attention(q, k, v, mask, span, self.window.scale, self.window.softcap)
-        return self.o_proj(o.flatten(2).to(x.dtype)), LigerState(**_NOTHING, position=count.sum(1))
+        nothing: dict[str, Any] = dict(_NOTHING)
+        return self.o_proj(o.flatten(2).to(x.dtype)), LigerState(**nothing, position=count.sum(1))
 
     def _replicate_for_data_parallel(self):
         replica = super()._replicate_for_data_parallel()

@@ -48,4 +48,5 @@ def telling(told: Mapping[nn.Module, Any]) -> Iterator[None]:
 
 def now(layer: Any) -> Told:
     """What a call of the layer from here would go by."""
-    return HERE.told.get(layer) or Told(*(getattr(layer, name, 0) for name in Told._fields))
+    own: dict[str, Any] = {name: getattr(layer, name, 0) for name in Told._fields}
+    return HERE.told.get(layer) or Told(**own)

@@ -15,7 +15,7 @@ from torch import nn
 from liger_layers._alone import SlidingWindowAttention
 from liger_layers._attention import Attention, LigerAttention
 from liger_layers._state import Origin
-from liger_layers._told import HERE, now, telling
+from liger_layers._told import HERE, Told, now, telling
 from liger_layers.gates import Mix
 from liger_ops.errors import check_positive, check_weight, check_window, fail
 
@@ -92,8 +92,17 @@ def with_mix(mixes: Iterable[Mix], weight: float) -> Iterator[None]:
         yield
 
 
-def told_to(module: nn.Module) -> list[tuple[int, Any]]:
-    """What calls of a module from here go by, by place among its modules, where that is not what they have."""
+def told_mixes(module: nn.Module) -> list[tuple[int, float]]:
+    """The weights that mixes in a module are told from here, each by its place: what no state of a layer knows."""
+    return [(i, told) for i, told in _told_in(module) if not isinstance(told, Told)]
+
+
+def attends_in_full(module: nn.Module) -> bool:
+    """Whether a layer in a module is told so from here."""
+    return any(isinstance(told, Told) and told.full for _, told in _told_in(module))
+
+
+def _told_in(module: nn.Module) -> list[tuple[int, Any]]:
     # A compiler would look at every module.
     if not HERE.told or torch.compiler.is_compiling():
         return []

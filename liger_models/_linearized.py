@@ -89,15 +89,15 @@ def before_decoder(names: tuple[str, ...], module: PreTrainedModel, args: tuple,
     if tokens is None:
         # The decoder says what it wants.
         return (), kwargs
-    use_cache, told = kwargs.get("use_cache"), calls.told_to(module)
+    use_cache = kwargs.get("use_cache")
     if cache is not None:
         fit_cache(cache, module.config, tokens.shape[0])
-    elif module.training or (use_cache is None and any(getattr(one, "full", False) for _, one in told)):
+    elif module.training or (use_cache is None and calls.attends_in_full(module)):
         # Nobody reads a cache while training, and with gradient checkpointing none may be written.
         kwargs["use_cache"] = False
     elif module.config.use_cache if use_cache is None else use_cache:
         cache = make_cache(module.config)
-    check_source(cache, module, tokens.shape[1], told)
+    check_source(cache, module, tokens.shape[1])
     mask, shown = admit(cache, tokens, ids, kwargs.get("attention_mask"), kwargs.get("position_ids"), kwargs)
     if mask is not None and kwargs.get("position_ids") is None:
         # Padding takes no position, wherever it stands.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -19,7 +19,7 @@ _CHUNK = 4096
 class _Named(NamedTuple):
     """Where a decoder's tensors and adapters hang, how all of them were, and the name for that."""
 
-    tensors: list[Mapping[str, torch.Tensor | None]]
+    tensors: Sequence[Mapping[str, torch.Tensor | None]]
     adapters: list[Any]
     stamp: tuple
     name: str
@@ -52,12 +52,12 @@ def name_of_weights(decoder: nn.Module, anew: bool) -> str:
     return name
 
 
-def _stamp(held: list[Mapping[str, torch.Tensor | None]], adapters: list[Any]) -> tuple:
+def _stamp(held: Sequence[Mapping[str, torch.Tensor | None]], adapters: list[Any]) -> tuple:
     """What changes with the tensors: their versions, their places; and which adapters are active."""
     present = [x for tensors in held for x in tensors.values() if x is not None]
     active = [(m._disable_adapters, m._active_adapter) for m in adapters]
     try:
-        return [x._version for x in present], [x.data_ptr() for x in present], active
+        return [x._version for x in present], [*map(torch.Tensor.data_ptr, present)], active
     except (RuntimeError, NotImplementedError):
         # Made in inference mode, or in a format of their own.
         return None, [id(x) for x in present], active

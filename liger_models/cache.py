@@ -15,6 +15,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
 from liger_layers import LigerState, MemoryState
+from liger_layers.calls import told_mixes
 from liger_models._inputs import (
     CACHE,
     Account,
@@ -36,7 +37,7 @@ class LigerCacheLayer(CacheLayerMixin):
 
     The first such layer of a cache also keeps account of what was taken in: whether every column was `whole`, shown in
     all rows, the Account of those which were, what the model was `told` that filled it, and with which `source`, the
-    name of its weights and what it was told for a while; and how many columns calls brought that `ended` well.
+    name of its weights and what its mixes were told; and how many columns calls brought that `ended` well.
     """
 
     # Kept layers may slide or not, and masks take their size from the first layer of their own kind.
@@ -53,7 +54,7 @@ class LigerCacheLayer(CacheLayerMixin):
     def _forget(self) -> None:
         self.state: LigerState | MemoryState | None = None
         self.account: Account | None = None
-        self.source: tuple[str, Any] | None = None
+        self.source: tuple[str, list] | None = None
         # What account and whole become once this layer has taken in the columns at hand.
         self.pending: tuple[Account, bool] | None = None
         self.seen, self.ended, self.whole, self.is_initialized = 0, 0, True, False
@@ -213,14 +214,14 @@ def _check_filled(cache: Cache, first: LigerCacheLayer, config: PreTrainedConfig
         fail(CACHE, "layers that have seen as much", f"{sorted(seen)}: a call was cut short")
 
 
-def check_source(cache: Cache | None, decoder: nn.Module, tokens: int, told: Any) -> None:
-    """ValueError if a cache was filled with other weights than the decoder's, or while it was told other things."""
+def check_source(cache: Cache | None, decoder: nn.Module, tokens: int) -> None:
+    """ValueError if a cache was filled with other weights than the decoder's, or while its mixes were told others."""
     first = _first(cache)
     # A graph has no weights of its own to ask for.
     if first is None or torch.compiler.is_compiling():
         return
     # One token alone is decoding, where modules stay.
-    source = name_of_weights(decoder, tokens > 1), told
+    source = name_of_weights(decoder, tokens > 1), told_mixes(decoder)
     if not first.seen:
         first.source = source
     elif first.source is not None and first.source != source:

@@ -30,7 +30,6 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from liger_layers import load_balancing_loss, router_parameters
-from liger_layers.calls import told_to
 from liger_layers.patterns import MEMORIES, check_layer, split
 from liger_models._decoding import ConstantCacheMixin
 from liger_models._inputs import CACHE, refuse_unread
@@ -288,7 +287,7 @@ class LigerModel(LigerPreTrainedModel):
         elif use_cache and not self.training:
             # Nobody reads a cache while training.
             cache = make_cache(self.config)
-        check_source(cache, self, x.shape[1], told_to(self))
+        check_source(cache, self, x.shape[1])
         _, mask = admit(cache, x, input_ids, attention_mask, position_ids, kwargs)
         for layer in self.layers:
             x = layer(x, mask=mask, cache=cache, router_logits=router_logits)

@@ -1,9 +1,7 @@
 """Ways to give a model, or a layer, a cache that is not its own: each ends in the right numbers or in one refusal."""
 
-import contextlib
 import copy
 import io
-import itertools
 import pickle
 from contextlib import ExitStack
 
@@ -11,7 +9,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
-from liger_layers import LigerAttention, MixtureOfMemories, SlidingWindowAttention
 from liger_layers.calls import with_window
 from liger_models import LigerConfig, LigerForCausalLM, LigerModelConfig, as_original, make_cache
 from liger_models._inputs import CACHE
@@ -349,92 +346,7 @@ def _foreign(thing, keep):
     return go_on(model, cache)
 
 
-ERRORS = (RuntimeError("mine"), KeyboardInterrupt(), torch.OutOfMemoryError("mine"), ValueError("mine"))
-PLACES = ("model.embed_tokens", "model.layers.0.self_attn", "model.layers.1.self_attn.v_proj", "model.layers.1.mlp")
-PLACES += ("model.layers.2.self_attn.mix", "model.layers.2.self_attn", "model.layers.2.mlp", "model.norm", "lm_head")
-
-
-def cut_short():
-    """Calls that an exception ends, and the same tokens again."""
-
-    def again(model, place, error, more, call=None):
-        cache = fill(model)
-
-        def fail(module, args):
-            raise error
-
-        hook = model.get_submodule(place).register_forward_pre_hook(fail)
-        try:
-            (call or model)(IDS[:1, HELD : HELD + more], **{CACHE: cache})
-        except type(error):
-            pass
-        finally:
-            hook.remove()
-        return go_on(model, cache, more)
-
-    for (error, place), more in zip(itertools.product(ERRORS, PLACES), itertools.cycle((1, 3))):
-        name = f"{type(error).__name__} in {place}, {more} again"
-        yield name, lambda place=place, error=error, more=more: again(make(), place, error, more)
-    for keep, place in itertools.product(((0,), (2,)), (*PLACES[:2], *PLACES[5:])):
-        if place != "model.layers.2.self_attn.mix":
-            yield f"{keep} kept, in {place}", lambda keep=keep, place=place: again(make(keep=keep), place, ERRORS[0], 3)
-    for place in ("model.layers.0.mlp", "model.layers.1.mixer", "model.norm", "lm_head"):
-        yield f"from scratch, in {place}", lambda place=place: again(scratch(), place, ERRORS[0], 3)
-    model = make()
-    yield "the decoder alone", lambda: again(model, "model.norm", ERRORS[0], 1, model.model)
-    yield "right: a call that was refused", lambda: _refused()
-
-
-def _refused():
-    model = make()
-    cache = fill(model)
-    with contextlib.suppress(ValueError):
-        model(IDS[:1, HELD : HELD + 3], attention_mask=torch.ones(1, 9), **{CACHE: cache})
-    with window_alone(model), contextlib.suppress(ValueError):
-        model(IDS[:1, HELD : HELD + 3], **{CACHE: cache})
-    return go_on(model, cache)
-
-
-def states():
-    """States of one layer for another."""
-
-    def layer(kind=LigerAttention, **options):
-        torch.manual_seed(0)
-        return kind(32, 4, 2, **{"window": 4, "sinks": 1, **options}).eval()
-
-    x = torch.randn(2, 20, 32, generator=torch.Generator().manual_seed(2))
-
-    def across(one, other, change=lambda state: state, kind=torch.float32):
-        held = one()(x[:, :12].to(next(one().parameters()).dtype))[1]
-        found = other()(x[:, 12:].to(kind), state=change(held))[0]
-        return found, other()(x.to(kind))[0][:, 12:]
-
-    options = [dict(window=5), dict(sinks=0), dict(gate="gla"), dict(tau=4.0), dict(recall=2), dict(memories=2)]
-    options += [dict(feature_map="softmax"), dict(mixing="sum"), dict(rope_theta=100.0), dict(pool="heads")]
-    options += [dict(gate="gated_deltanet"), dict(kind=SlidingWindowAttention)]
-    for one in options:
-        yield f"layer with {one}", lambda one=one: across(lambda: layer(**one), layer)
-    for kind in (torch.bfloat16, torch.float64):
-        yield f"layer in {kind}", lambda kind=kind: across(lambda: layer().to(kind), layer)
-        yield f"for a layer in {kind}", lambda kind=kind: across(layer, lambda: layer().to(kind), kind=kind)
-    batch = dict(fewer=lambda x: x[:1], more=lambda x: x.repeat_interleave(2, 0), meta=lambda x: x.to("meta"))
-    batch["halves"] = lambda x: x.half() if x.is_floating_point() else x
-    for name, change in batch.items():
-        yield f"state {name}", lambda change=change: across(layer, layer, lambda state: state.map(change))
-
-    def memories(**told):
-        torch.manual_seed(0)
-        return MixtureOfMemories(32, 4, **{"memories": 3, **told}).eval()
-
-    for one in (dict(rule="gla"), dict(memories=2), dict(shared=False), dict(router_shift=True), dict(conv_size=3)):
-        yield f"memories with {one}", lambda one=one: across(lambda: memories(**one), memories)
-    yield "memories in double", lambda: across(lambda: memories().double(), memories)
-    for name, change in batch.items():
-        yield f"memories {name}", lambda change=change: across(memories, memories, lambda state: state.map(change))
-    yield "memories for a layer", lambda: across(memories, layer)
-
-
-GROUPS = (told_otherwise, other_weights, switched, tampered, handled, foreign, cut_short, states)
+GROUPS = (told_otherwise, other_weights, switched, tampered, handled, foreign)
 
 
 def judge(case) -> str:

@@ -5,9 +5,14 @@ import threading
 import pytest
 import torch
 
+from liger_models import _weights
 from liger_models._inputs import CACHE
 from liger_models._weights import name_of_weights
+from tests.layers.misuse import states
+from tests.models.cut_short import cut_short
 from tests.models.misuse import GROUPS, HELD, IDS, fill, go_on, judge, make
+
+GROUPS = (*GROUPS, cut_short, states)
 
 
 @pytest.mark.parametrize("group", GROUPS, ids=lambda group: group.__name__)
@@ -49,9 +54,8 @@ def test_a_cache_is_filled_by_one_call_at_a_time():
 
 @torch.no_grad()
 def test_weights_are_read_once(monkeypatch):
-    model, reads = make(), []
-    sum_of = vars(__import__("liger_models._weights", fromlist=["_sum"]))["_sum"]
-    monkeypatch.setattr("liger_models._weights._sum", lambda x: reads.append(x) or sum_of(x))
+    model, reads, sums = make(), [], _weights._sum
+    monkeypatch.setattr(_weights, "_sum", lambda x: reads.append(x) or sums(x))
     go_on(model, fill(model))
     once = len(reads)
     model.generate(IDS, max_new_tokens=5, do_sample=False)
