@@ -56,7 +56,8 @@ def evaluating(model: nn.Module):
 def without_settings(model: PreTrainedModel) -> PreTrainedModel:
     """The model without its own generation settings: generate fills with them what its caller leaves out.
 
-    It is an object of its own on the same modules, so that the model keeps its settings for all others.
+    It is an object of its own on the same modules, so that the model keeps its settings for all others. A generate
+    that somebody put on the model itself, and bound to it, still has them.
     """
     # What torch.compile returns generates by the model in it.
     model = getattr(model, "_orig_mod", model)
