@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 from liger_layers import _arguments
+from liger_layers._full import full_attention
 from liger_layers._memories import RoutedMemories
 from liger_layers._recall import RecallScore
 from liger_layers._recurrent import PooledRecurrence
 from liger_layers._state import LigerState, Origin, Part
+from liger_layers._told import HERE
 from liger_layers._window import Window
 from liger_layers.choices import Choices, check_memories, check_recall, settle
 from liger_layers.feature_maps import FEATURE_MAPS, FeatureMap
@@ -41,6 +43,10 @@ class Attention(nn.Module):
     memories: RoutedMemories | None
     recurrence: PooledRecurrence
     feature_map: FeatureMap
+    window: Window
+    # Whether it is full attention, over as many of the last columns: never by itself (`calls.attending_in_full`).
+    full: bool = False
+    span: int | None = None
 
     def __init__(
         self,
@@ -89,11 +95,14 @@ class Attention(nn.Module):
         router_logits: list[torch.Tensor] | None,
     ) -> tuple[torch.Tensor, LigerState]:
         """`forward` for who has checked x and mask."""
+        now = HERE.told.get(self, self)
+        if now.full:
+            return self._attend_in_full(x, mask, state, position_embeddings, now.span)
         q, k, v = self.project(x)
         if state is None:
-            state = LigerState.zeros(self.parts, x.shape[0], self.origin, x.device, k.dtype)
+            state = LigerState.zeros(now.parts, x.shape[0], now.origin, x.device, k.dtype)
         else:
-            self._check_state(state, x.shape[0])
+            self._check_state(state, k, now)
         if position_embeddings is None and self.rope_theta is not None:
             before = torch.arange(x.shape[1], device=x.device) if mask is None else mask.cumsum(1) - 1
             position = state.position[:, None] + before
@@ -107,15 +116,36 @@ class Attention(nn.Module):
         after = LigerState(**{**_NOTHING, **parts}, position=position, origin=state.origin)
         return self.o_proj(o.flatten(2).to(x.dtype)), after
 
-    def _check_state(self, state: object, batch: int) -> None:
-        """ValueError unless the state comes from such a layer and every part has its shape."""
+    def _attend_in_full(self, x, mask, state, tables, span: int | None) -> tuple[torch.Tensor, LigerState]:
+        """In the place of `attend`; what it returns as a state is none to go on from."""
+        if state is not None:
+            errors.fail("state", "none while the layer attends in full", type(state).__name__)
+        q, k, v = self.project(x)
+        count = torch.ones_like(x[..., 0], dtype=torch.long) if mask is None else mask.long()
+        if tables is None and self.rope_theta is not None:
+            tables = rotary_tables((count.cumsum(1) - 1).clamp(min=0), self.head_dim, self.rope_theta)
+        if tables is not None:
+            q, k = (rotate(y, *tables) for y in (q, k))
+        o = full_attention(q, k, v, mask, span, self.window.scale, self.window.softcap)
+        nothing: dict[str, Any] = dict(_NOTHING)
+        return self.o_proj(o.flatten(2).to(x.dtype)), LigerState(**nothing, position=count.sum(1))
+
+    def _replicate_for_data_parallel(self):
+        replica = super()._replicate_for_data_parallel()
+        # It runs in a thread of its own, where nobody has told anything.
+        vars(replica).update(HERE.told[self]._asdict() if self in HERE.told else {})
+        return replica
+
+    def _check_state(self, state: object, keys: torch.Tensor, now: Any) -> None:
+        """ValueError unless the state comes from such a layer, on such keys, and every part has its shape."""
+        batch = keys.shape[0]
         if not isinstance(state, LigerState):
             errors.fail("state", "a LigerState", type(state).__name__)
-        if state.origin != self.origin:
-            state.check_origin(self.origin)
+        if state.origin != now.origin:
+            state.check_origin(now.origin)
         shown = state.visible
         seen = shown.shape[1] if isinstance(shown, torch.Tensor) and shown.ndim == 2 else 0
-        for name, part in self.parts.items():
+        for name, part in now.parts.items():
             held, wanted, given = getattr(state, name), None, None
             if isinstance(part, list):
                 wanted = [(batch, *shape) for shape in part]
@@ -129,10 +159,18 @@ class Attention(nn.Module):
                 errors.fail("state", f"{name} of shape {wanted}", given)
         if shown is not None and shown.dtype != torch.bool:
             errors.fail("state", "visible of torch.bool", shown.dtype)
+        held = state.recurrent[0] if isinstance(state.recurrent, tuple) else state.recurrent
+        wide = keys.dtype if keys.dtype == torch.float64 else torch.float32
+        for name, x, kind in (("k", state.k, keys.dtype), ("recurrent", held, wide)):
+            if x is not None and x.dtype != kind:
+                errors.fail("state", f"{name} of {kind}", x.dtype)
+        if state.position.device != keys.device:
+            errors.fail("state", f"one on {keys.device}", f"one on {state.position.device}")
 
     def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> LigerState:
         """The state before the first token; dtype is that of keys."""
-        return LigerState.zeros(self.parts, batch, self.origin, device, dtype)
+        now = HERE.told.get(self, self)
+        return LigerState.zeros(now.parts, batch, now.origin, device, dtype)
 
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Unrotated q [B,T,HQ,D], k and v [B,T,H,D]."""
@@ -251,7 +289,8 @@ class LigerAttention(Attention):
         if not self.delayed:
             return self._summed(q, k, v, mask, state, tables)
         q_near, k_near = (q, k) if tables is None else (rotate(q, *tables), rotate(k, *tables))
-        waiting, window, recurrence = dict(raw=k), self.window, self.recurrence
+        now, recurrence, waiting = HERE.told.get(self, self), self.recurrence, dict(raw=k)
+        window = now.window
         if self.score is not None:
             waiting["scores"] = self.score(k, v)
         at = window.gather(q_near, k_near, v, mask, state, **waiting)
@@ -260,8 +299,8 @@ class LigerAttention(Attention):
         # The unrotated keys that leave the window enter the recurrence before each query.
         left: torch.Tensor = at.left["raw"]
         more: dict[str, Any] = dict(initial_state=state.recurrent)
-        if self.recall:
-            more = dict(initial_state=(state.recurrent, state.recalled), recall=self.recall, score=at.left["scores"])
+        if now.recall:
+            more = dict(initial_state=(state.recurrent, state.recalled), recall=now.recall, score=at.left["scores"])
         o, after = liger_attention(
             at.q,
             at.k,
@@ -286,8 +325,9 @@ class LigerAttention(Attention):
     def _summed(self, q, k, v, mask, state, tables):
         """Window and recurrence one by one, the recurrence over every token."""
         q_near, k_near = (q, k) if tables is None else (rotate(q, *tables), rotate(k, *tables))
-        at = self.window.gather(q_near, k_near, v, mask, state)
-        o = self.window.attend(at)
+        window = HERE.told.get(self, self).window
+        at = window.gather(q_near, k_near, v, mask, state)
+        o = window.attend(at)
         o = o if at.ranks is None else at.ranks.back(o)
         far, recurrent = self.recurrence.run(self.feature_map, q, k, v, mask, state.recurrent)
         mix = self.mix().to(o.dtype).unsqueeze(-1)

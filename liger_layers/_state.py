@@ -23,7 +23,8 @@ Part = tuple[int | None, ...] | list[tuple[int, ...]] | None
 Held = torch.Tensor | tuple[torch.Tensor, ...]
 Self = TypeVar("Self", bound="_State")
 _KINDS = dict(visible=torch.bool, position=torch.long)
-_KINDS |= dict.fromkeys(("recurrent", "memories", "scores"), torch.float32)
+# Parts that are sums, or are compared, in more than the keys' digits.
+_WIDE = ("recurrent", "memories", "scores")
 
 
 @dataclass(kw_only=True)
@@ -86,11 +87,12 @@ class LigerState(_State):
     ) -> LigerState:
         """The state of a layer before the first token; dtype is that of keys."""
         made: dict[str, Any] = {}
+        wide = torch.promote_types(dtype, torch.float32)
         for name, part in parts.items():
-            kind = _KINDS.get(name, dtype)
+            kind = wide if name in _WIDE else _KINDS.get(name, dtype)
             if isinstance(part, list):
                 # What is recalled is keys and values, and then what enters the recurrence.
-                kinds = (dtype, dtype, torch.float32) if name == "recalled" else (kind,) * len(part)
+                kinds = (dtype, dtype, wide) if name == "recalled" else (kind,) * len(part)
                 sizes = zip(part, kinds, strict=True)
                 made[name] = tuple(torch.zeros((batch, *shape), device=device, dtype=kind) for shape, kind in sizes)
             elif part is None:

@@ -1,23 +1,23 @@
-"""What layers are told for a while: to attend to everything, to keep another window, to recall more or less.
+"""What layers are told for a while: to attend to everything, to keep another window, to recall or estimate less.
 
-Shapes: B batch, T time, HQ query heads, H key/value heads, D head width.
+It is told to the calls of one thread: the layers stay as they are, and calls from other threads too.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from liger_layers._alone import SlidingWindowAttention
 from liger_layers._attention import Attention, LigerAttention
-from liger_layers._full import full_attention
-from liger_layers._state import LigerState, Origin
-from liger_layers.rotary import rotary_tables, rotate
-from liger_ops.errors import check_positive, check_window, fail
+from liger_layers._state import Origin
+from liger_layers._told import HERE, Told, now, telling
+from liger_layers.gates import Mix
+from liger_ops.errors import check_positive, check_weight, check_window, fail
 
 
 @contextmanager
@@ -31,42 +31,17 @@ def attending_in_full(layers: Mapping[Attention, int | None]) -> Iterator[None]:
     for layer in layers:
         if not isinstance(layer, (LigerAttention, SlidingWindowAttention)):
             fail("layers", "layers with a window", type(layer).__name__)
-        if "attend" in vars(layer):
+        if now(layer).full:
             fail("layers", "layers that attend as they are", "one that attends in full already")
-    try:
-        for layer, span in layers.items():
-            # On the object, where it stands before that of its class.
-            vars(layer)["attend"] = functools.partial(_attend, layer, span)
+    with telling({**HERE.told, **{x: now(x)._replace(full=True, span=span) for x, span in layers.items()}}):
         yield
-    finally:
-        for layer in layers:
-            vars(layer).pop("attend", None)
 
 
 @contextmanager
 def as_it_is(layer: Attention) -> Iterator[None]:
     """A layer that attends in full as it is otherwise, for a while."""
-    told = vars(layer).pop("attend", None)
-    try:
+    with telling({**HERE.told, layer: now(layer)._replace(full=False)}):
         yield
-    finally:
-        if told is not None:
-            vars(layer)["attend"] = told
-
-
-def _attend(layer: Any, span: int | None, x, mask, state, tables, router_logits) -> tuple[torch.Tensor, LigerState]:
-    """In the place of a layer's `attend`; what it returns as a state is none to go on from."""
-    if state is not None:
-        fail("state", "none while the layer attends in full", type(state).__name__)
-    q, k, v = layer.project(x)
-    count = torch.ones_like(x[..., 0], dtype=torch.long) if mask is None else mask.long()
-    if tables is None and layer.rope_theta is not None:
-        tables = rotary_tables((count.cumsum(1) - 1).clamp(min=0), layer.head_dim, layer.rope_theta)
-    if tables is not None:
-        q, k = (rotate(y, *tables) for y in (q, k))
-    o = full_attention(q, k, v, mask, span, layer.window.scale, layer.window.softcap)
-    nothing = dict.fromkeys(("k", "v", "visible", "raw", "recurrent"))
-    return layer.o_proj(o.flatten(2).to(x.dtype)), LigerState(**nothing, position=count.sum(1))
 
 
 @contextmanager
@@ -76,12 +51,13 @@ def with_window(layers: Iterable[LigerAttention], size: int) -> Iterator[None]:
     States are of the window that they were made under: another is refused. ValueError for a size below 1.
     """
     check_window(size, 0)
-    with _as_before(layers) as changing:
-        for layer in changing:
-            more = size - layer.window.size
-            layer.window = layer.window._replace(size=size)
-            layer.parts = {name: _resized(name, part, more) for name, part in layer.parts.items()}
-            layer.origin = _told(layer.origin, window=size)
+    told = dict(HERE.told)
+    for layer in layers:
+        before = now(layer)
+        parts = {name: _resized(name, part, size - before.window.size) for name, part in before.parts.items()}
+        origin = _with(before.origin, window=size)
+        told[layer] = before._replace(window=before.window._replace(size=size), parts=parts, origin=origin)
+    with telling(told):
         yield
 
 
@@ -93,29 +69,47 @@ def with_recall(layers: Iterable[LigerAttention], recall: int) -> Iterator[None]
     layer without scores.
     """
     check_positive("recall", recall, 0)
-    with _as_before(layers) as changing:
-        for layer in changing:
-            recalled = layer.parts["recalled"]
-            if not isinstance(recalled, list):
-                fail("layers", "layers that score tokens", "one without recall")
-            layer.recall, layer.origin = recall, _told(layer.origin, recall=recall)
-            layer.parts = layer.parts | {"recalled": [(recall, *part[1:]) for part in recalled]}
+    told = dict(HERE.told)
+    for layer in layers:
+        before = now(layer)
+        recalled = before.parts["recalled"]
+        if not isinstance(recalled, list):
+            fail("layers", "layers that score tokens", "one without recall")
+        parts = before.parts | {"recalled": [(recall, *part[1:]) for part in recalled]}
+        told[layer] = before._replace(recall=recall, parts=parts, origin=_with(before.origin, recall=recall))
+    with telling(told):
         yield
 
 
 @contextmanager
-def _as_before(layers: Iterable[LigerAttention]) -> Iterator[list[LigerAttention]]:
-    """Layers whose window and recall are as they were when it is over."""
-    layers = list(layers)
-    before = [(layer, layer.window, layer.recall, layer.parts, layer.origin) for layer in layers]
-    try:
-        yield layers
-    finally:
-        for layer, window, recall, parts, origin in before:
-            layer.window, layer.recall, layer.parts, layer.origin = window, recall, parts, origin
+def with_mix(mixes: Iterable[Mix], weight: float) -> Iterator[None]:
+    """Let recurrences and routed memories in at one weight for all heads; 0 leaves what is exact.
+
+    ValueError for a weight below 0.
+    """
+    check_weight("weight", weight)
+    with telling({**HERE.told, **dict.fromkeys(mixes, weight)}):
+        yield
 
 
-def _told(origin: Origin, **changes: Any) -> Origin:
+def told_mixes(module: nn.Module) -> list[tuple[int, float]]:
+    """The weights that mixes in a module are told from here, each by its place: what no state of a layer knows."""
+    return [(i, told) for i, told in _told_in(module) if not isinstance(told, Told)]
+
+
+def attends_in_full(module: nn.Module) -> bool:
+    """Whether a layer in a module is told so from here."""
+    return any(isinstance(told, Told) and told.full for _, told in _told_in(module))
+
+
+def _told_in(module: nn.Module) -> list[tuple[int, Any]]:
+    # A compiler would look at every module.
+    if not HERE.told or torch.compiler.is_compiling():
+        return []
+    return [(i, HERE.told[m]) for i, m in enumerate(module.modules()) if m in HERE.told]
+
+
+def _with(origin: Origin, **changes: Any) -> Origin:
     return tuple((name, changes.get(name, value)) for name, value in origin)
 
 

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from liger_layers._told import HERE
+
 
 class Gate(NamedTuple):
     """How a key, pooled, becomes a decay: no parameters of its own.
@@ -82,9 +84,19 @@ def strength(gate: Gate, k: torch.Tensor) -> torch.Tensor | None:
 class Mix(nn.Module):
     """A weight per query head, [HQ]: a module, so that tools that train or save modules reach it."""
 
+    # What all heads have instead, if anything: never by itself (`calls.with_mix`).
+    told: float | None = None
+
     def __init__(self, num_heads: int, value: float, learn: bool):
         super().__init__()
         self.weight = nn.Parameter(torch.full((num_heads,), float(value)), requires_grad=learn)
 
     def forward(self) -> torch.Tensor:
-        return self.weight
+        told = HERE.told.get(self, self.told)
+        return self.weight if told is None else torch.full_like(self.weight, told)
+
+    def _replicate_for_data_parallel(self):
+        replica = super()._replicate_for_data_parallel()
+        # It runs in a thread of its own, where nobody has told anything.
+        vars(replica)["told"] = HERE.told.get(self, self.told)
+        return replica

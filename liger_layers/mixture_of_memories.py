@@ -276,6 +276,11 @@ class MixtureOfMemories(Routing):
             shapes = [[None if x is None else x.shape for x in (*s.memories, s.inputs)] for s in (state, wanted)]
             if shapes[0] != shapes[1]:
                 errors.fail("state", f"tensors of shapes {shapes[1]}", shapes[0])
+            kinds = [[None if x is None else x.dtype for x in (*s.memories, s.inputs)] for s in (state, wanted)]
+            if kinds[0] != kinds[1]:
+                errors.fail("state", f"tensors of {kinds[1]}", kinds[0])
+            if state.memories[0].device != x.device:
+                errors.fail("state", f"one on {x.device}", f"one on {state.memories[0].device}")
         return sequences
 
 

@@ -63,22 +63,21 @@ def draw_text(model: PreTrainedModel, batch: int = 8, length: int = 256) -> torc
             first = torch.full((batch, 1), start)
         else:
             first = torch.randint(model.config.vocab_size, (batch, 1))
-        with without_settings(model) as own:
-            return continued(
-                model,
-                first.to(device),
-                streamer=_Bar(length),
-                generation_config=GenerationConfig(
-                    do_sample=True,
-                    temperature=1.0,
-                    top_k=0,
-                    top_p=1.0,
-                    min_new_tokens=length - 1,
-                    max_new_tokens=length - 1,
-                    eos_token_id=own.eos_token_id,
-                    pad_token_id=0,
-                ),
-            )
+        return continued(
+            without_settings(model),
+            first.to(device),
+            streamer=_Bar(length),
+            generation_config=GenerationConfig(
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                min_new_tokens=length - 1,
+                max_new_tokens=length - 1,
+                eos_token_id=model.generation_config.eos_token_id,
+                pad_token_id=0,
+            ),
+        )
 
 
 class Moments(NamedTuple):

@@ -23,13 +23,14 @@ from liger_layers.patterns import split
 from liger_models._calibration import Moments, check_calibration, draw_text, measure, slow_channels
 from liger_models._decoder import Decoder, Rotation
 from liger_models._inputs import argument_names, check_ids
-from liger_models._linearized import LinearizedAttention, LinearizedWindow, before_decoder
+from liger_models._linearized import LinearizedAttention, LinearizedWindow, after_decoder, before_decoder
 from liger_models._mixing import fit_mixes
 from liger_models._need import asking_rows, fit_scores
 from liger_models._snapshot import looked_at
 from liger_models.configuration import LigerConfig
 from liger_models.families import longest_text, own_windows
 from liger_models.text import find_tokenizer
+from liger_ops.errors import fail
 
 _log = logging.getLogger(__name__)
 # Rows at most to weigh recurrences on, of those that ask for something and of the others.
@@ -205,3 +206,4 @@ def swap_attention(model: PreTrainedModel, attention: Mapping[int, nn.Module]) -
         decoder.put(index, module)
     hook = functools.partial(before_decoder, argument_names(decoder.module))
     decoder.module.register_forward_pre_hook(hook, with_kwargs=True)
+    decoder.module.register_forward_hook(after_decoder, with_kwargs=True)

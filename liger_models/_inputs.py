@@ -147,14 +147,14 @@ class Account(NamedTuple):
 
     def add(self, first: int, shown: torch.Tensor, ids: torch.Tensor | None) -> Account:
         """The account after columns from `first` on, shown [B,T], that hold ids [B,T]; None: embeddings."""
-        column = _scattered(torch.arange(first, first + shown.shape[1], device=shown.device))
+        column = scattered(torch.arange(first, first + shown.shape[1], device=shown.device))
         columns = self.columns.to(shown.device) + (shown * column).sum(1)
         if ids is None or self.tokens is None:
             return Account(columns, None)
-        return Account(columns, self.tokens.to(shown.device) + (shown * _scattered(column + ids)).sum(1))
+        return Account(columns, self.tokens.to(shown.device) + (shown * scattered(column + ids)).sum(1))
 
 
-def _scattered(x: torch.Tensor) -> torch.Tensor:
+def scattered(x: torch.Tensor) -> torch.Tensor:
     """Integers far apart from integers close together, 0 included (SplitMix64, Steele et al. 2014)."""
     x = x - 0x61C8864680B583EB
     x = (x ^ (x >> 30)) * -0x40A7B892E31B1A47

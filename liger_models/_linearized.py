@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from liger_layers import LigerAttention, LigerState, SlidingWindowAttention
+from liger_layers import LigerAttention, LigerState, SlidingWindowAttention, calls
 from liger_models._inputs import CACHE, by_name, token_positions
-from liger_models.cache import admit, fit_cache, layer_and_state, make_cache, take_cache
+from liger_models.cache import admit, check_source, end_call, fit_cache, layer_and_state, make_cache, take_cache
 from liger_models.families import Projections, traits
 from liger_ops.errors import fail
 
@@ -57,6 +57,12 @@ class _Pretrained(Projections, _Layer):
     ) -> tuple[torch.Tensor, None]:
         if attention_mask is not None and "liger_mask" not in kwargs:
             fail("attention_mask", "liger_mask beside it, as the decoder hands it on", "it alone")
+        told = kwargs.get("liger_told")
+        if told is not None and told is not calls.HERE.told:
+            # Checkpointing computes again in a thread of autograd, which nobody has told anything.
+            with calls.telling(told):
+                given = hidden_states, position_embeddings, attention_mask, liger_router_logits
+                return self.forward(*given, **{**kwargs, "liger_told": None})
         layer, state = layer_and_state(take_cache(kwargs), self.layer_idx, hidden_states.device)
         tables = position_embeddings if self.traits.rotary else None
         held = cast("LigerState | None", state)
@@ -86,17 +92,25 @@ def before_decoder(names: tuple[str, ...], module: PreTrainedModel, args: tuple,
     use_cache = kwargs.get("use_cache")
     if cache is not None:
         fit_cache(cache, module.config, tokens.shape[0])
-    elif module.training:
+    elif module.training or (use_cache is None and calls.attends_in_full(module)):
         # Nobody reads a cache while training, and with gradient checkpointing none may be written.
         kwargs["use_cache"] = False
     elif module.config.use_cache if use_cache is None else use_cache:
         cache = make_cache(module.config)
+    check_source(cache, module, tokens.shape[1])
     mask, shown = admit(cache, tokens, ids, kwargs.get("attention_mask"), kwargs.get("position_ids"), kwargs)
     if mask is not None and kwargs.get("position_ids") is None:
         # Padding takes no position, wherever it stands.
         kwargs["position_ids"] = token_positions(mask, tokens.shape[1])
     kwargs |= {CACHE: cache, "liger_mask": shown}
+    if not torch.compiler.is_compiling():
+        kwargs["liger_told"] = calls.HERE.told
     if len(module.config.liger["keep"]) == 0:
         # A mask that is already four-dimensional is passed through, so no T x T mask is built for nobody.
         kwargs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
     return (), kwargs
+
+
+def after_decoder(module: PreTrainedModel, args: tuple, kwargs: dict, output: object) -> None:
+    """The layers have seen what they were to see."""
+    end_call(kwargs.get(CACHE))

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from liger_layers import LigerAttention, LigerState
-from liger_layers.calls import with_window
+from liger_layers import LigerAttention
+from liger_layers.calls import with_mix, with_window
 from liger_models._calibration import look_into
 
 # The weights tried, 1/16 to 4. None of them is 0, from which features would learn nothing.
@@ -45,12 +45,10 @@ def outputs(
     layer: LigerAttention, weights: Sequence[float], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: Any
 ) -> list[torch.Tensor]:
     """What window and recurrence of a layer put out at each weight, [T,HQ,D]; its own weights stay as they are."""
-    found, before = [], layer.mix.weight.detach().clone()
+    found, state = [], layer.initial_state(1, q.device, k.dtype)
     for weight in weights:
-        layer.mix.weight.fill_(weight)
-        state = LigerState.zeros(layer.parts, 1, layer.origin, q.device, k.dtype)
-        found.append(layer.mixer(q, k, v, None, state, tables)[0][0])
-    layer.mix.weight.copy_(before)
+        with with_mix([layer.mix], weight):
+            found.append(layer.mixer(q, k, v, None, state, tables)[0][0])
     return found
 
 

@@ -5,14 +5,17 @@ Shapes: B batch, T columns at hand, S columns seen before.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, TypeVar, cast
 
 import torch
+from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
 from liger_layers import LigerState, MemoryState
+from liger_layers.calls import told_mixes
 from liger_models._inputs import (
     CACHE,
     Account,
@@ -22,6 +25,7 @@ from liger_models._inputs import (
     require,
     shown_columns,
 )
+from liger_models._weights import name_of_weights
 from liger_ops.errors import fail
 
 _CACHES = ("cache", "past_key_values")
@@ -32,7 +36,8 @@ class LigerCacheLayer(CacheLayerMixin):
     """One layer's state and the number of columns, padding included, that it has seen.
 
     The first such layer of a cache also keeps account of what was taken in: whether every column was `whole`, shown in
-    all rows, the Account of those which were, and what the model was `told` that filled it.
+    all rows, the Account of those which were, what the model was `told` that filled it, and with which `source`, the
+    name of its weights and what its mixes were told; and how many columns calls brought that `ended` well.
     """
 
     # Kept layers may slide or not, and masks take their size from the first layer of their own kind.
@@ -49,13 +54,15 @@ class LigerCacheLayer(CacheLayerMixin):
     def _forget(self) -> None:
         self.state: LigerState | MemoryState | None = None
         self.account: Account | None = None
+        self.source: tuple[str, list] | None = None
         # What account and whole become once this layer has taken in the columns at hand.
         self.pending: tuple[Account, bool] | None = None
-        self.seen, self.whole, self.is_initialized = 0, True, False
+        self.seen, self.ended, self.whole, self.is_initialized = 0, 0, True, False
 
     def store(self, state: LigerState | MemoryState, tokens: int) -> None:
-        self.state = state
+        # First, so that whoever is interrupted in between has not ended.
         self.seen += tokens
+        self.state = state
         self.is_initialized = True
         if self.pending is not None:
             (self.account, self.whole), self.pending = self.pending, None
@@ -160,6 +167,8 @@ def fit_cache(cache: AnyCache, config: PreTrainedConfig, batch: int | None = Non
         fail(CACHE, "a Cache", f"a {type(cache).__name__}")
     # Only linearized models keep layers of full attention.
     depth, keep = config.num_hidden_layers, set(config.liger["keep"]) if hasattr(config, "liger") else set()
+    if not isinstance(getattr(cache, "layers", None), list):
+        fail(CACHE, "a DynamicCache", f"a {type(cache).__name__}")
     ours, filled = [isinstance(layer, LigerCacheLayer) for layer in cache.layers], _first(cache)
     if filled is not None:
         _check_filled(cache, filled, config, batch)
@@ -173,6 +182,8 @@ def fit_cache(cache: AnyCache, config: PreTrainedConfig, batch: int | None = Non
     plain = cache.layers if len(ours) == depth else DynamicCache(config=config).layers
     cache.layers = [plain[i] if i in keep else LigerCacheLayer() for i in range(depth)]
     cache.layer_class_to_replicate = None
+    # As a tuple beside them, from which copies know their own.
+    cache.liger_layers = tuple(cache.layers)  # type: ignore[attr-defined]
     if first := _first(cache):
         first.told = _told(config)
     return cache
@@ -180,7 +191,8 @@ def fit_cache(cache: AnyCache, config: PreTrainedConfig, batch: int | None = Non
 
 def _first(cache: Cache | None) -> LigerCacheLayer | None:
     """The layer that keeps account, if there is one."""
-    return next((x for x in cache.layers if isinstance(x, LigerCacheLayer)), None) if cache is not None else None
+    layers = getattr(cache, "layers", ())
+    return next((x for x in layers if isinstance(x, LigerCacheLayer)), None)
 
 
 def _check_filled(cache: Cache, first: LigerCacheLayer, config: PreTrainedConfig, batch: int | None) -> None:
@@ -191,10 +203,67 @@ def _check_filled(cache: Cache, first: LigerCacheLayer, config: PreTrainedConfig
         fail(CACHE, f"one of a model with {names[0]} {wanted!r}", f"one with {given!r}")
     if batch is not None and first.account is not None and len(first.account.columns) != batch:
         fail(CACHE, f"{batch} rows as in the batch", len(first.account.columns))
+    if first.account is not None and first.account.columns.is_meta:
+        fail(CACHE, "one that holds data", "one on the meta device")
+    placed = getattr(cache, "liger_layers", ())
+    if len(placed) != len(cache.layers) or any(x is not y for x, y in zip(placed, cache.layers, strict=True)):
+        fail(CACHE, "the layers that the model put there, in their order", "others")
     # Their classes in transformers share no attribute.
-    seen = {layer.get_seq_length() for layer in cast("list[Any]", cache.layers)}
+    seen = {first.ended, *(layer.get_seq_length() for layer in cast("list[Any]", cache.layers))}
     if len(seen) > 1:
         fail(CACHE, "layers that have seen as much", f"{sorted(seen)}: a call was cut short")
+
+
+def check_source(cache: Cache | None, decoder: nn.Module, tokens: int) -> None:
+    """ValueError if a cache was filled with other weights than the decoder's, or while its mixes were told others."""
+    first = _first(cache)
+    # A graph has no weights of its own to ask for.
+    if first is None or torch.compiler.is_compiling():
+        return
+    # One token alone is decoding, where modules stay.
+    source = name_of_weights(decoder, tokens > 1), told_mixes(decoder)
+    if not first.seen:
+        first.source = source
+    elif first.source is not None and first.source != source:
+        expected = "the same weights" if first.source[0] != source[0] else "the same parts switched off"
+        fail(CACHE, f"one that was filled with {expected}", "one of others")
+
+
+def end_call(cache: Cache | None) -> None:
+    """Note that a call has ended well, as far as the decoder goes."""
+    if (first := _first(cache)) is not None:
+        first.ended = first.seen
+
+
+_AnyCall = TypeVar("_AnyCall", bound=Callable[..., Any])
+
+
+def one_at_a_time(forward: _AnyCall) -> _AnyCall:
+    """A forward whose cache no other call may use meanwhile, nor any call after it, if it fails on the way.
+
+    ValueError for a cache that a call of another thread is filling.
+    """
+
+    @functools.wraps(forward)
+    def call(self, *args, **kwargs):
+        cache = next((x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None)
+        if cache is None or torch.compiler.is_compiling():
+            return forward(self, *args, **kwargs)
+        mine = object()
+        # In one step, between which no other thread comes.
+        if vars(cache).setdefault("liger_call", mine) is not mine:
+            fail(CACHE, "one that no other call is filling", "one that another thread uses")
+        ended = getattr(_first(cache), "ended", 0)
+        try:
+            return forward(self, *args, **kwargs)
+        except BaseException:
+            if (first := _first(cache)) is not None:
+                first.ended = ended
+            raise
+        finally:
+            vars(cache).pop("liger_call")
+
+    return cast(_AnyCall, call)
 
 
 def seen_columns(cache: Cache | None) -> int:

@@ -79,23 +79,23 @@ def draw(
     name = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
     path, rows, drawn, number, silent = None if out is None else Path(out), [], 0, 0, 0
     held = {} if path is None else _held(path, name)
-    author = _Author(model, tokenizer, length, batch, temperature, input_device(model))
+    # The model's own settings may penalise repetition.
+    author = _Author(without_settings(model), tokenizer, length, batch, temperature, input_device(model))
     bar = tqdm(total=tokens, desc="Drawing text", leave=False)
-    with without_settings(model):
-        while drawn < tokens:
-            found = held.get(number)
-            if found is None:
-                # So that conversations are spread evenly.
-                chatting = int((number + 1) * share) > int(number * share)
-                found = [{"draw": name, "number": number, **row} for row in author.batch_of(chatting, seed, number)]
-                if path is not None and found:
-                    _append(path, found)
-            new = sum(row["tokens"] for row in found)
-            silent = 0 if new else silent + 1
-            if silent == _SILENT:
-                fail("model", "one that says something", f"{_SILENT} batches without a token")
-            rows, drawn, number = rows + found, drawn + new, number + 1
-            bar.update(new)
+    while drawn < tokens:
+        found = held.get(number)
+        if found is None:
+            # So that conversations are spread evenly.
+            chatting = int((number + 1) * share) > int(number * share)
+            found = [{"draw": name, "number": number, **row} for row in author.batch_of(chatting, seed, number)]
+            if path is not None and found:
+                _append(path, found)
+        new = sum(row["tokens"] for row in found)
+        silent = 0 if new else silent + 1
+        if silent == _SILENT:
+            fail("model", "one that says something", f"{_SILENT} batches without a token")
+        rows, drawn, number = rows + found, drawn + new, number + 1
+        bar.update(new)
     bar.close()
     return [{key: row[key] for key in ("text", "messages") if key in row} for row in rows]
 

@@ -59,17 +59,17 @@ def position_losses(model: PreTrainedModel, rows: torch.Tensor | Rows, descripti
     """
     rows = _rows(rows)
     check_ids(model, rows.ids)
-    model.eval()
     device = input_device(model)
     longest = max(map(len, rows.ids), default=1)
     found = Losses(torch.zeros(longest - 1, dtype=torch.float64), torch.zeros(longest - 1, dtype=torch.long))
-    for row in tqdm(rows, desc=description, leave=False):
-        labels = row["labels"][1:]
-        asked = labels != IGNORED
-        if asked.any():
-            losses = _losses(model, row["input_ids"][None].to(device), labels.to(device))
-            found.sums[: len(labels)] += losses.cpu().double()
-            found.counts[: len(labels)] += asked
+    with evaluating(model):
+        for row in tqdm(rows, desc=description, leave=False):
+            labels = row["labels"][1:]
+            asked = labels != IGNORED
+            if asked.any():
+                losses = _losses(model, row["input_ids"][None].to(device), labels.to(device))
+                found.sums[: len(labels)] += losses.cpu().double()
+                found.counts[: len(labels)] += asked
     if not found.predictions:
         fail("blocks", "rows with a token to predict", "none")
     if not found.mean() <= _MOST:

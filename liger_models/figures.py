@@ -54,9 +54,9 @@ class _Subject:
     @functools.cached_property
     def greedy(self) -> list[tuple[torch.Tensor, int]]:
         """Token ids [1,T] that the original has continued greedily, and how many of them were given."""
-        original, found = cast(PreTrainedModel, self.original), []
+        original, found = without_settings(cast(PreTrainedModel, self.original)), []
         plain = GenerationConfig(do_sample=False, max_new_tokens=_CONTINUED, pad_token_id=0)
-        with torch.no_grad(), without_settings(original):
+        with torch.no_grad():
             for row in self.rows.first(_PROMPTS).ids:
                 given = row[None, : (len(row) + 1) // 2].to(input_device(original))
                 found.append((continued(original, given, generation_config=plain), given.shape[1]))

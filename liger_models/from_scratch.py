@@ -35,7 +35,16 @@ from liger_models._decoding import ConstantCacheMixin
 from liger_models._inputs import CACHE, refuse_unread
 from liger_models._mixers import MIXERS, known_options, listed, make_mixer, whole_name
 from liger_models._remote import PortableConfig
-from liger_models.cache import admit, fit_cache, layer_and_state, make_cache, take_cache
+from liger_models.cache import (
+    admit,
+    check_source,
+    end_call,
+    fit_cache,
+    layer_and_state,
+    make_cache,
+    one_at_a_time,
+    take_cache,
+)
 from liger_models.modeling import refuse_cut_off
 from liger_ops.errors import check_known, check_positive, fail
 
@@ -278,9 +287,11 @@ class LigerModel(LigerPreTrainedModel):
         elif use_cache and not self.training:
             # Nobody reads a cache while training.
             cache = make_cache(self.config)
+        check_source(cache, self, x.shape[1])
         _, mask = admit(cache, x, input_ids, attention_mask, position_ids, kwargs)
         for layer in self.layers:
             x = layer(x, mask=mask, cache=cache, router_logits=router_logits)
+        end_call(cache)
         held: dict[str, Any] = {CACHE: cache}
         return MoeModelOutputWithPast(last_hidden_state=self.norm(x), **held)
 
@@ -306,6 +317,7 @@ class LigerForCausalLM(ConstantCacheMixin, LigerPreTrainedModel, GenerationMixin
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @one_at_a_time
     @can_return_tuple
     def forward(
         self,

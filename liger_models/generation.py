@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -26,33 +27,53 @@ def base_of(model: nn.Module) -> PreTrainedModel:
     return cast(PreTrainedModel, model if unwrap is None else unwrap())
 
 
+# Of each module that somebody evaluates: how many do, and whether it was training before.
+_EVALUATED: dict[nn.Module, tuple[int, bool]] = {}
+_LOCK = threading.Lock()
+
+
 @contextmanager
 def evaluating(model: nn.Module):
-    """A model in its evaluation mode for a while."""
-    training = model.training
-    model.eval()
+    """A model in its evaluation mode for a while, for all threads; when the last leaves, all modules are as before."""
+    modules = list(model.modules())
+    with _LOCK:
+        for module in modules:
+            count, training = _EVALUATED.get(module, (0, module.training))
+            _EVALUATED[module] = count + 1, training
+            module.training = False
     try:
         yield
     finally:
-        model.train(training)
+        with _LOCK:
+            for module in modules:
+                count, training = _EVALUATED.pop(module)
+                if count > 1:
+                    _EVALUATED[module] = count - 1, training
+                else:
+                    module.training = training
 
 
-@contextmanager
-def without_settings(model: PreTrainedModel):
-    """The model without its own generation settings for a while: generate fills with them what its caller leaves out.
+def without_settings(model: PreTrainedModel) -> PreTrainedModel:
+    """The model without its own generation settings: generate fills with them what its caller leaves out.
 
-    Yields those settings.
+    It is an object of its own on the same modules, so that the model keeps its settings for all others. A generate
+    that somebody put on the model itself, and bound to it, still has them.
     """
-    base = base_of(model)
-    holders = [model] if base is model else [model, base]
-    settings = [holder.generation_config for holder in holders]
-    try:
-        for holder in holders:
-            holder.generation_config = GenerationConfig()
-        yield settings[0]
-    finally:
-        for holder, own in zip(holders, settings, strict=True):
-            holder.generation_config = own
+    # What torch.compile returns generates by the model in it.
+    model = getattr(model, "_orig_mod", model)
+    return cast(PreTrainedModel, _unset(model, base_of(model)))
+
+
+def _unset(module: nn.Module, base: nn.Module) -> nn.Module:
+    """Adapters hand their settings on to what they wrap, down to the base."""
+    bare = object.__new__(type(module))
+    vars(bare).update(vars(module))
+    if module is base or "generation_config" in vars(module):
+        vars(bare)["generation_config"] = GenerationConfig()
+    if module is not base:
+        inner = {name: _unset(x, base) for name, x in module.named_children() if base in list(x.modules())}
+        vars(bare)["_modules"] = {**module._modules, **inner}
+    return bare
 
 
 class _Numbers(LogitsProcessor):

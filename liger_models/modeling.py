@@ -25,7 +25,7 @@ from liger_models._inputs import CACHE
 from liger_models._linearized import LinearizedAttention as LinearizedAttention
 from liger_models._linearized import LinearizedWindow as LinearizedWindow
 from liger_models._remote import PortableConfig
-from liger_models.cache import take_cache
+from liger_models.cache import one_at_a_time, take_cache
 from liger_models.configuration import LigerConfig
 from liger_models.families import KNOWN, PREFIX, Family, longest_text, own_windows
 from liger_ops.errors import fail
@@ -50,7 +50,7 @@ class LigerMixin(ConstantCacheMixin):
         """What inspects a model's forward is to see that of its family."""
         super().__init_subclass__(**kwargs)
         if LigerMixin in cls.__bases__:
-            cls.forward = _with_routers(cls.forward)
+            cls.forward = one_at_a_time(_with_routers(cls.forward))
 
 
 def refuse_cut_off(

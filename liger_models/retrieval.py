@@ -121,15 +121,16 @@ def retrieval(
     prompts = [make_prompt(tokenizer, filler, length, i, (i + 0.5) / depths, keys, values) for i in range(depths)]
     device = input_device(model)
     # The model's own settings may sample or penalise repetition.
-    with evaluating(model), without_settings(model):
+    plain = without_settings(model)
+    with evaluating(model):
         for prompt in tqdm(prompts, desc=f"Keys in {length} tokens", leave=False):
             ids = torch.tensor([prompt.ids], device=device)
             answer = "".join(f" {key}," for key in prompt.answers)[:-1]
             new = len(tokenizer(answer, add_special_tokens=False)["input_ids"])
             # Room for words between several.
             new += 4 * (len(prompt.answers) - 1)
-            plain = GenerationConfig(do_sample=False, max_new_tokens=new + 1, pad_token_id=0)
-            out = continued(model, ids, generation_config=plain)
+            greedy = GenerationConfig(do_sample=False, max_new_tokens=new + 1, pad_token_id=0)
+            out = continued(plain, ids, generation_config=greedy)
             said = tokenizer.decode(out[0, ids.shape[1] :])
             found += all(key in said for key in prompt.answers)
     return found / depths

@@ -255,13 +255,13 @@ class _Line(StoppingCriteria):
 def _contained(model, tokenizer, questions: Sequence[Completion], name: str) -> float:
     """Share of prompts behind which the first line of greedy decoding holds an answer."""
     device, found, ends = input_device(model), 0, tokenizer.eos_token_id
-    plain = GenerationConfig(do_sample=False, max_new_tokens=_NEW_TOKENS, pad_token_id=0, eos_token_id=ends)
-    with without_settings(model):
-        for question in tqdm(questions, desc=name, leave=False):
-            ids = framing(tokenizer)[0] + token_ids(tokenizer, question.prompt.rstrip())
-            line = StoppingCriteriaList([_Line(tokenizer, len(ids))])
-            given = torch.tensor([ids], device=device)
-            out = continued(model, given, generation_config=plain, stopping_criteria=line)
-            said = tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).lstrip().partition("\n")[0].lower()
-            found += any(answer.lower() in said for answer in question.answers)
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=_NEW_TOKENS, pad_token_id=0, eos_token_id=ends)
+    plain = without_settings(model)
+    for question in tqdm(questions, desc=name, leave=False):
+        ids = framing(tokenizer)[0] + token_ids(tokenizer, question.prompt.rstrip())
+        line = StoppingCriteriaList([_Line(tokenizer, len(ids))])
+        given = torch.tensor([ids], device=device)
+        out = continued(plain, given, generation_config=greedy, stopping_criteria=line)
+        said = tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).lstrip().partition("\n")[0].lower()
+        found += any(answer.lower() in said for answer in question.answers)
     return found / len(questions)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from liger_layers.calls import Attention, attending_in_full
 from liger_models._decoder import Decoder
 from liger_models.families import family_of, own_windows
-from liger_models.generation import base_of
+from liger_models.generation import base_of, evaluating
 from liger_models.modeling import LigerMixin
 from liger_ops.errors import fail
 
@@ -55,20 +55,12 @@ def as_original(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     """
     check_original(model)
     base = base_of(model)
-    modes = {module: module.training for module in model.modules()}
-    caches = base.config.use_cache
     with ExitStack() as stack:
         if isinstance(model, PeftModel):
             stack.enter_context(model.disable_adapter())
         stack.enter_context(attending_in_full(_spans(base)))
-        try:
-            base.config.use_cache = False
-            model.eval()
-            yield
-        finally:
-            base.config.use_cache = caches
-            for module, mode in modes.items():
-                module.training = mode
+        stack.enter_context(evaluating(model))
+        yield
 
 
 def _spans(base: PreTrainedModel) -> dict[Attention, int | None]:

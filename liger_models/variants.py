@@ -1,4 +1,7 @@
-"""A linearized model with parts of it switched off for a while: what each of them carries."""
+"""A linearized model with parts of it switched off for a while: what each of them carries.
+
+For the calls of one thread: those of others see the model as it is.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -19,17 +21,12 @@ from liger_ops.errors import check_known, fail
 
 @contextmanager
 def without_recurrence(model: nn.Module):
-    """Take every layer's mix, and that of its routed memories, for zero for a while: only exact tokens count."""
-    hooks = [m.register_forward_hook(_nothing) for m in model.modules() if isinstance(m, Mix)]
-    try:
+    """Take every layer's mix, and that of its routed memories, for zero for a while: only exact tokens count.
+
+    Caches that were filled before are refused inside, and those filled inside afterwards.
+    """
+    with calls.with_mix([m for m in model.modules() if isinstance(m, Mix)], 0.0):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _nothing(module: Mix, args: tuple, weight: torch.Tensor) -> torch.Tensor:
-    return torch.zeros_like(weight)
 
 
 @contextmanager

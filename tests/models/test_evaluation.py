@@ -12,14 +12,14 @@ SETTINGS = dict(repetition_penalty=5.0, no_repeat_ngram_size=2, num_return_seque
 
 
 def generated(model, monkeypatch):
-    """Every sequence that the model generates from here on."""
-    found, generate = [], model.generate
+    """Every sequence that models of its class generate from here on."""
+    found, generate = [], type(model).generate
 
-    def listen(*args, **kwargs):
-        found.append(generate(*args, **kwargs))
+    def listen(self, *args, **kwargs):
+        found.append(generate(self, *args, **kwargs))
         return found[-1]
 
-    monkeypatch.setattr(model, "generate", listen)
+    monkeypatch.setattr(type(model), "generate", listen)
     return found
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import TrainerCallback
 
+from liger_layers.calls import now
 from liger_models import Recipe, as_original, finetune
 from liger_models._hidden import KINDS, with_hidden
 from liger_models._objectives import Objective, divergence
@@ -193,8 +194,8 @@ def test_exact_tokens_are_dropped_as_often_as_asked_and_by_the_place_alone(monke
     plain = LigerTrainer.compute_loss
 
     def look(self, *args, **kwargs):
-        layer = self.dropout.layers[0]
-        seen.append((layer.window.size, layer.recall))
+        told = now(self.dropout.layers[0])
+        seen.append((told.window.size, told.recall))
         return plain(self, *args, **kwargs)
 
     monkeypatch.setattr(LigerTrainer, "compute_loss", look)

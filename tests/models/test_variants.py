@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from liger_layers.calls import now
 from liger_linear import __main__ as command
 from liger_models import checkpoint, evaluate, measure_variants, perplexity, retrieval
 from liger_models.cli import main
@@ -30,9 +31,9 @@ def test_recall_is_off_for_a_while_and_comes_back():
         whole, wanted = model(ids(1, 40)).logits, plain(ids(1, 40)).logits
         assert not torch.equal(whole, wanted)
         with pytest.raises(RuntimeError), without_recall(model):
-            assert layer.recall == 0 and torch.equal(model(ids(1, 40)).logits, wanted)
+            assert now(layer).recall == 0 and torch.equal(model(ids(1, 40)).logits, wanted)
             raise RuntimeError
-        assert layer.recall == 3 and layer.origin == told and torch.equal(model(ids(1, 40)).logits, whole)
+        assert now(layer).recall == 3 and now(layer).origin == told and torch.equal(model(ids(1, 40)).logits, whole)
 
 
 def test_exact_tokens_are_those_of_layers_that_were_linearized():
