@@ -16,6 +16,7 @@ from typing import Any, cast
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tqdm import TMonitor
 from transformers import PreTrainedTokenizerBase
 
 from liger_ops.errors import fail
@@ -117,9 +118,13 @@ def _timed() -> Iterator[None]:
 
 @contextmanager
 def _limited(memory: int | None) -> Iterator[None]:
-    """MemoryError for what asks for more bytes than these, on systems that can say so."""
-    size = Path("/proc/self/statm")
-    if memory is None or resource is None or not size.exists():
+    """MemoryError for what asks for more bytes than these, on systems that can say so.
+
+    Not beside other threads of Python, which would be refused what they ask for meanwhile.
+    """
+    size, here = Path("/proc/self/statm"), threading.current_thread()
+    busy = any(x is not here and not isinstance(x, TMonitor) for x in threading.enumerate())
+    if memory is None or busy or resource is None or not size.exists():
         yield
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)

@@ -2,6 +2,7 @@
 
 import resource
 import sys
+import threading
 import time
 
 import pytest
@@ -74,6 +75,18 @@ def test_every_use_of_a_template_is_bounded(soon, tmp_path, capsys):
     assert (
         len([line for line in told if "liger: messages: the chat template refuses them: it takes longer" in line]) == 1
     )
+
+
+def test_other_threads_have_the_memory_that_they_ask_for():
+    free, over = resource.getrlimit(resource.RLIMIT_AS), threading.Event()
+    with _templates._limited(1 << 29):
+        assert resource.getrlimit(resource.RLIMIT_AS) != free
+    thread = threading.Thread(target=over.wait)
+    thread.start()
+    with _templates._limited(1 << 29):
+        assert resource.getrlimit(resource.RLIMIT_AS) == free
+    over.set()
+    thread.join()
 
 
 def test_what_templates_do_goes_on():
