@@ -39,6 +39,27 @@ class Sealed(TrainerCallback):
             write_json(place / _SEAL, _sizes(place))
 
 
+class Reading(TrainerCallback):
+    """What a checkpoint leads to before the first step behind it, told in one line."""
+
+    def __init__(self, checkpoint: str | None):
+        self.checkpoint = checkpoint
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.checkpoint = None
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        try:
+            yield
+        # A damaged file leads to anything; a disk that fails is told as such.
+        except Exception as error:
+            if self.checkpoint is None or isinstance(error, OSError):
+                raise
+            lines = (str(error) or repr(error)).splitlines()
+            raise ValueError(f"checkpoints: could not go on from {self.checkpoint}: {lines[0]}") from error
+
+
 class SavedAtTheEnd(TrainerCallback):
     """A checkpoint of the last step too, for whoever may fail to save what comes of it."""
 
@@ -142,7 +163,8 @@ def discard(folder: Path) -> None:
 
 
 def _remove(folder: Path, keep: bool = False) -> None:
-    for path in [x for x in folder.iterdir() if _ours(x)]:
+    # The settings last: what remains when somebody stops this can be resumed, or is nothing.
+    for path in sorted((x for x in folder.iterdir() if _ours(x)), key=lambda x: x.name == _RUN):
         if path.is_symlink() or not path.is_dir():
             path.unlink()
         else:

@@ -131,6 +131,39 @@ def test_two_runs_do_not_share_a_folder(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_is_left_of_a_folder_that_goes_can_be_resumed(tmp_path, monkeypatch):
+    store = tmp_path / "store"
+    interrupt(monkeypatch, store, 2)
+
+    def struck_first(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_runs.shutil, "rmtree", struck_first)
+        with pytest.raises(KeyboardInterrupt):
+            discard(store)
+    assert same(tune(store, resume=True), tune())
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "trainer_state.json", "adapter_model.safetensors"])
+def test_a_checkpoint_that_cannot_be_read_is_one_line(tmp_path, monkeypatch, name):
+    store = tmp_path / "store"
+    interrupt(monkeypatch, store, 2)
+    place = store / "checkpoint-2" / name
+    place.write_bytes(bytes(place.stat().st_size))
+    with pytest.raises(ValueError, match=r"^checkpoints: could not go on from .*checkpoint-2: [^\n]*$"):
+        tune(store, resume=True)
+
+
+def test_a_checkpoint_that_the_disk_does_not_hold_is_an_os_error(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0\nframe #0")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"^checkpoints: could not write one: [^\n]*pos 64 vs 0$"):
+        tune(tmp_path / "store", callbacks=[_runs.SavedAtTheEnd()])
+
+
 def test_what_somebody_else_left_is_not_touched(tmp_path, monkeypatch):
     """A file of the same name, a folder that was empty, and one behind a link."""
     mine = tmp_path / "mine"

@@ -9,7 +9,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from liger_linear.__main__ import main
 
@@ -158,7 +157,7 @@ def warm(*commands: Sequence[object]) -> None:
 
 
 def each(cases: Iterable[tuple[str, Callable[[], str | None]]], limit: float = 15.0, batch: int = 40):
-    """(case, what went wrong or None) of functions that judge themselves, many to a child; a hang or a death is wrong."""
+    """(case, what went wrong or None) of functions that judge, many to a child; a hang or a death is wrong."""
     ahead = list(cases)
     while ahead:
         group = ahead[:batch]
@@ -197,7 +196,3 @@ def _batch(judges: list[Callable[[], str | None]], limit: float) -> list[str | N
     if len(found) < len(judges):
         found.append(f"longer than {limit:g} s" if hung else f"the process ended with {status}")
     return found
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())

@@ -1,4 +1,4 @@
-"""What the attacked commands read and write, what they write when nothing disturbs them, and what must hold afterwards."""
+"""What the attacked commands read, what they write when nothing disturbs them, and what must hold afterwards."""
 
 import hashlib
 import os
