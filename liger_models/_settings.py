@@ -32,6 +32,10 @@ def check_config(config: PreTrainedConfig) -> None:
     slides = hasattr(type(config), "sliding_window") and (kinds is None or "sliding_attention" in kinds)
     if slides and window is not None and not _is_whole(window, 1):
         fail("sliding_window", "an integer >= 1", repr(window))
+    chosen = getattr(config, "num_experts_per_tok", None)
+    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
+    if chosen is not None and isinstance(experts, int) and not (_is_whole(chosen, 1) and chosen <= experts):
+        fail("num_experts_per_tok", f"an integer from 1 to {experts}", repr(chosen))
 
 
 def check_model(model: PreTrainedModel) -> None:

@@ -190,6 +190,14 @@ def test_windows_that_are_none(tmp_path, capsys, name, window):
     checkpoint.load(folder)
 
 
+@pytest.mark.parametrize("chosen", [-1, 0, 5, "x", True])
+@pytest.mark.parametrize("name", ["mixtral", "olmoe"])
+def test_more_experts_than_there_are(tmp_path, capsys, name, chosen):
+    folder = checkpoint.save(tiny(name), tiny_tokenizer(), tmp_path / "model")
+    change(folder, "config.json", num_experts_per_tok=chosen)
+    assert "num_experts_per_tok" in refused(capsys, "generate", folder, "the")
+
+
 def test_a_tokenizer_that_knows_more_than_its_model(tmp_path, capsys):
     folder = checkpoint.save(tiny(vocab_size=30), tiny_tokenizer(), tmp_path / "model")
     (tmp_path / "text.txt").write_text(TEXT)
