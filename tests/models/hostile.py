@@ -77,6 +77,7 @@ SETTINGS = [
     ("config.json", dict(use_cache="x"), "use_cache"),
     ("config.json", dict(rms_norm_eps={}), "rms_norm_eps"),
     ("generation_config.json", dict(eos_token_id=[1, "x"]), r"eos_token_id: expected token ids, got \[1, 'x'\]"),
+    ("generation_config.json", dict(bos_token_id=[None]), r"bos_token_id: expected token ids, got \[None\]"),
     ("generation_config.json", dict(bos_token_id={}), "bos_token_id: expected token ids, got {}"),
     ("generation_config.json", dict(output_hidden_states=1e300), "output_hidden_states: expected true or false"),
     ("generation_config.json", dict(num_beams=1.5), "num_beams: expected an integer >= 0, got 1.5"),

@@ -190,6 +190,14 @@ def test_windows_that_are_none(tmp_path, capsys, name, window):
     checkpoint.load(folder)
 
 
+@pytest.mark.parametrize("name", ["window", "sinks", "recall"])
+def test_more_exact_tokens_than_memory_holds(tmp_path, capsys, name):
+    folder = checkpoint.save(linearize_tiny(tiny(), window=8), tiny_tokenizer(), tmp_path / "model")
+    liger = json.loads((folder / "config.json").read_text())["liger"]
+    change(folder, "config.json", liger=liger | {name: 2**31})
+    assert f"{name}: expected at most 1,048,576 tokens, got 2147483648" in refused(capsys, "generate", folder, "the")
+
+
 @pytest.mark.parametrize("chosen", [-1, 0, 5, "x", True])
 @pytest.mark.parametrize("name", ["mixtral", "olmoe"])
 def test_more_experts_than_there_are(tmp_path, capsys, name, chosen):

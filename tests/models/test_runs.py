@@ -1,6 +1,7 @@
 """Runs of fine-tuning that are interrupted, in the middle of a checkpoint too, resume from the last that is whole."""
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -152,6 +153,20 @@ def test_a_checkpoint_that_cannot_be_read_is_one_line(tmp_path, monkeypatch, nam
     place = store / "checkpoint-2" / name
     place.write_bytes(bytes(place.stat().st_size))
     with pytest.raises(ValueError, match=r"^checkpoints: could not go on from .*checkpoint-2: [^\n]*$"):
+        tune(store, resume=True)
+
+
+@pytest.mark.parametrize(
+    "change", [dict(global_step=3), dict(total_flos=None), dict(max_steps="6"), dict(log_history=[1])], ids=str
+)
+def test_a_state_that_the_trainer_would_trip_over_is_one_line(tmp_path, monkeypatch, change):
+    store = tmp_path / "store"
+    interrupt(monkeypatch, store, 2)
+    place = store / "checkpoint-2" / "trainer_state.json"
+    state = json.loads(place.read_text()) | change
+    place.write_text(json.dumps(state))
+    (store / "checkpoint-2" / "whole.json").write_text(json.dumps({place.name: place.stat().st_size}))
+    with pytest.raises(ValueError, match=rf"^checkpoints: could not go on from .*: {next(iter(change))}: expected"):
         tune(store, resume=True)
 
 

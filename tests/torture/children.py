@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import select
 import signal
 import sys
@@ -34,7 +35,11 @@ class Ended:
 
     def wrong(self, *statuses: int) -> str | None:
         """What is wrong with an end that is to be one of these, told in one line where it is not 0."""
-        last = " ".join(self.said.strip().splitlines()[-1:])[:300]
+        lines = self.said.strip().splitlines() or [""]
+        # Of a traceback its end, with nothing behind it.
+        last = next((x for x in reversed(lines) if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", x)), lines[-1])[
+            :300
+        ]
         if self.hung:
             return f"hung: {last}"
         if self.status not in statuses:
