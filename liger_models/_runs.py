@@ -69,7 +69,7 @@ def _check_state(checkpoint: Path) -> None:
     """ValueError for a state that is not of this step, or whose numbers are none: the Trainer counts on with them."""
     state = read_json(checkpoint / _STATE)
     if state.get("global_step") != (step := _step(checkpoint)):
-        fail("global_step", step, repr(state.get("global_step")))
+        fail("global_step", str(step), repr(state.get("global_step")))
     for field in fields(TrainerState):
         given = state.get(field.name, field.default)
         if type(field.default) in (int, float) and type(given) not in (int, float):

@@ -27,10 +27,19 @@ from tests.torture.stage import Stage
 ROOT = Path(__file__).parents[2]
 
 
+def _shares(text: str) -> dict[str, float]:
+    """The share of each row that is named, and of every other under no name."""
+    parts = [part.rpartition("=") for part in text.split(",")]
+    if unknown := {name for name, _, _ in parts} - {*ROWS, ""}:
+        raise argparse.ArgumentTypeError(f"expected rows of {', '.join(ROWS)}, got {', '.join(sorted(unknown))}")
+    return {name: float(share) for name, _, share in parts}
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.torture", description=__doc__)
     parser.add_argument("--only", default=",".join(ROWS), help=f"rows, of {', '.join(ROWS)}; default: all")
-    parser.add_argument("--cases", type=float, default=1.0, metavar="SHARE", help="of each row (default: all)")
+    told = "share of each row, and of some rows others, as in 0.1,hostile=1 (default: all)"
+    parser.add_argument("--cases", type=_shares, default={}, metavar="SHARES", help=told)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/torture.json", metavar="FILE")
     args = parser.parse_args()
@@ -57,7 +66,7 @@ def _row(name: str, stage: Stage, share: float, seed: int) -> dict:
             print(f"  {name} {case}: {why}", flush=True)
     seconds = round(time.perf_counter() - start, 1)
     print(f"{name:16} {cases - len(failures):6,} of {cases:6,} in {seconds:,} s", flush=True)
-    return dict(cases=cases, passed=cases - len(failures), failures=failures, seconds=seconds)
+    return dict(of=whole, cases=cases, passed=cases - len(failures), failures=failures, seconds=seconds)
 
 
 def main() -> int:
@@ -72,11 +81,14 @@ def main() -> int:
         "date": time.strftime("%Y-%m-%d"),
         "commit": _commit(),
         "seed": args.seed,
-        "share": args.cases,
     }
+
+    def share(name: str) -> float:
+        return args.cases.get(name, args.cases.get("", 1.0))
+
     with tempfile.TemporaryDirectory() as folder:
         stage = Stage(Path(folder))
-        rows = {name: _row(name, stage, args.cases, args.seed) for name in ROWS if name in args.only}
+        rows = {name: _row(name, stage, share(name), args.seed) for name in ROWS if name in args.only}
     write_json(args.out, result | {"rows": rows})
     print(json.dumps({name: f"{row['passed']} of {row['cases']}" for name, row in rows.items()}))
     return int(any(row["failures"] for row in rows.values()))
