@@ -4,6 +4,7 @@ Everything is drawn from a seed. --cases 0.1 runs that share of each row, --only
 """
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -88,6 +89,9 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory() as folder:
         stage = Stage(Path(folder))
+        # Or children would collect what is garbage here, in finalizers that swallow an interruption.
+        gc.collect()
+        gc.freeze()
         rows = {name: _row(name, stage, share(name), args.seed) for name in ROWS if name in args.only}
     write_json(args.out, result | {"rows": rows})
     print(json.dumps({name: f"{row['passed']} of {row['cases']}" for name, row in rows.items()}))
