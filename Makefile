@@ -12,7 +12,7 @@ SMOKE := $(addprefix tests/models/test_,generation.py padding.py checkpoint.py f
 newest := transformers peft accelerate gguf
 oldest := $(shell sed -n '/^dependencies/,/^]/ {/"torch/d; s/^ *"\([a-z]*\)>=\([0-9.]*\)[",].*/\1==\2/p}' pyproject.toml)
 
-.PHONY: demo test coverage test-newest test-oldest lint bench clean
+.PHONY: demo test torture coverage test-newest test-oldest lint bench clean
 
 demo: $(READY)
 	$(BIN)/python -m liger_models.demo $(if $(TEXT),--text "$(TEXT)") $(ARGS)
@@ -21,6 +21,10 @@ demo: $(READY)
 # the name of its test. Nothing is timed here.
 test: $(READY) lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 --benchmark-disable
+
+# Attacks of which tests run samples, as a whole: an hour; ARGS="--only kills,disk --cases 0.1" runs a share of some.
+torture: $(READY)
+	$(BIN)/python -m tests.torture $(ARGS)
 
 # Of ops and layers by their own tests; apart from the others, which it would make a third slower. From Python 3.12 on,
 # COVERAGE_CORE=sysmon makes it cheaper.

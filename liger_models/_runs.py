@@ -9,10 +9,11 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from liger_models._whole import claimed, read_json, resolved, to_disk, write_json
 from liger_ops.errors import fail
@@ -20,6 +21,8 @@ from liger_ops.errors import fail
 _log = logging.getLogger(__name__)
 # The settings of the run, beside its checkpoints, and in each of them its files with their bytes, written last.
 _RUN, _SEAL = "run.json", "whole.json"
+# The Trainer's own, in a checkpoint.
+_STATE = "trainer_state.json"
 # What the Trainer reports to files, which lies there too and is nobody's to remove.
 _REPORTS = "runs"
 # What the settings of each run say among others.
@@ -39,6 +42,42 @@ class Sealed(TrainerCallback):
             write_json(place / _SEAL, _sizes(place))
 
 
+class Reading(TrainerCallback):
+    """What a checkpoint leads to before the first step behind it, told in one line."""
+
+    def __init__(self, checkpoint: str | None):
+        self.checkpoint = checkpoint
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.checkpoint = None
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        try:
+            if self.checkpoint:
+                _check_state(Path(self.checkpoint))
+            yield
+        # A damaged file leads to anything; a disk that fails is told as such.
+        except Exception as error:
+            if self.checkpoint is None or isinstance(error, OSError):
+                raise
+            lines = (str(error) or repr(error)).splitlines()
+            raise ValueError(f"checkpoints: could not go on from {self.checkpoint}: {lines[0]}") from error
+
+
+def _check_state(checkpoint: Path) -> None:
+    """ValueError for a state that is not of this step, or whose numbers are none: the Trainer counts on with them."""
+    state = read_json(checkpoint / _STATE)
+    if state.get("global_step") != (step := _step(checkpoint)):
+        fail("global_step", str(step), repr(state.get("global_step")))
+    for field in fields(TrainerState):
+        given = state.get(field.name, field.default)
+        if type(field.default) in (int, float) and type(given) not in (int, float):
+            fail(field.name, "a number", repr(given))
+    if not isinstance(log := state.get("log_history"), list) or not all(isinstance(x, dict) for x in log):
+        fail("log_history", "a list of objects", repr(log))
+
+
 class SavedAtTheEnd(TrainerCallback):
     """A checkpoint of the last step too, for whoever may fail to save what comes of it."""
 
@@ -54,7 +93,11 @@ def _sizes(place: Path) -> dict[str, int]:
 def _checkpoints(folder: Path) -> list[Path]:
     """All that look like one, whole or not, the latest last."""
     found = [x for x in folder.iterdir() if x.is_dir() and _CHECKPOINT.fullmatch(x.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda x: int(x.name.rpartition("-")[2]))
+    return sorted(found, key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def last_whole(folder: Path) -> str | None:
@@ -70,7 +113,7 @@ def last_whole(folder: Path) -> str | None:
 
 def is_finished(checkpoint: str) -> bool:
     """Whether nothing is left to do behind a checkpoint, where the Trainer would take one step more."""
-    state = read_json(Path(checkpoint) / "trainer_state.json")
+    state = read_json(Path(checkpoint) / _STATE)
     return state.get("global_step", 0) >= state.get("max_steps", 1)
 
 
@@ -142,7 +185,8 @@ def discard(folder: Path) -> None:
 
 
 def _remove(folder: Path, keep: bool = False) -> None:
-    for path in [x for x in folder.iterdir() if _ours(x)]:
+    # The settings last: what remains when somebody stops this can be resumed, or is nothing.
+    for path in sorted((x for x in folder.iterdir() if _ours(x)), key=lambda x: x.name == _RUN):
         if path.is_symlink() or not path.is_dir():
             path.unlink()
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -10,6 +11,8 @@ from liger_ops.errors import fail
 
 # Whatever has more layers is no model, but would be built before its weights are missed.
 _LAYERS = 2048
+# A state has room for as many exact ones before the first is seen; no model was trained on longer texts.
+_TOKENS = 1 << 20
 # What torch counts with.
 _LARGEST = 2**63 - 1
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
@@ -32,6 +35,15 @@ def check_config(config: PreTrainedConfig) -> None:
     slides = hasattr(type(config), "sliding_window") and (kinds is None or "sliding_attention" in kinds)
     if slides and window is not None and not _is_whole(window, 1):
         fail("sliding_window", "an integer >= 1", repr(window))
+    liger = getattr(config, "liger", None)
+    told = liger if isinstance(liger, Mapping) else vars(config)
+    for name in ("window", "sinks", "recall"):
+        if isinstance(given := told.get(name), int) and given > _TOKENS:
+            fail(name, f"at most {_TOKENS:,} tokens", given)
+    chosen = getattr(config, "num_experts_per_tok", None)
+    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
+    if chosen is not None and isinstance(experts, int) and not (_is_whole(chosen, 1) and chosen <= experts):
+        fail("num_experts_per_tok", f"an integer from 1 to {experts}", repr(chosen))
 
 
 def check_model(model: PreTrainedModel) -> None:
@@ -39,7 +51,7 @@ def check_model(model: PreTrainedModel) -> None:
     for settings in (model.config, model.generation_config):
         for name in _IDS:
             given = getattr(settings, name, None)
-            if not all(_is_whole(x, -1) for x in (given if isinstance(given, list) else [given]) if x is not None):
+            if given is not None and not all(_is_whole(x, -1) for x in (given if isinstance(given, list) else [given])):
                 fail(name, "token ids", repr(given))
         for name in _FLAGS:
             if not isinstance(given := getattr(settings, name, None), bool | None):

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
@@ -131,6 +132,13 @@ class LigerTrainer(Trainer):
             if self.args.average_tokens_across_devices:
                 loss = loss * (self.accelerator.num_processes if self.args.n_gpu <= 1 else self.args.n_gpu)
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """OSError where the disk does not hold it, of which torch and safetensors make errors of their own."""
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except (RuntimeError, SafetensorError) as error:
+            raise OSError(f"checkpoints: could not write one: {str(error).splitlines()[0]}") from error
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Beside the loss, the mean of each of several that it is made of."""

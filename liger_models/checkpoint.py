@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from liger_models._folders import check_beside, check_folder
+from liger_models._gguf import blocks
 from liger_models._settings import check_config, check_model, check_tokenizer
 from liger_models._whole import written_whole
 from liger_models.modeling import forget_name
@@ -64,7 +65,10 @@ def load(
     with told(str(name)):
         if options:
             check_beside(path)
-        check_config(AutoConfig.from_pretrained(source, **options, **trust))
+        config = AutoConfig.from_pretrained(source, **options, **trust)
+        check_config(config)
+        if options and (held := blocks(path)) is not None and config.num_hidden_layers > held:
+            fail("num_hidden_layers", f"at most the {held} that the file holds", config.num_hidden_layers)
         tokenizer = AutoTokenizer.from_pretrained(source, **options, **trust)
         check_tokenizer(tokenizer)
     if options:

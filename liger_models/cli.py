@@ -190,15 +190,28 @@ def _import(modules: list[str]) -> None:
 
 @contextmanager
 def _ends_alike() -> Iterator[None]:
-    """Within, a process that is told to end does what Ctrl-C does."""
+    """Within, a process that is told to end does what Ctrl-C does, which ends in nothing but KeyboardInterrupt."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    asked = []
+
+    def end(*given):
+        asked.append(given)
+        signal.default_int_handler(*given)
+
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, end)
     try:
         yield
+    # Of an interruption within torch it makes an error of its own.
+    except Exception as error:
+        if asked:
+            raise KeyboardInterrupt from error
+        raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run(args: Namespace) -> int:

@@ -20,7 +20,7 @@ from liger_models import checkpoint
 from liger_models._hidden import with_hidden
 from liger_models._inputs import check_ids
 from liger_models._objectives import Objective
-from liger_models._runs import Sealed, claimed_run, is_finished, last_whole
+from liger_models._runs import Reading, Sealed, claimed_run, is_finished, last_whole
 from liger_models._snapshot import fingerprint
 from liger_models._training import (
     ExactDropout,
@@ -242,7 +242,7 @@ class _Job:
 
 def _train(model: PreTrainedModel, job: _Job, folder: Path, last: str | None) -> PreTrainedModel | PeftModel:
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    arguments, interrupt = job.arguments(folder), Interrupt()
+    arguments, interrupt, reading = job.arguments(folder), Interrupt(), Reading(last)
     torch.manual_seed(job.seed)
     dropout = ExactDropout(model, job.recipe, job.seed)
     peft, routed = adapted(model, job.recipe)
@@ -256,13 +256,13 @@ def _train(model: PreTrainedModel, job: _Job, folder: Path, last: str | None) ->
             train_dataset=job.rows,
             eval_dataset=job.held_out,
             data_collator=partial(collate, pad=job.pad),
-            callbacks=[interrupt, Sealed(), *job.callbacks],
+            callbacks=[reading, interrupt, Sealed(), *job.callbacks],
         )
         job.objective.place(arguments.device)
         if routed:
             # The load of memories is to be balanced while they learn.
             model.config.output_router_logits = True
-        with interrupt.listening(), checkpoint.quiet_peft():
+        with interrupt.listening(), checkpoint.quiet_peft(), reading.told():
             if last and is_finished(last):
                 trainer._load_from_checkpoint(last)
             else:

@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,13 @@ def nested(depth: int) -> str:
     return "[" * depth + "]" * depth
 
 
-def damaged(files: dict[str, bytes], count: int, seed: int = 0) -> Iterator[tuple[str, str, bytes]]:
+def damaged(
+    files: dict[str, bytes], count: int, seed: int = 0, names: Sequence[str] = FILES
+) -> Iterator[tuple[str, str, bytes]]:
     """`count` times: the name of a file, what was done to it, and its bytes afterwards."""
     for number in range(count):
         draw = random.Random(f"{seed} {number}")
-        name = FILES[number % len(FILES)]
+        name = names[number % len(names)]
         header, weights = _split(files[name]) if name == WEIGHTS else (files[name], b"")
         what, text = _mutated(header.decode(), draw)
         content = text.encode()

@@ -1,6 +1,7 @@
 """The command line on a tiny local folder, from linearize to evaluate, and its one-line refusals."""
 
 import json
+import signal
 import sys
 
 import pytest
@@ -64,6 +65,19 @@ def test_bad_input_is_one_line_and_leaves_nothing(folder, capsys, arguments, mes
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("liger: ") and message in error
     assert sorted(folder.rglob("*")) == before
+
+
+def test_an_interruption_that_a_library_makes_an_error_of_is_one(folder, monkeypatch, capsys):
+    def lost(*_, **__):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise TypeError("could not determine the shape") from None
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(checkpoint, "load", lost)
+    assert main(["generate", str(folder / "original"), "the"]) == 130
+    assert capsys.readouterr().err == "liger: interrupted\n" and signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import time
 from pathlib import Path
 
@@ -13,7 +12,9 @@ import torch
 
 from liger_models import LigerConfig, _folders, checkpoint, generate, linearize_on_disk, perplexity, select_layers
 from liger_models.cli import main
-from tests.models.mutations import contents, damaged, nested
+from tests.models import hostile
+from tests.models.hostile import change, elsewhere
+from tests.models.mutations import contents, damaged
 from tests.models.tiny import TEXT, linearize_tiny, tiny, tiny_tokenizer
 
 CHAT = "{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -22,11 +23,6 @@ CHAT = "{% for m in messages %}{{ m.content }}{% endfor %}"
 @pytest.fixture
 def folder(tmp_path):
     return checkpoint.save(tiny(), tiny_tokenizer(chat_template=CHAT), tmp_path / "model")
-
-
-def change(folder, name, **settings):
-    path = folder / name
-    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
 
 
 def refused(capsys, *arguments):
@@ -50,66 +46,7 @@ def in_both_ways(folder, capsys):
     return lines
 
 
-def replaced(name, make):
-    def damage(folder):
-        (folder / name).unlink(missing_ok=True)
-        make(folder / name)
-
-    return damage
-
-
-def listen(path):
-    with socket.socket(socket.AF_UNIX) as opened:
-        here = os.open(".", os.O_RDONLY)
-        # A path of a socket is short.
-        os.chdir(path.parent)
-        opened.bind(path.name)
-        os.fchdir(here)
-        os.close(here)
-
-
-def elsewhere(path):
-    outside = path.parent.parent / "outside.json"
-    outside.write_text("{}")
-    path.symlink_to(outside)
-
-
-def shards(name):
-    def damage(folder):
-        (folder / "model.safetensors").rename(folder / "a.safetensors")
-        held = {"lm_head.weight": name, "model.norm.weight": "a.safetensors"}
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": held}))
-        (folder / "sub").mkdir()
-        os.mkfifo(folder / "sub" / "pipe")
-
-    return damage
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (replaced("config.json", os.mkfifo), "config.json: expected a plain file, got a pipe"),
-        (replaced("tokenizer.json", os.mkfifo), "tokenizer.json: expected a plain file, got a pipe"),
-        (replaced("model.safetensors", os.mkfifo), "model.safetensors: expected a plain file, got a pipe"),
-        (replaced("merges.txt", listen), "merges.txt: expected a plain file, got a socket"),
-        (replaced("vocab.json", lambda path: path.symlink_to("/dev/zero")), "got a link to /dev/zero"),
-        (replaced("added_tokens.json", elsewhere), r"added_tokens.json: expected a file of .*/model, got a link to"),
-        (replaced("config.json", lambda path: path.symlink_to("nothing")), "expected a plain file, got a link to noth"),
-        (replaced("config.json", lambda path: path.symlink_to("config.json")), "config.json: "),
-        (replaced("config.json", lambda path: path.write_text(nested(20_000))), "config.json: expected JSON that is"),
-        (replaced("config.json", lambda path: path.write_text(nested(40))), "config.json: expected JSON that is at mo"),
-        (replaced("generation_config.json", lambda path: path.write_text(nested(99))), "generation_config.json: expec"),
-        (lambda folder: os.truncate(folder / "config.json", 1 << 25), "config.json: expected at most 16,777,216 bytes"),
-        (lambda folder: os.truncate(folder / "tokenizer_config.json", 1 << 40), "tokenizer_config.json: expected at"),
-        (shards("/etc/passwd"), "expected names of files below its folder, got '/etc/passwd'"),
-        (shards("../outside"), "expected names of files below its folder, got '../outside'"),
-        (shards("sub/pipe"), "pipe: expected a plain file, got a pipe"),
-        (
-            lambda folder: change(folder, "tokenizer_config.json", fast_tokenizer_files=["../tokenizer.4.0.json"]),
-            "tokenizer_config.json: expected names of files below its folder",
-        ),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("damage", "message"), hostile.FILES)
 def test_files_that_are_not_to_be_read(folder, capsys, damage, message):
     damage(folder)
     for line in in_both_ways(folder, capsys):
@@ -117,7 +54,7 @@ def test_files_that_are_not_to_be_read(folder, capsys, damage, message):
         assert re.search(message, line), line
 
 
-@pytest.mark.parametrize("header", [nested(50_000), "[1]", "{", '{"x": {"dtype": "F32", "shape": [-1]}}', " " * 99])
+@pytest.mark.parametrize("header", hostile.HEADERS)
 @pytest.mark.parametrize("size", [None, 1 << 40])
 def test_headers_of_weights(folder, capsys, header, size):
     content = (size or len(header)).to_bytes(8, "little") + header.encode()
@@ -170,28 +107,11 @@ def test_adapters_of_themselves_are_one_line(tmp_path, capsys):
     assert "could not load" in refused(capsys, "generate", tmp_path, "the")
 
 
-CODE = """
-from pathlib import Path
-Path({!r}).touch()
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-class TheirConfig(LlamaConfig):
-    model_type = "theirs"
-class TheirModel(LlamaForCausalLM):
-    config_class = TheirConfig
-class TheirTokenizer(PreTrainedTokenizerFast):
-    pass
-"""
-
-
 @pytest.fixture
 def with_code(folder, monkeypatch):
     """A folder whose config, model and tokenizer come with code that leaves a mark."""
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
-    (folder / "theirs.py").write_text(CODE.format(str(folder / "ran")))
-    auto = {"AutoConfig": "theirs.TheirConfig", "AutoModelForCausalLM": "theirs.TheirModel"}
-    change(folder, "config.json", auto_map=auto)
-    auto = {"AutoTokenizer": ["theirs.TheirTokenizer", "theirs.TheirTokenizer"]}
-    change(folder, "tokenizer_config.json", auto_map=auto)
+    hostile.bring_code(folder)
     return folder
 
 
@@ -201,10 +121,7 @@ def test_code_is_not_run_where_it_is_not_needed(with_code):
     assert not (with_code / "ran").exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "settings"),
-    [("config.json", {"model_type": "theirs"}), ("tokenizer_config.json", {"tokenizer_class": "TheirTokenizer"})],
-)
+@pytest.mark.parametrize(("name", "settings"), hostile.CODE_NEEDED)
 def test_code_that_is_needed_is_refused_unless_it_is_trusted(with_code, capsys, name, settings):
     change(with_code, name, **settings)
     line = refused(capsys, "generate", with_code, "the")
@@ -251,22 +168,7 @@ def test_damage_is_one_line_or_harmless(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "settings", "message"),
-    [
-        ("config.json", dict(num_hidden_layers=10**9), "num_hidden_layers: expected an integer from 1 to 2048, got 1"),
-        ("config.json", dict(pad_token_id=10**30), "Padding_idx must be within num_embeddings"),
-        ("config.json", dict(use_cache="x"), "use_cache"),
-        ("config.json", dict(rms_norm_eps={}), "rms_norm_eps"),
-        ("generation_config.json", dict(eos_token_id=[1, "x"]), r"eos_token_id: expected token ids, got \[1, 'x'\]"),
-        ("generation_config.json", dict(bos_token_id={}), "bos_token_id: expected token ids, got {}"),
-        ("generation_config.json", dict(output_hidden_states=1e300), "output_hidden_states: expected true or false"),
-        ("generation_config.json", dict(num_beams=1.5), "num_beams: expected an integer >= 0, got 1.5"),
-        ("generation_config.json", dict(repetition_penalty="x"), "repetition_penalty"),
-        ("tokenizer_config.json", dict(model_max_length=""), "model_max_length: expected a number, got ''"),
-        ("tokenizer_config.json", dict(chat_template=5), "chat_template: expected a text, got int"),
-        ("tokenizer.json", dict(model={"type": "WordLevel", "vocab": {"a": 3}, "unk_token": "?"}), "UNK"),
-    ],
-    ids=lambda x: ",".join(x) if isinstance(x, dict) else "",
+    ("name", "settings", "message"), hostile.SETTINGS, ids=lambda x: ",".join(x) if isinstance(x, dict) else ""
 )
 def test_settings_that_use_would_trip_over(folder, capsys, name, settings, message):
     # Which would stand for any in the settings.
@@ -286,6 +188,22 @@ def test_windows_that_are_none(tmp_path, capsys, name, window):
     folder = checkpoint.save(tiny(), tiny_tokenizer(), tmp_path / "llama")
     change(folder, "config.json", sliding_window=0)
     checkpoint.load(folder)
+
+
+@pytest.mark.parametrize("name", ["window", "sinks", "recall"])
+def test_more_exact_tokens_than_memory_holds(tmp_path, capsys, name):
+    folder = checkpoint.save(linearize_tiny(tiny(), window=8), tiny_tokenizer(), tmp_path / "model")
+    liger = json.loads((folder / "config.json").read_text())["liger"]
+    change(folder, "config.json", liger=liger | {name: 2**31})
+    assert f"{name}: expected at most 1,048,576 tokens, got 2147483648" in refused(capsys, "generate", folder, "the")
+
+
+@pytest.mark.parametrize("chosen", [-1, 0, 5, "x", True])
+@pytest.mark.parametrize("name", ["mixtral", "olmoe"])
+def test_more_experts_than_there_are(tmp_path, capsys, name, chosen):
+    folder = checkpoint.save(tiny(name), tiny_tokenizer(), tmp_path / "model")
+    change(folder, "config.json", num_experts_per_tok=chosen)
+    assert "num_experts_per_tok" in refused(capsys, "generate", folder, "the")
 
 
 def test_a_tokenizer_that_knows_more_than_its_model(tmp_path, capsys):

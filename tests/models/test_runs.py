@@ -1,6 +1,7 @@
 """Runs of fine-tuning that are interrupted, in the middle of a checkpoint too, resume from the last that is whole."""
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -129,6 +130,53 @@ def test_two_runs_do_not_share_a_folder(tmp_path, monkeypatch):
     assert last_whole(store)
     discard(store)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_left_of_a_folder_that_goes_can_be_resumed(tmp_path, monkeypatch):
+    store = tmp_path / "store"
+    interrupt(monkeypatch, store, 2)
+
+    def struck_first(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_runs.shutil, "rmtree", struck_first)
+        with pytest.raises(KeyboardInterrupt):
+            discard(store)
+    assert same(tune(store, resume=True), tune())
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "trainer_state.json", "adapter_model.safetensors"])
+def test_a_checkpoint_that_cannot_be_read_is_one_line(tmp_path, monkeypatch, name):
+    store = tmp_path / "store"
+    interrupt(monkeypatch, store, 2)
+    place = store / "checkpoint-2" / name
+    place.write_bytes(bytes(place.stat().st_size))
+    with pytest.raises(ValueError, match=r"^checkpoints: could not go on from .*checkpoint-2: [^\n]*$"):
+        tune(store, resume=True)
+
+
+@pytest.mark.parametrize(
+    "change", [dict(global_step=3), dict(total_flos=None), dict(max_steps="6"), dict(log_history=[1])], ids=str
+)
+def test_a_state_that_the_trainer_would_trip_over_is_one_line(tmp_path, monkeypatch, change):
+    store = tmp_path / "store"
+    interrupt(monkeypatch, store, 2)
+    place = store / "checkpoint-2" / "trainer_state.json"
+    state = json.loads(place.read_text()) | change
+    place.write_text(json.dumps(state))
+    (store / "checkpoint-2" / "whole.json").write_text(json.dumps({place.name: place.stat().st_size}))
+    with pytest.raises(ValueError, match=rf"^checkpoints: could not go on from .*: {next(iter(change))}: expected"):
+        tune(store, resume=True)
+
+
+def test_a_checkpoint_that_the_disk_does_not_hold_is_an_os_error(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0\nframe #0")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"^checkpoints: could not write one: [^\n]*pos 64 vs 0$"):
+        tune(tmp_path / "store", callbacks=[_runs.SavedAtTheEnd()])
 
 
 def test_what_somebody_else_left_is_not_touched(tmp_path, monkeypatch):
