@@ -93,6 +93,7 @@ def main() -> int:
         gc.collect()
         gc.freeze()
         rows = {name: _row(name, stage, share(name), args.seed) for name in ROWS if name in args.only}
+    gc.unfreeze()
     write_json(args.out, result | {"rows": rows})
     print(json.dumps({name: f"{row['passed']} of {row['cases']}" for name, row in rows.items()}))
     return int(any(row["failures"] for row in rows.values()))
