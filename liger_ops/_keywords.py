@@ -44,7 +44,10 @@ def keywords(absent: str = "") -> Callable[[Callable[_P, _R]], Callable[_P, _R]]
             for name in hints:
                 if name in options:
                     _check_hint(name, options.pop(name))
-            errors.check_flags(flags, args, options)
+            for place, name in flags:
+                value = args[place] if place < len(args) else options.get(name)
+                if value is not None and value is not True and value is not False:
+                    errors.check_flag(name, value)
             return op(*args, **options)
 
         return door

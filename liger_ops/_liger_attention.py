@@ -78,7 +78,14 @@ def liger_attention(
         errors.fail("k", f"at least T + window = {T + window} tokens", S)
     if not isinstance(q_log, torch.Tensor):
         errors.check_tensor("q_log", q_log)
-    mix = _as_mix(mix, q)
+    fine = torch.promote_types(q.dtype, torch.float32)
+    # What is plainly right costs no call.
+    if (
+        not isinstance(mix, torch.Tensor)
+        or (mix.shape, mix.dtype, mix.device) != (q.shape[2:3], fine, q.device)
+        or (mix.device.type == "cpu" and not torch.compiler.is_compiling() and not mix.detach().amin() >= 0)
+    ):
+        mix = _as_mix(mix, q, fine)
     far = slice(S - T - window, S - window)
     _checks.check_qkv(q_log, k_log, v[:, far].to(q_log.dtype), query="q_log", key="k_log")
     if q_log.shape[:3] != q.shape[:3]:
@@ -99,8 +106,8 @@ def liger_attention(
     return o, state if after is None else (state, (after.k.to(k.dtype), after.v.to(v.dtype), after.far))
 
 
-def _as_mix(mix: torch.Tensor | float, q: torch.Tensor) -> torch.Tensor:
-    """The weight of the far part for each query head [HQ], in what sums are taken in; values are read on a CPU only."""
+def _as_mix(mix: torch.Tensor | float, q: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The weight of the far part for each query head [HQ], in a dtype; values are read on a CPU only."""
     expected = f"a number >= 0 or floating [{q.shape[2]}] on {q.device}"
     if not isinstance(mix, torch.Tensor):
         if isinstance(mix, bool) or not isinstance(mix, int | float) or not 0 <= mix < math.inf:
@@ -109,7 +116,7 @@ def _as_mix(mix: torch.Tensor | float, q: torch.Tensor) -> torch.Tensor:
         errors.fail("mix", expected, f"{mix.dtype} {tuple(mix.shape)} on {mix.device}")
     elif mix.device.type == "cpu" and not torch.compiler.is_compiling() and not mix.detach().amin() >= 0:
         errors.fail("mix", expected, f"a minimum of {mix.detach().amin().item():.4g}")
-    return torch.as_tensor(mix, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device).expand(q.shape[2])
+    return torch.as_tensor(mix, dtype=dtype, device=q.device).expand(q.shape[2])
 
 
 def _check_recall(

@@ -4,7 +4,7 @@ import functools
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import torch
@@ -51,14 +51,6 @@ def flags_of(call: Callable[..., Any]) -> tuple[tuple[int, str], ...]:
     return tuple((i, x.name) for i, x in enumerate(parameters) if isinstance(x.default, bool) or x.annotation in kinds)
 
 
-def check_flags(flags: tuple[tuple[int, str], ...], args: tuple[Any, ...], options: Mapping[str, Any]) -> None:
-    """Of what is given; None passes for False, as flash-linear-attention's layers hand it on."""
-    for place, name in flags:
-        value = args[place] if place < len(args) else options.get(name)
-        if value is not None:
-            check_flag(name, value)
-
-
 def lists_keywords(call: Callable[_P, _R]) -> Callable[_P, _R]:
     """For a public function or constructor: an unknown keyword is answered with its name and the choices.
 
@@ -72,7 +64,11 @@ def lists_keywords(call: Callable[_P, _R]) -> Callable[_P, _R]:
     def door(*args: _P.args, **options: _P.kwargs) -> _R:
         if not options.keys() <= known.keys():
             check_keywords(title, options, known)
-        check_flags(flags, args, options)
+        for place, name in flags:
+            value = args[place] if place < len(args) else options.get(name)
+            # None passes for False, as flash-linear-attention's layers hand it on; what is right costs no call.
+            if value is not None and value is not True and value is not False:
+                check_flag(name, value)
         return call(*args, **options)
 
     return door
@@ -83,7 +79,8 @@ def check_positive(name: str, value: Any, minimum: int = 1) -> None:
     # torch.export writes lengths as SymInt.
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt) or value < minimum:
         fail(name, f"an integer >= {minimum}", shown(value))
-    if isinstance(value, int) and value.bit_length() > 63:
+    # In a trace it would hold the value for its only one.
+    if not torch.compiler.is_compiling() and isinstance(value, int) and value.bit_length() > 63:
         fail(name, "an integer below 2^63", value)
 
 

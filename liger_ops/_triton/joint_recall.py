@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from liger_ops._inputs import KernelAttentionInputs
-from liger_ops._torch.attention.window import LOG2, hiding
+from liger_ops._torch.attention.window import HIDING, LOG2
 from liger_ops._torch.layout import full_precision, head_major, pack, unpack
 from liger_ops._triton import joint
 from liger_ops.limits import BLOCK, MAX_LOG_FEATURE
@@ -76,7 +76,7 @@ def _beside(x: KernelAttentionInputs) -> Iterator[_Blocks]:
         some = q[:, :, at], k[:, :, at].float(), v[:, :, at].float()
         scores = (some[0] @ some[1].transpose(3, 4)).mul_(x.scale * LOG2)
         hidden = (lost[:, :, at, None] <= row[at]) | near
-        scores.unflatten(3, (BLOCK, -1)).masked_fill_(hidden.unsqueeze(4), hiding(scores))
+        scores.unflatten(3, (BLOCK, -1)).masked_fill_(hidden.unsqueeze(4), HIDING[scores.dtype])
         yield _Blocks(at, *some, scores)
 
 

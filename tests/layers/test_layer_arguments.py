@@ -32,7 +32,7 @@ REFUSED = [
     *(("head_dim", value, "an integer >= 1") for value in NO_COUNTS),
     *(("window", value, "an integer >= 1") for value in NO_COUNTS),
     *(("sinks", value, "an integer >= 0") for value in (-4, 2.0, "4", True)),
-    *(("mix", value, "a weight >= 0") for value in NO_NUMBERS),
+    *(("mix", value, "a weight >= 0 of at most 1e+09") for value in NO_NUMBERS),
     *(("tau", value, "a number > 0") for value in (*NO_FACTORS, None)),
     *((name, value, "a number > 0, or None") for name in ("scale", "softcap", "rope_theta") for value in NO_FACTORS),
     *((name, value, "True or False") for name in ("learn_mix", "normalize", "bias") for value in NO_FLAGS),
@@ -154,7 +154,7 @@ def test_what_a_layer_is_given(layer, x, mask, message):
 @pytest.mark.parametrize(
     ("option", "wanted"),
     [
-        (dict(mix=-1), "mix: expected a weight >= 0, got -1"),
+        (dict(mix=-1), r"mix: expected a weight >= 0 of at most 1e\+09, got -1"),
         (dict(tau=0), "tau: expected a number > 0, got 0"),
         (dict(rope_theta=0), "rope_theta: expected a number > 0, or None, got 0"),
         (dict(sinks=-1), "sinks: expected an integer >= 0, got -1"),

@@ -292,7 +292,7 @@ def test_a_folder_is_a_name(tmp_path):
         (dict(config=LigerConfig(), window=3), "config: expected alone"),
         (dict(config={}), "config: expected a LigerConfig, got {}"),
         (dict(preset=["default"]), "preset: expected one of default, paper-gla"),
-        (dict(mix=True), "mix: expected a weight >= 0, got True"),
+        (dict(mix=True), r"mix: expected a weight >= 0 of at most 1e\+09, got True"),
         (
             dict(pattern={-1: "full", 2: "liger"}),
             r"pattern: expected a layer once, got indices \[-1, 2\] of 3 layers",

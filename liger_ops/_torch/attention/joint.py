@@ -13,6 +13,7 @@ from liger_ops import limits
 from liger_ops._inputs import AttentionInputs, Recalled
 from liger_ops._torch.attention.recall import recalling, step
 from liger_ops._torch.attention.window import (
+    HIDING,
     LOG2,
     Held,
     Sinks,
@@ -21,7 +22,6 @@ from liger_ops._torch.attention.window import (
     attend,
     capped,
     divide,
-    hiding,
     take_sinks,
     weigh,
     windowed_plan,
@@ -112,7 +112,7 @@ def _hold(
     held, left = head_major(held_lost, 0).unflatten(2, (N, 1, -1)), head_major(left_lost, short).unflatten(2, (N, 1, C))
     # A key still in a row's window is not recalled, and shows all the same.
     masks = held <= row, (left <= row) & ~later
-    hidden = (held_k.new_zeros(()).masked_fill(x, hiding(held_k)).unsqueeze(4) for x in masks)
+    hidden = (held_k.new_zeros(()).masked_fill(x, HIDING[held_k.dtype]).unsqueeze(4) for x in masks)
     k, v = head_major(held_k, 0), head_major_ones(held_v, 0)
     return Held(*(x.unflatten(2, (N, -1)).flatten(0, 2) for x in (k, v)), *hidden)
 
@@ -202,7 +202,7 @@ def joint_step(x: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor, Recalled
     state = torch.addcmul(state, entering.unsqueeze(-1), value.unsqueeze(-2))
 
     s = (q.view(B, H, -1, q.shape[-1]) * x.scale) @ k.permute(0, 2, 3, 1)
-    s = (capped(s, x.softcap) if x.softcap else s).masked_fill(~near, hiding(s))
+    s = (capped(s, x.softcap) if x.softcap else s).masked_fill(~near, HIDING[s.dtype])
     top = s.amax(-1, keepdim=True)
     weights = (s - top).exp()
     far = (q_log.view(B, H, -1, q_log.shape[-1]) - top).clamp(max=MAX_LOG_FEATURE).exp() * x.mix.view(H, -1, 1)

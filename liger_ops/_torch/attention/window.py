@@ -23,11 +23,8 @@ _SCORES = 1 << 20
 # How many times as many on a GPU, which waits for the launches of small segments.
 _ON_GPU = 8
 LOG2 = math.log2(math.e)
-
-
-def hiding(x: torch.Tensor) -> float:
-    """What hides a score of x's dtype when added to it, twice if need be, without a NaN where a row sees nothing."""
-    return torch.finfo(x.dtype).min / 2
+# Hides a score when added to it, twice if need be, without a NaN where a row sees nothing.
+HIDING = {dtype: torch.finfo(dtype).min / 2 for dtype in (torch.float32, torch.float64)}
 
 
 class Sinks(NamedTuple):
@@ -76,7 +73,7 @@ def lazy_near(q: torch.Tensor, reach: int, block: int, behind: bool = False) -> 
         C = min(block, q.shape[1])
         r, c = torch.arange(C, device=q.device)[:, None], torch.arange(reach + C, device=q.device)
         hidden = c > r + reach
-        return q.new_zeros(C, reach + C).masked_fill_(hidden if behind else hidden | (c <= r), hiding(q))
+        return q.new_zeros(C, reach + C).masked_fill_(hidden if behind else hidden | (c <= r), HIDING[q.dtype])
 
     return near
 
@@ -113,12 +110,12 @@ def _masks(window: Window, sinks: Sinks, count: int) -> tuple[torch.Tensor, torc
     C, L = window.near.shape
     near, sink, rest, first = window.near.view(1, 1, 1, C, 1, L), None, window.rest, window.first
     if (short := count * C + L - C - rest.shape[1]) or not rest.all():
-        hidden = near.new_zeros(()).masked_fill(~F.pad(rest, (0, short)), hiding(near))
+        hidden = near.new_zeros(()).masked_fill(~F.pad(rest, (0, short)), HIDING[near.dtype])
         near = near + hidden.unfold(1, L, C).unflatten(1, (1, count, 1, 1))
     if not (sinks.column <= first).all():
         query = torch.arange(first, first + count * C, device=rest.device).view(1, 1, 1, count, C, 1)
         later = sinks.column.view(len(rest), 1, -1, 1, 1, 1) > query
-        sink = near.new_zeros(()).masked_fill(later, hiding(near))
+        sink = near.new_zeros(()).masked_fill(later, HIDING[near.dtype])
     return near, sink
 
 
