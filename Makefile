@@ -17,10 +17,11 @@ oldest := $(shell sed -n '/^dependencies/,/^]/ {/"torch/d; s/^ *"\([a-z]*\)>=\([
 demo: $(READY)
 	$(BIN)/python -m liger_models.demo $(if $(TEXT),--text "$(TEXT)") $(ARGS)
 
-# A file of tests stays in one process: some share what they compiled or loaded. A process that dies ends the run with
-# the name of its test. Nothing is timed here.
+# A file of tests stays in one process: some share what they compiled or loaded. Files go in their order: files of few
+# tests last would leave the longest to one process. A process that dies ends the run with the name of its test. Nothing
+# is timed here.
 test: $(READY) lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 --benchmark-disable
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 --benchmark-disable
 
 # Attacks of which tests run samples, as a whole: an hour; ARGS="--only kills,disk --cases 0.1" runs a share of some.
 torture: $(READY)

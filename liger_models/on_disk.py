@@ -190,7 +190,10 @@ def _open(folder: Path, files: dict[str, list[str]], skeleton: PreTrainedModel, 
             state |= {name: opened.get_slice(name) for name in names}
         dtype = config.dtype or next(iter(state.values()))[...].dtype
         options |= dict(config=config, state_dict=state, dtype=dtype)
-        return checkpoint.open_weights(str(folder), None, type(skeleton), **options)
+        model = checkpoint.open_weights(str(folder), None, type(skeleton), **options)
+        # Under which its tokenizer is looked for: it would be asked of the hub as "None".
+        model.config.name_or_path = model.name_or_path = str(folder)
+        return model
 
 
 def _places(skeleton: PreTrainedModel) -> dict[str, str]:

@@ -33,6 +33,14 @@ def state(folder):
     return AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
 
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_a_tokenizer_is_looked_for_in_the_folder(name, source, tmp_path, monkeypatch):
+    folder, asked, find = source(name), [], AutoTokenizer.from_pretrained
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name, **options: asked.append(name) or find(name))
+    linearize_on_disk(folder, tmp_path / "out", calibration=IDS, window=8)
+    assert {str(name) for name in asked} == {str(folder)}
+
+
 @pytest.mark.parametrize("options", [dict(window=8), dict(pattern="MFL", window=8)], ids=["liger", "pattern"])
 @pytest.mark.parametrize("name", NAMES)
 def test_it_writes_what_linearizing_in_memory_would(name, options, source, tmp_path):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from liger_layers import LigerAttention, calls
 from liger_models import cache_bytes, checkpoint, linearize, make_cache, perplexity, retrieval
 from liger_models._calibration import draw_text
 from liger_models._inputs import CACHE
@@ -38,6 +39,11 @@ def linearized(original, drawn):
     return linearize(load()[0], calibration=drawn, tokenizer=original[1])
 
 
+@pytest.fixture(scope="module")
+def without_recall(drawn):
+    return linearize(load()[0], calibration=drawn, recall=0)
+
+
 def test_the_default_reads_and_looks_up_as_the_original_before_training(original, linearized, held_out):
     """Within 2 % in perplexity, and with half a nat on a key, which without recall is lost (9 nats)."""
     keys = hidden_keys(original[1], standard_text()[0], 512, torch.device("cpu"), seed=100)
@@ -46,11 +52,10 @@ def test_the_default_reads_and_looks_up_as_the_original_before_training(original
     assert sum(key_loss(linearized, *row) for row in keys) / len(keys) <= 0.5
 
 
-def test_the_recurrence_helps_before_training_where_nothing_is_recalled(drawn, held_out):
-    model = linearize(load()[0], calibration=drawn, recall=0)
-    whole = perplexity(model, held_out)
-    with without_recurrence(model):
-        assert whole < perplexity(model, held_out) - 0.3
+def test_the_recurrence_helps_before_training_where_nothing_is_recalled(without_recall, held_out):
+    whole = perplexity(without_recall, held_out)
+    with without_recurrence(without_recall):
+        assert whole < perplexity(without_recall, held_out) - 0.3
     assert whole <= 17.2
 
 
@@ -60,18 +65,19 @@ def test_paper_gla_is_the_published_formula_in_every_layer(held_out):
 
 
 @torch.no_grad()
-def test_wide_window_without_recurrence_is_the_original(original, drawn, held_out):
-    x = held_out[:1, :300]
+def test_wide_window_without_recurrence_is_the_original(original, without_recall, held_out):
+    x, layers = held_out[:1, :300], [m for m in without_recall.modules() if isinstance(m, LigerAttention)]
     wanted = original[0](x).logits
-    model = linearize(load()[0], calibration=drawn, window=300, recall=0, mix=0.0)
-    assert (model(x).logits - wanted).abs().max() <= 1e-4
+    assert (without_recall(x).logits - wanted).abs().max() > 1e-2
+    with calls.with_window(layers, 300), without_recurrence(without_recall):
+        assert (without_recall(x).logits - wanted).abs().max() <= 1e-4
 
 
 @torch.no_grad()
-def test_four_memories_change_nothing_before_training(original, linearized, drawn, held_out):
+def test_four_memories_change_nothing_before_training(without_recall, drawn, held_out):
     x = held_out[:1, :300]
-    routed = linearize(load()[0], calibration=drawn, tokenizer=original[1], memories=4, top_k=2)
-    assert (routed(x).logits - linearized(x).logits).abs().max() <= 1e-4
+    routed = linearize(load()[0], calibration=drawn, recall=0, memories=4, top_k=2)
+    assert (routed(x).logits - without_recall(x).logits).abs().max() <= 1e-4
 
 
 def test_erasing_memories_help_before_training(drawn, held_out):
