@@ -33,7 +33,7 @@ def name_of_weights(decoder: nn.Module, anew: bool) -> str:
 
     They are read when one of them was written, replaced or moved; `anew` looks for modules that were put in, too. What
     was written through `.data` in place goes unnoticed, and so do weights that are not in memory, or are of a type of
-    their own, and differ in nothing but their values.
+    their own or made in inference mode, and differ in nothing but their values.
     """
     known = _NAMED.get(decoder)
     if known is None or anew:
@@ -46,7 +46,7 @@ def name_of_weights(decoder: nn.Module, anew: bool) -> str:
     stamp = _stamp(held, adapters)
     if known is not None and known.stamp == stamp:
         return known.name
-    told = [_sum(x) for tensors in held for x in tensors.values() if x is not None], stamp[2]
+    told = [_sum(x) for tensors in held for x in tensors.values() if x is not None], stamp[1]
     name = hashlib.sha256(repr(told).encode()).hexdigest()[:16]
     _NAMED[decoder] = _Named(held, adapters, stamp, name)
     return name
@@ -57,10 +57,17 @@ def _stamp(held: Sequence[Mapping[str, torch.Tensor | None]], adapters: list[Any
     present = [x for tensors in held for x in tensors.values() if x is not None]
     active = [(m._disable_adapters, m._active_adapter) for m in adapters]
     try:
-        return [x._version for x in present], [*map(torch.Tensor.data_ptr, present)], active
-    except (RuntimeError, NotImplementedError):
-        # Made in inference mode, or in a format of their own.
-        return None, [id(x) for x in present], active
+        return [(x._version, x.data_ptr()) for x in present], active
+    except RuntimeError:
+        # One was made in inference mode, or is in a format of its own: the others have both all the same.
+        return [_place(x) for x in present], active
+
+
+def _place(x: torch.Tensor) -> tuple[int, ...]:
+    try:
+        return x._version, x.data_ptr()
+    except RuntimeError:
+        return (id(x),)
 
 
 @torch.no_grad()

@@ -74,7 +74,8 @@ def load(
     if options:
         dtype = torch.float32 if dtype == "auto" else dtype
         options["quantization_config"] = GgufConfig(dequantize=True)
-    return open_weights(str(name), source, dtype=dtype, **options, **trust), tokenizer
+    # Read once: of a GGUF file it takes seconds.
+    return open_weights(str(name), source, config=config, dtype=dtype, **options, **trust), tokenizer
 
 
 def _with_adapters(

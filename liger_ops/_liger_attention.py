@@ -80,12 +80,11 @@ def liger_attention(
         errors.check_tensor("q_log", q_log)
     fine = torch.promote_types(q.dtype, torch.float32)
     # What is plainly right costs no call.
-    if (
-        not isinstance(mix, torch.Tensor)
-        or (mix.shape, mix.dtype, mix.device) != (q.shape[2:3], fine, q.device)
-        or (mix.device.type == "cpu" and not torch.compiler.is_compiling() and not mix.detach().amin() >= 0)
-    ):
+    if not isinstance(mix, torch.Tensor) or (mix.shape, mix.dtype, mix.device) != (q.shape[2:3], fine, q.device):
         mix = _as_mix(mix, q, fine)
+    # Values are read on a CPU only.
+    if mix.device.type == "cpu" and not torch.compiler.is_compiling() and not mix.detach().amin() >= 0:
+        errors.fail("mix", "weights >= 0", f"a minimum of {mix.detach().amin().item():.4g}")
     far = slice(S - T - window, S - window)
     _checks.check_qkv(q_log, k_log, v[:, far].to(q_log.dtype), query="q_log", key="k_log")
     if q_log.shape[:3] != q.shape[:3]:
@@ -107,15 +106,13 @@ def liger_attention(
 
 
 def _as_mix(mix: torch.Tensor | float, q: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The weight of the far part for each query head [HQ], in a dtype; values are read on a CPU only."""
+    """The weight of the far part for each query head [HQ], in a dtype."""
     expected = f"a number >= 0 or floating [{q.shape[2]}] on {q.device}"
     if not isinstance(mix, torch.Tensor):
         if isinstance(mix, bool) or not isinstance(mix, int | float) or not 0 <= mix < math.inf:
             errors.fail("mix", expected, errors.shown(mix))
     elif mix.shape not in (q.shape[2:3], (1,), ()) or mix.device != q.device or not mix.is_floating_point():
         errors.fail("mix", expected, f"{mix.dtype} {tuple(mix.shape)} on {mix.device}")
-    elif mix.device.type == "cpu" and not torch.compiler.is_compiling() and not mix.detach().amin() >= 0:
-        errors.fail("mix", expected, f"a minimum of {mix.detach().amin().item():.4g}")
     return torch.as_tensor(mix, dtype=dtype, device=q.device).expand(q.shape[2])
 
 

@@ -81,3 +81,13 @@ def test_a_name_tells_weights_apart_wherever_they_lie():
     with torch.inference_mode():
         model = make()
         assert torch.allclose(*go_on(model, fill(model)), atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_tensor_without_a_version_hides_no_other():
+    decoder = make().model
+    with torch.inference_mode():
+        decoder.norm.weight = torch.nn.Parameter(decoder.norm.weight.clone(), requires_grad=False)
+    before = name_of_weights(decoder, True)
+    decoder.get_parameter("layers.2.mlp.down_proj.weight").mul_(2)
+    assert name_of_weights(decoder, False) != before
