@@ -102,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--freeze-kept", action="store_true", help="leave queries and keys of layers that stayed full attention"
     )
+    p.add_argument("--bf16", action="store_true", help="matrix products in bfloat16, on weights that stay as they are")
     p.add_argument(
         "--data-free", type=int, metavar="TOKENS", help="no text: draw so many tokens from the model (see liger draw)"
     )

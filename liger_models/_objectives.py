@@ -27,8 +27,8 @@ from liger_models.teacher import as_original, check_original, linearized_layers
 from liger_models.variants import seen_exactly
 from liger_ops.errors import fail
 
-# Positions whose distributions over the vocabulary are in float32 at once.
-_AT_ONCE = 256
+# Positions whose distributions over the vocabulary are in float32 at once; on a CPU as many as its caches hold.
+_AT_ONCE = {"cpu": 16, "cuda": 256}
 # Of what a layer puts out, the share that its variance is taken to be at least.
 _LEAST = 1e-6
 
@@ -41,7 +41,7 @@ class _Divergence(torch.autograd.Function):
         wide = torch.promote_types(student.dtype, torch.float32)
         total = student.new_zeros((), dtype=wide)
         gradient = torch.zeros_like(student) if ctx.needs_input_grad[0] else None
-        for rows in where.split(_AT_ONCE):
+        for rows in where.split(_AT_ONCE.get(student.device.type, _AT_ONCE["cuda"])):
             log_q, log_p = (x[rows].to(wide).log_softmax(-1) for x in (student, teacher))
             p = log_p.exp()
             # What is never said adds nothing, also where its logarithm is minus infinity.

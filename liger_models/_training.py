@@ -125,7 +125,9 @@ class LigerTrainer(Trainer):
         if self.objective.plain:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         own = cast(PreTrainedModel, self.accelerator.unwrap_model(model))
-        loss, count = self.objective(model, own, inputs)
+        # A teacher of its own is not the Trainer's to switch.
+        with self.accelerator.autocast():
+            loss, count = self.objective(model, own, inputs)
         if num_items_in_batch is not None:
             # As the Trainer wants it: a part of the mean over all that is accumulated, on all devices.
             loss = loss * count.to(loss.device) / num_items_in_batch

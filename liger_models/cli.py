@@ -81,7 +81,7 @@ def _finetune(args) -> None:
     names = "steps", "length", "batch", "learning_rate", "objective"
     names += "window_dropout", "recall_dropout", "retrieval"
     changes: dict[str, Any] = {name: getattr(args, name) for name in names}
-    changes["freeze_kept"] = args.freeze_kept or None
+    changes |= {name: getattr(args, name) or None for name in ("freeze_kept", "bf16")}
     # Before a model is loaded, which takes longer.
     recipe = recipe_of(args.recipe, changes)
     model, tokenizer = _load(args, args.model)

@@ -236,6 +236,7 @@ class _Job:
             train_sampling_strategy="random" if self.rows.even else "group_by_length",
             dataloader_pin_memory=False,
             use_cpu=not torch.cuda.is_available(),
+            bf16=recipe.bf16,
             **activation_checkpointing(recipe.gradient_checkpointing),
         )
 

@@ -21,6 +21,8 @@ class Recipe:
     features: train, beside the adapters on `targets`, the feature maps and the mix (where learn_mix allows), as a whole
     and in float32. Routers of memories and the mix behind them are always trained so, and their load is balanced.
     freeze_kept: no adapters on queries and keys of layers that stayed full attention.
+    bf16: products of matrices in bfloat16 while it learns, the student's and the teacher's, on weights that stay what
+    they are; faster where the processor multiplies such numbers.
 
     objective: weights of what is learned from, by name; a string such as "kl" or "kl=1,next=0.2" says the same, and a
     name alone weighs 1. With T the tokens that have a label, all are means over them:
@@ -53,6 +55,7 @@ class Recipe:
     recall_dropout: float = 0.0
     retrieval: float = 0.0
     freeze_kept: bool = False
+    bf16: bool = False
 
     def __post_init__(self):
         for name, low in (("rank", 1), ("length", 2), ("batch", 1), ("accumulate", 1), ("steps", 1), ("warmup", 0)):
@@ -67,6 +70,7 @@ class Recipe:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
                 fail(name, "a share from 0 to 1", repr(value))
         check_flag("freeze_kept", self.freeze_kept)
+        check_flag("bf16", self.bf16)
         object.__setattr__(self, "objective", read_objective(self.objective))
 
 

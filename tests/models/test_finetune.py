@@ -1,5 +1,6 @@
 """LoRA fine-tuning learns, checkpoints gradients, resumes after Ctrl-C, and refuses nonsense."""
 
+import functools
 import os
 import signal
 
@@ -253,3 +254,30 @@ def test_adapters_never_name_a_model_that_holds_other_weights(tmp_path):
         checkpoint.load(tmp_path / "adapters")
     with pytest.raises(ValueError, match="model: expected a causal LM of transformers, adapters merged"):
         finetune(tuned, tokenizer, TEXT, steps=1, **QUICK)
+
+
+@pytest.mark.parametrize(("objective", "teacher"), [("next", False), ("kl=1,next=0.5", False), ("kl", True)])
+def test_bf16_multiplies_in_bfloat16_on_weights_that_stay(objective, teacher):
+    tuned, products = {}, {}
+    for bf16 in (False, True):
+        model = linearize_tiny(tiny(scale=1.0), window=8, sinks=2, recall=3)
+        other = tiny(scale=1.5) if teacher else None
+        products[bf16] = set()
+        for name, part in (("student", model), ("teacher", other)):
+            if part is not None:
+                note = functools.partial(
+                    lambda seen, name, m, a, out: seen.add((name, out.dtype)), products[bf16], name
+                )
+                part.model.layers[0].mlp.up_proj.register_forward_hook(note)
+        recipe = dict(objective=objective, teacher=other, bf16=bf16, steps=8)
+        tuned[bf16] = finetune(model, tiny_tokenizer(), TEXT, **{**QUICK, **recipe})
+        assert {p.dtype for p in tuned[bf16].parameters()} == {torch.float32}
+    for bf16, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        assert {d for _, d in products[bf16]} == {dtype}
+        assert {n for n, _ in products[bf16]} == ({"student", "teacher"} if teacher else {"student"})
+    before = linearize_tiny(tiny(scale=1.0), window=8, sinks=2, recall=3).state_dict()
+    moved = [
+        torch.cat([(p - before[n]).flatten() for n, p in tuned[bf16].named_parameters() if "v_proj" in n])
+        for bf16 in (False, True)
+    ]
+    assert torch.cosine_similarity(*moved, dim=0) > 0.9 and not torch.equal(*moved)

@@ -320,6 +320,7 @@ def test_bad_input_is_named():
         (dict(retrieval=0.5), "retrieval: expected longer rows, into which a question fits, got rows of 32 tokens"),
         (dict(accumulate=0), "accumulate: expected an integer >= 1, got 0"),
         (dict(freeze_kept=1), "freeze_kept: expected True or False"),
+        (dict(bf16="yes"), "bf16: expected True or False"),
         (dict(freeze_kept=True), "freeze_kept: expected a linearized model in which layers stayed full attention"),
         (dict(teacher=whole), "teacher: expected an objective with kl or match in it, got next alone"),
         (
