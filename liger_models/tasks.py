@@ -5,11 +5,12 @@ Shapes: B rows of a batch, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import (
     GenerationConfig,
@@ -33,8 +34,9 @@ from liger_ops.errors import check_known, check_positive, fail
 _NEW_TOKENS = 48
 # Passages of fewer tokens lie mostly inside a window.
 PASSAGE = 150
-# Tokens of a forward pass, padding included, and how much of it may be padding.
-_AT_ONCE, _PADDING = {"cpu": 1024, "cuda": 16384}, 0.15
+# Tokens of a forward pass, padding included, and how much of it may be padding; so many times as many in rows that are
+# continued, whose new tokens cost little more in many rows than in one.
+_AT_ONCE, _PADDING, _WRITTEN = {"cpu": 1024, "cuda": 16384}, 0.15, 4
 _KINDS = {str: "text", int: "a whole number", list: "a list", object: "text or null"}
 
 
@@ -229,7 +231,7 @@ def _log_probabilities(model, batch, asked, device: torch.device) -> list[torch.
     """For each row of a batch, log-probabilities [N,vocabulary] behind its last N tokens, N the longest ending."""
     lengths = [len(row) for row in batch]
     longest = [max(len(rest) for _, rest in asked[row]) for row in batch]
-    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in batch], batch_first=True).to(device)
+    ids = pad_sequence([torch.tensor(row) for row in batch], batch_first=True).to(device)
     check_ids(model, ids)
     mask = (torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]).long().to(device)
     # Nothing is asked before the earliest ending.
@@ -240,28 +242,52 @@ def _log_probabilities(model, batch, asked, device: torch.device) -> list[torch.
     return [own[length - n - first : length - first].float().log_softmax(-1) for own, length, n in rows]
 
 
-class _Line(StoppingCriteria):
-    """Stop where a line ends, once there is anything in it."""
+class _Told(StoppingCriteria):
+    """Ends a row where its first line ends, once there is anything in it, or as soon as it has said all that is asked.
 
-    def __init__(self, tokenizer, start: int):
-        self.tokenizer, self.start = tokenizer, start
+    said reads texts off rows [B,T] of tokens; answers are those of each of the questions of each row.
+    """
+
+    def __init__(self, said: Callable[[torch.Tensor], list[str]], answers: Sequence[Sequence[Sequence[str]]]):
+        self.said, self.answers = said, answers
 
     def __call__(self, input_ids, scores, **kwargs):
-        done = "\n" in self.tokenizer.decode(input_ids[0, self.start :]).lstrip()
-        return torch.full((len(input_ids),), done, dtype=torch.bool, device=input_ids.device)
+        rows = zip(self.said(input_ids), self.answers, strict=True)
+        ended = ["\n" in text or all(_holds(text, own) for own in answers) for text, answers in rows]
+        return torch.tensor(ended, device=input_ids.device)
+
+
+def _holds(text: str, answers: Sequence[str]) -> bool:
+    """Whether the first line of a text holds one of several answers, in any case of letters."""
+    line = text.partition("\n")[0].lower()
+    return any(answer.lower() in line for answer in answers)
 
 
 @torch.no_grad()
 def _contained(model, tokenizer, questions: Sequence[Completion], name: str) -> float:
     """Share of prompts behind which the first line of greedy decoding holds an answer."""
     device, found, ends = input_device(model), 0, tokenizer.eos_token_id
-    greedy = GenerationConfig(do_sample=False, max_new_tokens=_NEW_TOKENS, pad_token_id=0, eos_token_id=ends)
-    plain = without_settings(model)
-    for question in tqdm(questions, desc=name, leave=False):
-        ids = framing(tokenizer)[0] + token_ids(tokenizer, question.prompt.rstrip())
-        line = StoppingCriteriaList([_Line(tokenizer, len(ids))])
-        given = torch.tensor([ids], device=device)
-        out = continued(plain, given, generation_config=greedy, stopping_criteria=line)
-        said = tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).lstrip().partition("\n")[0].lower()
-        found += any(answer.lower() in said for answer in question.answers)
+    pad = 0 if ends is None else ends
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=_NEW_TOKENS, pad_token_id=pad, eos_token_id=ends)
+    plain, asked = without_settings(model), {}
+    for question in questions:
+        row = tuple(framing(tokenizer)[0] + token_ids(tokenizer, question.prompt.rstrip()))
+        asked.setdefault(row, []).append(question.answers)
+    with tqdm(total=len(questions), desc=name, leave=False) as bar:
+        for batch in _batches(sorted(asked, key=len), _WRITTEN * _AT_ONCE.get(device.type, _AT_ONCE["cuda"])):
+            # On the left, so that what is said begins in one column.
+            ids = [torch.tensor(row) for row in batch]
+            shown = [torch.ones_like(row) for row in ids]
+            ids = pad_sequence(ids, batch_first=True, padding_value=pad, padding_side="left").to(device)
+            shown = pad_sequence(shown, batch_first=True, padding_side="left").to(device)
+
+            def said(out: torch.Tensor, start: int = ids.shape[1]) -> list[str]:
+                texts = tokenizer.batch_decode(out[:, start:], skip_special_tokens=True)
+                return [text.lstrip() for text in texts]
+
+            told = StoppingCriteriaList([_Told(said, [asked[row] for row in batch])])
+            out = continued(plain, ids, shown, generation_config=greedy, stopping_criteria=told)
+            for text, row in zip(said(out), batch, strict=True):
+                found += sum(_holds(text, answers) for answers in asked[row])
+                bar.update(len(asked[row]))
     return found / len(questions)

@@ -160,14 +160,38 @@ def test_a_completion_holds_an_answer_in_any_letters(tmp_path):
     assert found == dict(contains=1 / 3, score=1 / 3, examples=3)
 
 
-def test_a_line_ends_a_completion():
-    class Letters:
-        def decode(self, ids):
-            return "".join(map(chr, ids))
+def test_a_line_ends_a_completion_and_so_does_all_that_is_asked_for():
+    texts = {"ab": False, "a Yes": True, "yes\nno": True, "ab\n": True, "no": False, "no, YES": True, "ye": False}
+    answers = [[("yes", "si")]] * 4 + [[("yes",), ("no", "nope")]] * 3
+    told = tasks._Told(lambda rows: [list(texts)[i] for i in rows[:, 0]], answers)
+    assert told(torch.arange(len(texts))[:, None], None).tolist() == list(texts.values())
 
-    line = tasks._Line(Letters(), 2)
-    for text, done in (("\n\nab", False), ("\n\n\n ", False), ("\n\n\na", False), ("\n\na\n", True)):
-        assert line(torch.tensor([list(map(ord, text))]), None).tolist() == [done]
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_completions_side_by_side_are_those_of_each_alone(linear, tmp_path, monkeypatch):
+    whole, tokenizer, calls = tiny(), tiny_tokenizer(), []
+    model = linearize_tiny(whole, window=8, sinks=2, recall=3) if linear else whole
+    words = [("the quick brown fox jumps over the lazy dog " * 2)[i : i + 30 + i % 5] for i in range(12)]
+    said = [generate(model, tokenizer, x.rstrip(), max_new_tokens=48).lstrip().partition("\n")[0] for x in words]
+    # Half are asked for what comes late, half for what never comes.
+    rows = [dict(text=x, value=s[-4:] if i % 2 else "none") for i, (x, s) in enumerate(zip(words, said, strict=True))]
+    write(tmp_path, "fda_510k", [*rows, dict(rows[1], value="neither")])
+    model.register_forward_pre_hook(lambda *args: calls.append(1))
+    for at_once, most in ((1, 12 * 48), (1024, 3 * 48)):
+        monkeypatch.setattr(tasks, "_AT_ONCE", {"cpu": at_once, "cuda": at_once})
+        found = run_tasks(model, tokenizer, ["fda_510k"], tmp_path)["fda_510k"]
+        assert found["contains"] == sum(r["value"].lower() in s.lower() for r, s in zip(rows, said, strict=True)) / 13
+        assert found["contains"] > 0 and 0 < len(calls) <= most
+        calls.clear()
+
+
+def test_a_completion_stops_where_its_answer_is_said(tmp_path):
+    model, tokenizer, calls = tiny(), tiny_tokenizer(), []
+    said = generate(model, tokenizer, "the quick", max_new_tokens=48).lstrip()
+    write(tmp_path, "fda_510k", [dict(text="the quick ", value=said[:3])])
+    model.register_forward_pre_hook(lambda *args: calls.append(1))
+    assert run_tasks(model, tokenizer, ["fda_510k"], tmp_path)["fda_510k"]["contains"] == 1
+    assert len(calls) <= 4
 
 
 def test_passages_are_long_and_have_a_cloze(tmp_path):
