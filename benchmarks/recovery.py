@@ -69,7 +69,7 @@ class Row(NamedTuple):
 _FIRST = 0.68
 # The published recipe, in rows and batches of the size that all have here.
 _PAPER = ("paper-gla", "paper-gsa", "paper-hgrn2")
-_PUBLISHED = {
+PUBLISHED = {
     name: getattr(RECIPES["paper"], name)
     for name in ("rank", "alpha", "targets", "learning_rate", "warmup", "features")
 }
@@ -92,7 +92,7 @@ _GATES = tuple(name for name, entry in RECURRENCES.items() if entry.gate is not 
 ROWS: dict[str, Row] = {
     "original": Row(None),
     "default": Row({}),
-    **{name: Row(dict(preset=name), _PUBLISHED) for name in _PAPER},
+    **{name: Row(dict(preset=name), PUBLISHED) for name in _PAPER},
     # Softmax over the window and the sinks, and nothing else.
     "window": Row(dict(pattern="W")),
     **{f"gate-{name}": Row(dict(gate=name, recall=0)) for name in _GATES},
@@ -111,7 +111,7 @@ ROWS: dict[str, Row] = {
     "whole-no-fit-mix": Row(dict(recall=64), _WHOLE, also=(0, 128)),
     **{f"whole-{name}": Row(_START, recipe, also=(0, 128)) for name, recipe in _LEFT_OUT.items()},
     "whole-tuned-first": Row(_START, _WHOLE, also=(0, 128, 256), first=_ORIGINAL),
-    **{f"{name}-tuned-first": Row(dict(preset=name), _PUBLISHED, first=_ORIGINAL) for name in _PAPER},
+    **{f"{name}-tuned-first": Row(dict(preset=name), PUBLISHED, first=_ORIGINAL) for name in _PAPER},
     "original-whole": Row(None, _ORIGINAL),
 }
 
