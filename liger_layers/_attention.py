@@ -19,6 +19,7 @@ from liger_layers._state import LigerState, Origin, Part
 from liger_layers._told import HERE
 from liger_layers._window import Window
 from liger_layers.choices import Choices, check_memories, check_recall, settle
+from liger_layers.documents import Documents
 from liger_layers.feature_maps import FEATURE_MAPS, FeatureMap
 from liger_layers.gates import Mix, log_decay
 from liger_layers.rotary import rotary_tables, rotate
@@ -82,9 +83,11 @@ class Attention(nn.Module):
         state: LigerState | None = None,
         position_embeddings: Tables | None = None,
         router_logits: list[torch.Tensor] | None = None,
-    ) -> tuple[torch.Tensor, LigerState]:
+        cu_seqlens: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, LigerState | None]:
         _arguments.check_input(x, mask, self.hidden_size)
-        return self.attend(x, mask, state, position_embeddings, router_logits)
+        documents = None if cu_seqlens is None else _arguments.read_documents(x, mask, state, cu_seqlens)
+        return self.attend(x, mask, state, position_embeddings, router_logits, documents)
 
     def attend(
         self,
@@ -93,9 +96,12 @@ class Attention(nn.Module):
         state: LigerState | None,
         position_embeddings: Tables | None,
         router_logits: list[torch.Tensor] | None,
-    ) -> tuple[torch.Tensor, LigerState]:
-        """`forward` for who has checked x and mask."""
+        documents: Documents | None = None,
+    ) -> tuple[torch.Tensor, LigerState | None]:
+        """`forward` for who has checked x and mask; documents beside a mask know of it."""
         now = HERE.told.get(self, self)
+        if documents is not None:
+            return self._attend_apart(x, position_embeddings, router_logits, documents, now), None
         if now.full:
             return self._attend_in_full(x, mask, state, position_embeddings, now.span)
         q, k, v = self.project(x)
@@ -129,6 +135,32 @@ class Attention(nn.Module):
         o = full_attention(q, k, v, mask, span, self.window.scale, self.window.softcap)
         nothing: dict[str, Any] = dict(_NOTHING)
         return self.o_proj(o.flatten(2).to(x.dtype)), LigerState(**nothing, position=count.sum(1))
+
+    def _attend_apart(self, x, tables, router_logits, documents: Documents, now: Any) -> torch.Tensor:
+        """In the place of `attend`: every document as if it were alone."""
+        qkv = self.project(x)
+        if tables is None and self.rope_theta is not None:
+            position = documents.positions.view(x.shape[:2])
+            tables = rotary_tables(position, self.head_dim, self.rope_theta)
+        # Where rows share theirs, each place has a copy.
+        turned = [] if tables is None else [documents.apart(t.expand(*x.shape[:2], -1)) for t in tables]
+        parts = []
+        for i, (q, k, v) in enumerate(zip(*map(documents.apart, qkv), strict=True)):
+            own = (turned[0][i], turned[1][i]) if turned else None
+            if now.full:
+                q, k = (q, k) if own is None else (rotate(q, *own), rotate(k, *own))
+                parts.append(full_attention(q, k, v, None, now.span, self.window.scale, self.window.softcap))
+            else:
+                state = LigerState.zeros(now.parts, len(q), now.origin, x.device, k.dtype)
+                parts.append(self.mixer(q, k, v, None, state, own)[0])
+        o = documents.together(parts, qkv[0])
+        if self.memories is not None and not now.full:
+            state = LigerState.zeros(now.parts, len(documents.bounds) - 1, now.origin, x.device, qkv[1].dtype)
+            flat, q = x.reshape(1, -1, x.shape[2]), qkv[0].flatten(0, 1).unsqueeze(0)
+            given = flat, q, documents.mask, state.memories, self.finish, self._remember, router_logits
+            more, _ = self.memories(*given, documents.bounds)
+            o = o + more.to(o.dtype).view_as(o)
+        return self.o_proj(o.flatten(2).to(x.dtype))
 
     def _replicate_for_data_parallel(self):
         replica = super()._replicate_for_data_parallel()
@@ -227,7 +259,8 @@ class LigerAttention(Attention):
     forward(x [B,T,hidden]) returns (y [B,T,hidden], state); pass the state back to continue. mask [B,T] bool marks
     real tokens: padding may stand anywhere, takes no room in the window and yields finite numbers without meaning.
     position_embeddings (cos, sin), each [B,T,D], override the built-in RoPE. router_logits is a list that takes in the
-    logits [B*T,memories] of routed memories, which `load_balancing_loss` wants.
+    logits [B*T,memories] of routed memories, which `load_balancing_loss` wants. cu_seqlens [D+1] bounds documents
+    packed along time, with batch 1: each is as it would be alone, and the state returned is None.
     softcap bounds the window's scores s to softcap tanh(s / softcap).
 
     recall > 0, with mixing="joint", keeps as many tokens beyond the window exact for each key/value head: those of the

@@ -50,18 +50,20 @@ class RoutedMemories(Routing):
         finish: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
         recurrence: Callable[..., tuple[torch.Tensor, Held]],
         router_logits: list[torch.Tensor] | None = None,
+        cu_seqlens: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Held]:
         """x [B,T,hidden], q [B,T,HQ,D], mask [B,T], state [B,M,H,D,...] or a tuple -> o [B,T,HQ,D], state.
 
         finish(k, v) norms what was projected, recurrence(q, k, v, mask, state, cu_seqlens=, max_seqlen=) runs all
-        memories at once. router_logits is a list that takes in the logits [B*T,M].
+        memories at once. router_logits is a list that takes in the logits [B*T,M]. cu_seqlens [D+1] bounds documents,
+        with batch 1, each of which has a state of its own.
         """
         T = x.shape[1]
         weights, chosen = choose(self.router, x, self.top_k, router_logits)
-        if T == 1:
+        if T == 1 and cu_seqlens is None:
             entries, packing = one_token(chosen, self.count, mask), {}
         else:
-            entries = dispatch(chosen, self.count, mask)
+            entries = dispatch(chosen, self.count, mask, cu_seqlens)
             packing = dict(cu_seqlens=entries.cu_seqlens, max_seqlen=chosen.numel())
         k, v = (p(x).unflatten(-1, (self.count, -1, self.head_dim)) for p in (self.k_proj, self.v_proj))
         k, v = finish(entries.gather_chosen(k), entries.gather_chosen(v))

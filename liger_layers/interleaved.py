@@ -43,9 +43,15 @@ class Block(nn.Module):
         self.mixer, self.mlp = mixer, SwiGLU(hidden_size, intermediate_size)
 
     def forward(
-        self, x: torch.Tensor, mask: torch.Tensor | None, state: State | None, router_logits: list | None
-    ) -> tuple[torch.Tensor, State]:
-        y, after = self.mixer(self.mixer_norm(x), mask, state, router_logits=router_logits)
+        self,
+        x: torch.Tensor,
+        mask: torch.Tensor | None,
+        state: State | None,
+        router_logits: list | None,
+        cu_seqlens: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, State | None]:
+        told = dict(router_logits=router_logits, cu_seqlens=cu_seqlens)
+        y, after = self.mixer(self.mixer_norm(x), mask, state, **told)
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), after
 
@@ -54,7 +60,8 @@ class InterleavedStack(nn.Module):
     """Layers as a pattern says, each a mixer and an MLP behind a norm.
 
     forward(x [B,T,hidden]) returns (y [B,T,hidden], states): pass the states back to continue. mask [B,T] bool marks
-    real tokens; router_logits is a list that takes in those of layers with memories.
+    real tokens; router_logits is a list that takes in those of layers with memories; cu_seqlens [D+1] bounds documents
+    packed along time, with batch 1 and without states, each as it would be alone.
 
     Args:
         hidden_size: width of x.
@@ -106,11 +113,12 @@ class InterleavedStack(nn.Module):
         mask: torch.Tensor | None = None,
         states: Sequence[State] | None = None,
         router_logits: list[torch.Tensor] | None = None,
-    ) -> tuple[torch.Tensor, list[State]]:
+        cu_seqlens: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, list[State | None]]:
         if states is not None and len(states) != len(self.layers):
             fail("states", f"one for each of {len(self.layers)} layers", len(states))
         after = []
         for layer, state in zip(self.layers, states or [None] * len(self.layers), strict=True):
-            x, state = layer(x, mask, state, router_logits)
+            x, state = layer(x, mask, state, router_logits, cu_seqlens)
             after.append(state)
         return self.norm(x), after

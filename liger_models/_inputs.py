@@ -6,13 +6,16 @@ Shapes: B batch, T columns at hand, S columns seen before. A column holds a toke
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaModel, PreTrainedModel
 
+from liger_layers.documents import Documents
 from liger_ops.errors import fail
 
 # The keyword of every forward that takes a cache and of outputs that return one: "cache" from transformers 5.24 on.
@@ -88,26 +91,80 @@ def shown_columns(mask: torch.Tensor | None, seen: int) -> torch.Tensor | None:
     return None if shown is not None and not torch.compiler.is_compiling() and shown.all() else shown
 
 
-def check_documents(position: torch.Tensor | None, mask: torch.Tensor | None, others: Mapping[str, Any]) -> None:
-    """ValueError if several documents share a row, which the recurrence would carry one of into the next.
+def read_documents(
+    position: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    others: Mapping[str, Any],
+    shape: tuple[int, int],
+    device: torch.device,
+) -> Documents | None:
+    """Documents that share rows of a shape (B, T); None where each row is one.
 
     Positions [B or 1,T] that start again tell so, wherever mask [B,T] shows their tokens, or the other arguments by
-    which transformers bounds documents.
+    which transformers bounds documents: cu_seq_lens_q [D+1], of all rows one behind the other, and seq_idx [B,T].
     """
-    one = "one document per row"
     bounds, index = others.get("cu_seq_lens_q"), others.get("seq_idx")
-    if bounds is not None and len(bounds) > 2:
-        fail("cu_seq_lens_q", one, "bounds of several (packed documents)")
+    flat = position if position is not None and position.ndim == 2 and position.shape[1] > 1 else None
+    starts = None if flat is None else _starts(flat, mask)
+    if torch.compiler.is_compiling():
+        _require_one(starts, bounds, index)
+        return None
+    begins = torch.zeros(shape, dtype=torch.bool, device=device)
+    begins[:, :1] = True
+    if bounds is not None:
+        _check_bounds(bounds, begins.numel())
+        inside = bounds[bounds < begins.numel()].long().to(device)
+        begins.view(-1)[inside] = True
     if index is not None:
-        require((index == index[:, :1]).all(), "seq_idx", one, "bounds of several (packed documents)")
-    if position is None or position.ndim != 2 or position.shape[1] < 2:
-        return
-    low = position.new_full((), torch.iinfo(position.dtype).min)
-    before = (position if mask is None else torch.where(mask, position, low)).cummax(1).values[:, :-1]
-    onward = position[:, 1:] > before
-    if mask is not None:
-        onward = onward | ~mask[:, 1:]
-    require(onward.all(), "position_ids", one, "positions that start again (packed documents)")
+        if not isinstance(index, torch.Tensor) or index.shape != shape:
+            given = list(index.shape) if isinstance(index, torch.Tensor) else type(index).__name__
+            fail("seq_idx", f"integers {list(shape)}", given)
+        begins[:, 1:] |= (index[:, 1:] != index[:, :-1]).to(device)
+    if starts is not None and starts.any():
+        starts = starts.to(device).expand(shape)
+        if (bounds is not None or index is not None) and (starts & ~begins).any():
+            name = "seq_idx" if bounds is None else "cu_seq_lens_q"
+            fail("position_ids", f"positions that go on in a document of {name}", "some that start again inside")
+        begins |= starts
+    if int(begins.sum()) == shape[0]:
+        return None
+    ends = torch.full((1,), begins.numel(), device=device)
+    documents = Documents.of(torch.cat([begins.view(-1).nonzero().squeeze(1), ends]), mask)
+    if flat is not None:
+        first = torch.cat([rows[:, 0] for rows in documents.groups])
+        at = flat.expand(shape).reshape(-1).to(device)[first]
+        if at.any():
+            fail("position_ids", "0 where each of several documents in a row begins", int(at.max()))
+    return documents
+
+
+def _check_bounds(bounds: object, places: int) -> None:
+    given = bounds.tolist() if isinstance(bounds, torch.Tensor) and bounds.ndim == 1 else []
+    rising = all(a <= b for a, b in itertools.pairwise(given))
+    if not given or given[0] != 0 or given[-1] != places or not rising or any(isinstance(x, float) for x in given):
+        fail("cu_seq_lens_q", f"integer bounds that rise from 0 to {places}", given or type(bounds).__name__)
+
+
+def _starts(position: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Where positions [B or 1,T] are no further than that of the token before: [B or 1,T]."""
+    if mask is None:
+        return F.pad(position[:, 1:] <= position[:, :-1], (1, 0))
+    position = position.expand(mask.shape)
+    column = torch.arange(mask.shape[1], device=mask.device)
+    # Of every column the last token before it.
+    last = F.pad(torch.where(mask, column, -1).cummax(1).values[:, :-1], (1, 0), value=-1)
+    return mask & (last >= 0) & (position <= position.gather(1, last.clamp(min=0)))
+
+
+def _require_one(starts: torch.Tensor | None, bounds: torch.Tensor | None, index: torch.Tensor | None) -> None:
+    """An error for several documents in a row of a compiled graph, whose shapes their lengths may not decide about."""
+    one = "one document per row in a compiled graph"
+    if bounds is not None and len(bounds) > 2:
+        fail("cu_seq_lens_q", one, "bounds of several")
+    if index is not None:
+        require((index == index[:, :1]).all(), "seq_idx", one, "bounds of several")
+    if starts is not None:
+        require(~starts.any(), "position_ids", one, "positions that start again")
 
 
 def read_positions(position: object, batch: int, tokens: int) -> torch.Tensor | None:

@@ -12,8 +12,18 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from liger_layers import LigerAttention, LigerState, SlidingWindowAttention, calls
+from liger_layers.documents import Documents
 from liger_models._inputs import CACHE, by_name, token_positions
-from liger_models.cache import admit, check_source, end_call, fit_cache, layer_and_state, make_cache, take_cache
+from liger_models.cache import (
+    admit,
+    check_source,
+    end_call,
+    fit_cache,
+    layer_and_state,
+    make_cache,
+    read_call,
+    take_cache,
+)
 from liger_models.families import Projections, traits
 from liger_ops.errors import fail
 
@@ -67,8 +77,9 @@ class _Pretrained(Projections, _Layer):
         tables = position_embeddings if self.traits.rotary else None
         held = cast("LigerState | None", state)
         # The decoder's door has checked what it hands on.
-        out, after = self.attend(hidden_states, kwargs.get("liger_mask"), held, tables, liger_router_logits)
-        if layer is not None:
+        documents = kwargs.get("liger_documents")
+        out, after = self.attend(hidden_states, kwargs.get("liger_mask"), held, tables, liger_router_logits, documents)
+        if layer is not None and after is not None:
             layer.store(after, hidden_states.shape[1])
         return out, None
 
@@ -90,25 +101,43 @@ def before_decoder(names: tuple[str, ...], module: PreTrainedModel, args: tuple,
         # The decoder says what it wants.
         return (), kwargs
     use_cache = kwargs.get("use_cache")
+    call = read_call(cache, tokens, kwargs.get("attention_mask"), kwargs.get("position_ids"), kwargs)
     if cache is not None:
         fit_cache(cache, module.config, tokens.shape[0])
+    elif call.documents is not None:
+        kwargs |= _apart(call.documents, tokens, kwargs, len(module.config.liger["keep"]) > 0)
     elif module.training or (use_cache is None and calls.attends_in_full(module)):
         # Nobody reads a cache while training, and with gradient checkpointing none may be written.
         kwargs["use_cache"] = False
     elif module.config.use_cache if use_cache is None else use_cache:
         cache = make_cache(module.config)
     check_source(cache, module, tokens.shape[1])
-    mask, shown = admit(cache, tokens, ids, kwargs.get("attention_mask"), kwargs.get("position_ids"), kwargs)
-    if mask is not None and kwargs.get("position_ids") is None:
+    admit(cache, call, ids, tokens.shape[:2])
+    # Those of documents are there.
+    if call.mask is not None and kwargs.get("position_ids") is None:
         # Padding takes no position, wherever it stands.
-        kwargs["position_ids"] = token_positions(mask, tokens.shape[1])
-    kwargs |= {CACHE: cache, "liger_mask": shown}
+        kwargs["position_ids"] = token_positions(call.mask, tokens.shape[1])
+    kwargs |= {CACHE: cache, "liger_mask": call.shown}
     if not torch.compiler.is_compiling():
         kwargs["liger_told"] = calls.HERE.told
     if len(module.config.liger["keep"]) == 0:
         # A mask that is already four-dimensional is passed through, so no T x T mask is built for nobody.
         kwargs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
     return (), kwargs
+
+
+def _apart(documents: Documents, tokens: torch.Tensor, kwargs: dict, keep: bool) -> dict[str, Any]:
+    """What tells the layers of a decoder of several documents in a row: linearized ones, and full attention."""
+    if kwargs.get("use_cache"):
+        fail("use_cache", "False beside several documents in a row, which a cache has one state for", True)
+    given = kwargs.get("position_ids")
+    position = documents.positions.view(tokens.shape[:2]) if given is None else given
+    if documents.mask is not None and position.ndim == 2:
+        if keep and any((rows.diff(dim=1) > 1).any() for rows in documents.groups):
+            fail("attention_mask", "no padding inside a document beside layers of full attention", "some")
+        # transformers parts documents by their positions, where there is no mask: padding is one by itself.
+        position = position.expand(tokens.shape[:2]).masked_fill(~documents.mask.view(tokens.shape[:2]), 0)
+    return dict(position_ids=position, use_cache=False, attention_mask=None, liger_documents=documents)
 
 
 def after_decoder(module: PreTrainedModel, args: tuple, kwargs: dict, output: object) -> None:

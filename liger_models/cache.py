@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 
 import torch
 from torch import nn
@@ -16,10 +16,11 @@ from transformers.cache_utils import CacheLayerMixin
 
 from liger_layers import LigerState, MemoryState
 from liger_layers.calls import told_mixes
+from liger_layers.documents import Documents
 from liger_models._inputs import (
     CACHE,
     Account,
-    check_documents,
+    read_documents,
     read_mask,
     read_positions,
     require,
@@ -272,27 +273,40 @@ def seen_columns(cache: Cache | None) -> int:
     return first.seen if first is not None else cache.get_seq_length() if cache is not None else 0
 
 
-def admit(
-    cache: Cache | None,
-    tokens: torch.Tensor,
-    ids: torch.Tensor | None,
-    mask: object,
-    position: object,
-    others: Mapping[str, Any],
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The mask [B,S+T] of a call, and of the T columns at hand [B,T], once all it says of them was checked.
+class Call(NamedTuple):
+    """What a call says of its tokens.
 
-    tokens [B,T,...] are ids, or embeddings where ids is None; mask, position and others are further arguments as given.
-    Either mask is None where it is known to show everything. The cache enters the columns into its account.
+    mask [B,S+T], and shown [B,T] of the columns at hand, are None where they are known to show everything; position is
+    as given; documents are those that share rows, None where none do.
+    """
+
+    mask: torch.Tensor | None
+    shown: torch.Tensor | None
+    position: torch.Tensor | None
+    documents: Documents | None
+
+
+def read_call(
+    cache: Cache | None, tokens: torch.Tensor, mask: object, position: object, others: Mapping[str, Any]
+) -> Call:
+    """What a call says, checked. tokens [B,T,...] are ids or embeddings; mask, position and others as given.
+
+    ValueError for several documents in a row beside a cache, which has one state a row.
     """
     (B, T), seen = tokens.shape[:2], seen_columns(cache)
     known = read_mask(mask, B, T, seen, tokens.device)
     positions = read_positions(position, B, T)
     shown = shown_columns(known, seen)
-    check_documents(positions, shown, others)
-    _check_onward(cache, positions, shown)
-    _take_in(cache, known, ids, (B, T))
-    return known, shown
+    documents = read_documents(positions, shown, others, (B, T), tokens.device)
+    if documents is not None and cache is not None:
+        fail(CACHE, "none beside several documents in a row", f"a {type(cache).__name__}")
+    return Call(known, shown, positions, documents)
+
+
+def admit(cache: Cache | None, call: Call, ids: torch.Tensor | None, shape: tuple[int, int]) -> None:
+    """Enter the columns of a call of a shape (B, T) into the cache's account; ids [B,T], None for embeddings."""
+    _check_onward(cache, call.position, call.shown)
+    _take_in(cache, call.mask, ids, shape)
 
 
 def _check_onward(cache: Cache | None, position: torch.Tensor | None, shown: torch.Tensor | None) -> None:

@@ -30,6 +30,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from liger_layers import load_balancing_loss, router_parameters
+from liger_layers.documents import Documents
 from liger_layers.patterns import MEMORIES, check_layer, split
 from liger_models._decoding import ConstantCacheMixin
 from liger_models._inputs import CACHE, refuse_unread
@@ -43,6 +44,7 @@ from liger_models.cache import (
     layer_and_state,
     make_cache,
     one_at_a_time,
+    read_call,
     take_cache,
 )
 from liger_models.modeling import refuse_cut_off
@@ -196,11 +198,16 @@ class LigerDecoderLayer(GradientCheckpointingLayer):
         mask: torch.Tensor | None = None,
         cache: Cache | None = None,
         router_logits: list[torch.Tensor] | None = None,
+        documents: Documents | None = None,
     ) -> torch.Tensor:
         layer, state = layer_and_state(cache, self.index, x.device)
-        y, state = self.mixer(self.mixer_norm(x), mask, state, router_logits=router_logits)
-        if layer is not None:
-            layer.store(state, x.shape[1])
+        if documents is not None:
+            told = dict(cu_seqlens=documents.bounds, router_logits=router_logits)
+            y = self.mixer(self.mixer_norm(x).reshape(1, -1, x.shape[2]), documents.mask, **told)[0].view_as(x)
+        else:
+            y, state = self.mixer(self.mixer_norm(x), mask, state, router_logits=router_logits)
+            if layer is not None:
+                layer.store(state, x.shape[1])
         x = x + y
         return x + self.mlp(self.mlp_norm(x))
 
@@ -282,15 +289,17 @@ class LigerModel(LigerPreTrainedModel):
         kwargs |= {"past_key_values": past_key_values, "cache": cache}
         cache = take_cache(kwargs)
         refuse_unread(kwargs)
+        call = read_call(cache, x, attention_mask, position_ids, kwargs)
         if cache is not None:
             fit_cache(cache, self.config, x.shape[0])
-        elif use_cache and not self.training:
+        elif use_cache and not self.training and call.documents is None:
             # Nobody reads a cache while training.
             cache = make_cache(self.config)
         check_source(cache, self, x.shape[1])
-        _, mask = admit(cache, x, input_ids, attention_mask, position_ids, kwargs)
+        admit(cache, call, input_ids, (x.shape[0], x.shape[1]))
+        told = dict(mask=call.shown, router_logits=router_logits, documents=call.documents)
         for layer in self.layers:
-            x = layer(x, mask=mask, cache=cache, router_logits=router_logits)
+            x = layer(x, cache=cache, **told)
         end_call(cache)
         held: dict[str, Any] = {CACHE: cache}
         return MoeModelOutputWithPast(last_hidden_state=self.norm(x), **held)

@@ -316,12 +316,6 @@ def test_a_model_that_is_not_linearized_is_not_opened_as_one(tmp_path):
         FAMILIES["llama"][1].from_pretrained(tmp_path)
 
 
-def test_packed_documents_are_refused():
-    position = torch.cat([torch.arange(6), torch.arange(4)])[None]
-    with pytest.raises(ValueError, match="position_ids: expected one document per row"):
-        linearize_tiny(tiny(), window=8)(ids(1, 10), position_ids=position)
-
-
 def test_a_static_cache_is_refused():
     model = linearize_tiny(tiny(), window=8, keep=[1])
     with pytest.raises(ValueError, match=f"{CACHE}: expected a DynamicCache, got a StaticCache"):
