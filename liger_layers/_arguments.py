@@ -5,8 +5,7 @@ Shapes: B batch, T time.
 
 import torch
 
-from liger_layers.documents import Documents
-from liger_ops.errors import check_cu_seqlens, check_positive, fail
+from liger_ops.errors import check_positive, fail
 
 
 def check_sizes(hidden_size: int, num_heads: int, num_kv_heads: int | None, **widths: int | None) -> None:
@@ -31,11 +30,3 @@ def check_input(x: torch.Tensor, mask: torch.Tensor | None, width: int) -> None:
         fail("x", f"[batch, time, {width}]", tuple(x.shape))
     if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:2]):
         fail("mask", f"bool {list(x.shape[:2])}", f"{mask.dtype} {tuple(mask.shape)}")
-
-
-def read_documents(x: torch.Tensor, mask: torch.Tensor | None, state: object, cu_seqlens: torch.Tensor) -> Documents:
-    """Documents of x [1,T,width] bounded by cu_seqlens [D+1]; mask [1,T] or None. Without a state to go on from."""
-    check_cu_seqlens(cu_seqlens, *x.shape[:2])
-    if state is not None:
-        fail("state", "none beside cu_seqlens", type(state).__name__)
-    return Documents.of(cu_seqlens.to(x.device), mask)

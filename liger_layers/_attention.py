@@ -19,11 +19,11 @@ from liger_layers._state import LigerState, Origin, Part
 from liger_layers._told import HERE
 from liger_layers._window import Window
 from liger_layers.choices import Choices, check_memories, check_recall, settle
-from liger_layers.documents import Documents
 from liger_layers.feature_maps import FEATURE_MAPS, FeatureMap
 from liger_layers.gates import Mix, log_decay
 from liger_layers.rotary import rotary_tables, rotate
 from liger_ops import errors, liger_attention
+from liger_ops.documents import Documents, read_documents
 
 # The parts of a state that a layer may keep.
 _NOTHING: dict[str, None] = dict.fromkeys(("k", "v", "visible", "raw", "recurrent", "memories", "scores", "recalled"))
@@ -86,7 +86,7 @@ class Attention(nn.Module):
         cu_seqlens: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, LigerState | None]:
         _arguments.check_input(x, mask, self.hidden_size)
-        documents = None if cu_seqlens is None else _arguments.read_documents(x, mask, state, cu_seqlens)
+        documents = None if cu_seqlens is None else read_documents(cu_seqlens, x, dict(state=state), mask)
         return self.attend(x, mask, state, position_embeddings, router_logits, documents)
 
     def attend(

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaModel, PreTrainedModel
 
-from liger_layers.documents import Documents
+from liger_ops.documents import Documents
 from liger_ops.errors import fail
 
 # The keyword of every forward that takes a cache and of outputs that return one: "cache" from transformers 5.24 on.

@@ -12,7 +12,6 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from liger_layers import LigerAttention, LigerState, SlidingWindowAttention, calls
-from liger_layers.documents import Documents
 from liger_models._inputs import CACHE, by_name, token_positions
 from liger_models.cache import (
     admit,
@@ -25,6 +24,7 @@ from liger_models.cache import (
     take_cache,
 )
 from liger_models.families import Projections, traits
+from liger_ops.documents import Documents
 from liger_ops.errors import fail
 
 # What stands behind it is one layer or another.

@@ -16,7 +16,6 @@ from transformers.cache_utils import CacheLayerMixin
 
 from liger_layers import LigerState, MemoryState
 from liger_layers.calls import told_mixes
-from liger_layers.documents import Documents
 from liger_models._inputs import (
     CACHE,
     Account,
@@ -27,6 +26,7 @@ from liger_models._inputs import (
     shown_columns,
 )
 from liger_models._weights import name_of_weights
+from liger_ops.documents import Documents
 from liger_ops.errors import fail
 
 _CACHES = ("cache", "past_key_values")

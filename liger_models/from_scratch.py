@@ -30,7 +30,6 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from liger_layers import load_balancing_loss, router_parameters
-from liger_layers.documents import Documents
 from liger_layers.patterns import MEMORIES, check_layer, split
 from liger_models._decoding import ConstantCacheMixin
 from liger_models._inputs import CACHE, refuse_unread
@@ -48,6 +47,7 @@ from liger_models.cache import (
     take_cache,
 )
 from liger_models.modeling import refuse_cut_off
+from liger_ops.documents import Documents
 from liger_ops.errors import check_known, check_positive, fail
 
 _MLPS = {"dense": LlamaMLP, "moe": MixtralSparseMoeBlock}

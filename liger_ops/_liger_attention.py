@@ -4,12 +4,13 @@ Shapes: B batch, T queries, S = W + T keys, HQ query heads, H key/value heads, D
 """
 
 import math
-from typing import cast
+from typing import Any, cast
 
 import torch
 
 from liger_ops import _backend, _checks, errors
 from liger_ops._inputs import AttentionInputs, Recalled
+from liger_ops.documents import read_documents
 
 # The state of the recurrence, and what `Recalled` holds.
 RecallState = tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
@@ -34,6 +35,7 @@ def liger_attention(
     softcap: float | None = None,
     recall: int = 0,
     score: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | RecallState | None]:
     """One softmax whose far part is a gated recurrence over positive features.
 
@@ -63,6 +65,9 @@ def liger_attention(
         output_final_state: also return the state after the T tokens have left the window.
         recall: how many tokens stay exact beyond the window, for each key/value head.
         score: [B,T,H] of the T tokens that leave the window, columns as of k_log; needed with recall.
+        cu_seqlens: [N+1] bounds of documents packed along time, with batch 1, each of which is as if it were alone.
+            Then S = T, no column lies before the queries', and k_log, g and score are of the T tokens themselves;
+            without visible, initial_state and output_final_state.
 
     Returns:
         o [B,T,HQ,V] in the dtype of q, and the final state [B,H,M,V+1] in float32 (float64 for float64) or None; with
@@ -72,6 +77,11 @@ def liger_attention(
     Raises:
         ValueError: names the argument, what was expected and what was given.
     """
+    if cu_seqlens is not None:
+        _checks.check_windowed(q, k, v, window, sinks, scale, softcap, visible)
+        refused = dict(visible=visible, initial_state=initial_state, output_final_state=output_final_state or None)
+        told = dict(window=window, sinks=sinks, scale=scale, softcap=softcap, recall=recall)
+        return _packed((q, k, v, q_log, k_log, g, score), mix, cu_seqlens, refused, told), None
     scale, softcap = _checks.check_windowed(q, k, v, window, sinks, scale, softcap, visible)
     B, T, S = q.shape[0], q.shape[1], k.shape[1]
     if T + window > S:
@@ -103,6 +113,40 @@ def liger_attention(
     if not output_final_state:
         return o, None
     return o, state if after is None else (state, (after.k.to(k.dtype), after.v.to(v.dtype), after.far))
+
+
+def _packed(
+    tensors: tuple[torch.Tensor | None, ...],
+    mix: torch.Tensor | float,
+    cu_seqlens: torch.Tensor,
+    refused: dict[str, object],
+    told: dict[str, Any],
+) -> torch.Tensor:
+    """o of documents one behind the other; tensors are q, k, v, q_log, k_log, g and score [1,T,...]."""
+    names = ("q", "k", "v", "q_log", "k_log", "g", "score")
+    q, window = cast(torch.Tensor, tensors[0]), told["window"]
+    documents = read_documents(cu_seqlens, q, refused)
+    for name, x in zip(names[1:], tensors[1:], strict=True):
+        if x is None and name in ("g", "score"):
+            continue
+        errors.check_tensor(name, x)
+        if x.shape[:2] != q.shape[:2]:
+            errors.fail(name, f"{list(q.shape[:2])} and more, as q has, beside cu_seqlens", tuple(x.shape))
+    apart = [[None] * len(documents.groups) if x is None else documents.apart(x) for x in tensors]
+    parts = []
+    for q, k, v, q_log, k_log, g, score in zip(*apart, strict=True):
+        # Before a document lies an empty window.
+        k, v, k_log, g, score = (x if x is None else _behind(x, window) for x in (k, v, k_log, g, score))
+        shown = torch.arange(k.shape[1], device=k.device).expand(k.shape[:2]) >= window
+        leaving = [x if x is None else x[:, : q.shape[1]] for x in (k_log, g, score)]
+        o, _ = liger_attention(q, k, v, q_log, *leaving[:2], mix, visible=shown, score=leaving[2], **told)
+        parts.append(o)
+    return documents.together(parts, tensors[2].new_zeros(*tensors[0].shape[:3], tensors[2].shape[-1]))
+
+
+def _behind(x: torch.Tensor, columns: int) -> torch.Tensor:
+    """x [N,L,...] behind so many columns of zeros."""
+    return torch.cat([x.new_zeros(len(x), columns, *x.shape[2:]), x], 1)
 
 
 def _as_mix(mix: torch.Tensor | float, q: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -19,8 +19,8 @@ from liger_layers import (
     SlidingWindowAttention,
     calls,
 )
-from liger_layers.documents import Documents
 from liger_layers.recurrences import with_gate, with_rule
+from liger_ops.documents import Documents
 
 SIZES = dict(num_heads=4, num_kv_heads=2)
 BOUNDS = (0, 5, 5, 6, 29, 43, 45)

@@ -3,10 +3,12 @@
 Shapes: B batch, T time, P = B T places, D documents, N documents of a group, L the longest of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+
+from liger_ops.errors import check_cu_seqlens, fail
 
 # Of documents side by side, how many times as long as the shortest the longest may be.
 _UNEVEN = 2
@@ -70,3 +72,19 @@ class Documents(NamedTuple):
         place = torch.arange(len(shown), device=shown.device)
         first = self.bounds[torch.searchsorted(self.bounds, place, right=True) - 1]
         return (before[:-1] - before[first])[None]
+
+
+def read_documents(
+    cu_seqlens: torch.Tensor, x: torch.Tensor, refused: Mapping[str, object], mask: torch.Tensor | None = None
+) -> Documents:
+    """Documents of x [1,T,...] bounded by cu_seqlens [D+1]; mask [1,T] or None.
+
+    ValueError for other bounds, for other batches, and for what is refused by name, where it is not None.
+    """
+    if torch.compiler.is_compiling():
+        fail("cu_seqlens", "None in a compiled graph, whose shapes lengths would decide about", "bounds")
+    check_cu_seqlens(cu_seqlens, *x.shape[:2])
+    for name, given in refused.items():
+        if given is not None:
+            fail(name, "none beside cu_seqlens", type(given).__name__)
+    return Documents.of(cu_seqlens.to(x.device), mask)
