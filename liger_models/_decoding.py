@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationMixin, PreTrainedModel, StoppingCriteriaList
 
 from liger_models._inputs import CACHE
-from liger_models.cache import check_prompt, make_cache, seen_columns, take_cache
+from liger_models.cache import check_prompt, fit_cache, make_cache, seen_columns, take_cache
 from liger_ops.errors import fail
 
 
@@ -38,18 +38,19 @@ else:
 class ConstantCacheMixin(_CausalLM):
     """Stands before a causal LM of transformers."""
 
-    # Assisted decoding must roll the cache back, which a recurrent state cannot do; transformers refuses on this flag.
-    _is_stateful = True
-
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
         kind, cache = generation_config.cache_implementation, take_cache(model_kwargs)
         if kind not in (None, "dynamic"):
             fail("cache_implementation", "None or 'dynamic', whose size is constant", repr(kind))
         if cache is not None:
+            # Before transformers asks its layers to hold what guessing ahead takes back.
+            fit_cache(cache, self.config)
             # What transformers asks before it rolls a cache back that the caller still holds.
             cache._is_user_defined = True  # type: ignore[attr-defined]  # transformers does so too, undeclared
         elif generation_config.use_cache:
             cache = make_cache(self.config)
+            if generation_config.is_assistant:
+                cache.activate_past_recording()
         if cache is not None:
             model_kwargs[CACHE] = cache
 

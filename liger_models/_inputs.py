@@ -202,13 +202,17 @@ class Account(NamedTuple):
     def map(self, function) -> Account:
         return Account(function(self.columns), None if self.tokens is None else function(self.tokens))
 
-    def add(self, first: int, shown: torch.Tensor, ids: torch.Tensor | None) -> Account:
-        """The account after columns from `first` on, shown [B,T], that hold ids [B,T]; None: embeddings."""
+    def add(self, first: int, shown: torch.Tensor, ids: torch.Tensor | None, taken: bool = True) -> Account:
+        """The account after columns from `first` on, shown [B,T], that hold ids [B,T]; None: embeddings.
+
+        taken=False is the account before them.
+        """
+        sign = 1 if taken else -1
         column = scattered(torch.arange(first, first + shown.shape[1], device=shown.device))
-        columns = self.columns.to(shown.device) + (shown * column).sum(1)
+        columns = self.columns.to(shown.device) + sign * (shown * column).sum(1)
         if ids is None or self.tokens is None:
             return Account(columns, None)
-        return Account(columns, self.tokens.to(shown.device) + (shown * scattered(column + ids)).sum(1))
+        return Account(columns, self.tokens.to(shown.device) + sign * (shown * scattered(column + ids)).sum(1))
 
 
 def scattered(x: torch.Tensor) -> torch.Tensor:

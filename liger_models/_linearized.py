@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from liger_layers import LigerAttention, LigerState, SlidingWindowAttention, calls
 from liger_models._inputs import CACHE, by_name, token_positions
+from liger_models._rollback import Given
 from liger_models.cache import (
     admit,
     check_source,
@@ -77,11 +78,13 @@ class _Pretrained(Projections, _Layer):
         tables = position_embeddings if self.traits.rotary else None
         held = cast("LigerState | None", state)
         # The decoder's door has checked what it hands on.
-        documents = kwargs.get("liger_documents")
-        out, after = self.attend(hidden_states, kwargs.get("liger_mask"), held, tables, liger_router_logits, documents)
-        if layer is not None and after is not None:
-            layer.store(after, hidden_states.shape[1])
-        return out, None
+        documents, mask = kwargs.get("liger_documents"), kwargs.get("liger_mask")
+        if layer is None:
+            return self.attend(hidden_states, mask, held, tables, liger_router_logits, documents)[0], None
+        return layer.run(self._given, Given(hidden_states, tables, mask), held, liger_router_logits), None
+
+    def _given(self, given: Given, state: LigerState | None, router_logits: list[torch.Tensor] | None):
+        return self.attend(given.x, given.mask, state, cast(Any, given.tables), router_logits)
 
 
 class LinearizedAttention(_Pretrained, LigerAttention):

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, NoReturn, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedConfig
-from transformers.cache_utils import CacheLayerMixin
 
 from liger_layers import LigerState, MemoryState
 from liger_layers.calls import told_mixes
+from liger_models._cache_layer import LigerCacheLayer as LigerCacheLayer
 from liger_models._inputs import (
     CACHE,
     Account,
@@ -25,95 +25,13 @@ from liger_models._inputs import (
     require,
     shown_columns,
 )
+from liger_models._rollback import Past
 from liger_models._weights import name_of_weights
 from liger_ops.documents import Documents
-from liger_ops.errors import fail
+from liger_ops.errors import check_positive, fail
 
 _CACHES = ("cache", "past_key_values")
 AnyCache = TypeVar("AnyCache", bound=Cache)
-
-
-class LigerCacheLayer(CacheLayerMixin):
-    """One layer's state and the number of columns, padding included, that it has seen.
-
-    The first such layer of a cache also keeps account of what was taken in: whether every column was `whole`, shown in
-    all rows, the Account of those which were, what the model was `told` that filled it, and with which `source`, the
-    name of its weights and what its mixes were told; and how many columns calls brought that `ended` well.
-    """
-
-    # Kept layers may slide or not, and masks take their size from the first layer of their own kind.
-    is_sliding = False
-    is_compileable = False
-    is_croppable = False
-    supports_early_init = False
-
-    def __init__(self):
-        super().__init__()
-        self.told: dict[str, Any] | None = None
-        self._forget()
-
-    def _forget(self) -> None:
-        self.state: LigerState | MemoryState | None = None
-        self.account: Account | None = None
-        self.source: tuple[str, list] | None = None
-        # What account and whole become once this layer has taken in the columns at hand.
-        self.pending: tuple[Account, bool] | None = None
-        self.seen, self.ended, self.whole, self.is_initialized = 0, 0, True, False
-
-    def store(self, state: LigerState | MemoryState, tokens: int) -> None:
-        # First, so that whoever is interrupted in between has not ended.
-        self.seen += tokens
-        self.state = state
-        self.is_initialized = True
-        if self.pending is not None:
-            (self.account, self.whole), self.pending = self.pending, None
-
-    def lazy_initialization(self, key_states, value_states) -> NoReturn:
-        raise RuntimeError("a Liger layer keeps a state, not keys and values: it is filled by its own attention")
-
-    def update(self, key_states, value_states, *args, **kwargs) -> NoReturn:
-        self.lazy_initialization(key_states, value_states)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self.seen
-
-    def get_max_length(self) -> int:
-        return -1
-
-    get_max_cache_shape = get_max_length
-
-    def reset(self) -> None:
-        self._forget()
-
-    def crop(self, tokens_to_remove: int) -> None:
-        raise RuntimeError("a linearized model's cache cannot forget tokens it has already absorbed; start a new cache")
-
-    def _map(self, function) -> None:
-        if self.state is not None:
-            self.state = self.state.map(function)
-        if self.account is not None:
-            self.account = self.account.map(function)
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._map(lambda x: x[indices.to(x.device)])
-
-    def offload(self) -> None:
-        self._map(lambda x: x.to("cpu", non_blocking=True))
-
-    def prefetch(self) -> None:
-        """The layer moves its state to its own device when it reads it."""
-
-    def nbytes(self) -> int:
-        return 0 if self.state is None else self.state.nbytes()
 
 
 def take_cache(kwargs: dict[str, Any]) -> Cache | None:
@@ -142,9 +60,24 @@ def layer_and_state(
     return layer, layer.state if held.device == device else layer.state.map(lambda x: x.to(device))
 
 
-def make_cache(config: PreTrainedConfig) -> DynamicCache:
-    """An empty cache for a model of this package: constant-size layers, growing ones where full attention was kept."""
-    return fit_cache(DynamicCache(config=config), config)
+def make_cache(config: PreTrainedConfig, rollback: int | None = None) -> DynamicCache:
+    """An empty cache for a model of this package: constant-size layers, growing ones where full attention was kept.
+
+    rollback: how many of the last tokens that it was given `cache.crop(-n)` can take back, as if they had never been.
+    The cache then holds up to two states more, and what each layer was given of fewer than four times as many tokens;
+    None holds nothing and refuses. ValueError for a number below 1.
+    """
+    if rollback is not None:
+        check_positive("rollback", rollback)
+    cache = fit_cache(DynamicCache(config=config), config)
+    if rollback is not None:
+        for layer in cast("list[Any]", cache.layers):
+            if isinstance(layer, LigerCacheLayer):
+                layer.rollback, layer.past = rollback, Past(rollback)
+            elif hasattr(layer, "activate_past_recording"):
+                # Of transformers, whose windows forget too.
+                layer.activate_past_recording()
+    return cache
 
 
 # What decides about the states of a model's layers.
@@ -338,7 +271,10 @@ def _take_in(cache: Cache | None, mask: torch.Tensor | None, ids: torch.Tensor |
         same = (held == account.columns.to(device)).all()
         require(same, "attention_mask", expected, lambda: _difference(mask, first))
     shown = torch.ones(B, T, dtype=torch.bool, device=device) if mask is None else mask[:, S:]
-    after = account.add(S, shown, None if ids is None else ids.to(device))
+    ids = None if ids is None else ids.to(device)
+    after = account.add(S, shown, ids)
+    if first.past is not None:
+        first.remember(shown, ids)
     first.pending = after, first.whole and not tracing and (mask is None or bool(shown.all()))
 
 

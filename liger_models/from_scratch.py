@@ -35,6 +35,7 @@ from liger_models._decoding import ConstantCacheMixin
 from liger_models._inputs import CACHE, refuse_unread
 from liger_models._mixers import MIXERS, known_options, listed, make_mixer, whole_name
 from liger_models._remote import PortableConfig
+from liger_models._rollback import Given
 from liger_models.cache import (
     admit,
     check_source,
@@ -201,13 +202,15 @@ class LigerDecoderLayer(GradientCheckpointingLayer):
         documents: Documents | None = None,
     ) -> torch.Tensor:
         layer, state = layer_and_state(cache, self.index, x.device)
+        h = self.mixer_norm(x)
         if documents is not None:
             told = dict(cu_seqlens=documents.bounds, router_logits=router_logits)
-            y = self.mixer(self.mixer_norm(x).reshape(1, -1, x.shape[2]), documents.mask, **told)[0].view_as(x)
+            y = self.mixer(h.reshape(1, -1, h.shape[2]), documents.mask, **told)[0].view_as(x)
+        elif layer is None:
+            y = self.mixer(h, mask, state, router_logits=router_logits)[0]
         else:
-            y, state = self.mixer(self.mixer_norm(x), mask, state, router_logits=router_logits)
-            if layer is not None:
-                layer.store(state, x.shape[1])
+            mix = lambda g, s, told: self.mixer(g.x, g.mask, s, router_logits=told)  # noqa: E731
+            y = layer.run(mix, Given(h, None, mask), state, router_logits)
         x = x + y
         return x + self.mlp(self.mlp_norm(x))
 
@@ -297,9 +300,8 @@ class LigerModel(LigerPreTrainedModel):
             cache = make_cache(self.config)
         check_source(cache, self, x.shape[1])
         admit(cache, call, input_ids, (x.shape[0], x.shape[1]))
-        told = dict(mask=call.shown, router_logits=router_logits, documents=call.documents)
         for layer in self.layers:
-            x = layer(x, cache=cache, **told)
+            x = layer(x, call.shown, cache=cache, router_logits=router_logits, documents=call.documents)
         end_call(cache)
         held: dict[str, Any] = {CACHE: cache}
         return MoeModelOutputWithPast(last_hidden_state=self.norm(x), **held)

@@ -79,9 +79,11 @@ def liger_attention(
     """
     if cu_seqlens is not None:
         _checks.check_windowed(q, k, v, window, sinks, scale, softcap, visible)
-        refused = dict(visible=visible, initial_state=initial_state, output_final_state=output_final_state or None)
+        refused: dict[str, Any] = dict(visible=visible, initial_state=initial_state)
+        refused["output_final_state"] = output_final_state or None
         told = dict(window=window, sinks=sinks, scale=scale, softcap=softcap, recall=recall)
-        return _packed((q, k, v, q_log, k_log, g, score), mix, cu_seqlens, refused, told), None
+        tensors = dict(q=q, k=k, v=v, q_log=q_log, k_log=k_log, g=g, score=score)
+        return _packed(tensors, mix, cu_seqlens, refused, told), None
     scale, softcap = _checks.check_windowed(q, k, v, window, sinks, scale, softcap, visible)
     B, T, S = q.shape[0], q.shape[1], k.shape[1]
     if T + window > S:
@@ -116,32 +118,35 @@ def liger_attention(
 
 
 def _packed(
-    tensors: tuple[torch.Tensor | None, ...],
+    tensors: dict[str, torch.Tensor | None],
     mix: torch.Tensor | float,
     cu_seqlens: torch.Tensor,
-    refused: dict[str, object],
+    refused: dict[str, Any],
     told: dict[str, Any],
 ) -> torch.Tensor:
-    """o of documents one behind the other; tensors are q, k, v, q_log, k_log, g and score [1,T,...]."""
-    names = ("q", "k", "v", "q_log", "k_log", "g", "score")
-    q, window = cast(torch.Tensor, tensors[0]), told["window"]
+    """o of documents one behind the other; tensors [1,T,...] by the names of arguments, told what else they have."""
+    given = {n: x for n, x in tensors.items() if x is not None or n not in ("g", "score")}
+    q, window = cast(torch.Tensor, given["q"]), told["window"]
     documents = read_documents(cu_seqlens, q, refused)
-    for name, x in zip(names[1:], tensors[1:], strict=True):
-        if x is None and name in ("g", "score"):
-            continue
+    apart: dict[str, list[torch.Tensor]] = {}
+    for name, x in given.items():
         errors.check_tensor(name, x)
+        assert isinstance(x, torch.Tensor)
         if x.shape[:2] != q.shape[:2]:
             errors.fail(name, f"{list(q.shape[:2])} and more, as q has, beside cu_seqlens", tuple(x.shape))
-    apart = [[None] * len(documents.groups) if x is None else documents.apart(x) for x in tensors]
+        apart[name] = documents.apart(x)
     parts = []
-    for q, k, v, q_log, k_log, g, score in zip(*apart, strict=True):
-        # Before a document lies an empty window.
-        k, v, k_log, g, score = (x if x is None else _behind(x, window) for x in (k, v, k_log, g, score))
-        shown = torch.arange(k.shape[1], device=k.device).expand(k.shape[:2]) >= window
-        leaving = [x if x is None else x[:, : q.shape[1]] for x in (k_log, g, score)]
-        o, _ = liger_attention(q, k, v, q_log, *leaving[:2], mix, visible=shown, score=leaving[2], **told)
+    for i, rows in enumerate(documents.groups):
+        own: dict[str, Any] = {"g": None, **{name: x[i] for name, x in apart.items()}}
+        # Before a document lies an empty window, and what leaves it are the tokens that a window stands behind.
+        own |= {name: _behind(own[name], window) for name in ("k", "v")}
+        leaving = [name for name in ("k_log", "g", "score") if own.get(name) is not None]
+        own |= {name: _behind(own[name], window)[:, : rows.shape[1]] for name in leaving}
+        shown = torch.arange(window + rows.shape[1], device=q.device) >= window
+        o, _ = liger_attention(**own, mix=mix, visible=shown.expand(len(rows), -1), **told)
         parts.append(o)
-    return documents.together(parts, tensors[2].new_zeros(*tensors[0].shape[:3], tensors[2].shape[-1]))
+    v = cast(torch.Tensor, given["v"])
+    return documents.together(parts, q.new_zeros(*q.shape[:3], v.shape[-1]))
 
 
 def _behind(x: torch.Tensor, columns: int) -> torch.Tensor:

@@ -83,7 +83,7 @@ def read_documents(
     """
     if torch.compiler.is_compiling():
         fail("cu_seqlens", "None in a compiled graph, whose shapes lengths would decide about", "bounds")
-    check_cu_seqlens(cu_seqlens, *x.shape[:2])
+    check_cu_seqlens(cu_seqlens, x.shape[0], x.shape[1])
     for name, given in refused.items():
         if given is not None:
             fail(name, "none beside cu_seqlens", type(given).__name__)

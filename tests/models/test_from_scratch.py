@@ -318,19 +318,17 @@ def test_what_forward_refuses():
             r"attention_mask: expected \[batch, tokens\] = \[2, 8\], .*, got",
         ),
         (
-            dict(input_ids=x, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])),
-            "position_ids: expected one document",
+            dict(input_ids=x, position_ids=torch.tensor([[0, 1, 2, 3, 1, 2, 3, 4]])),
+            "position_ids: expected 0 where each of several documents",
         ),
-        (dict(input_ids=x, cu_seq_lens_q=torch.tensor([0, 3, 8])), "cu_seq_lens_q: expected one document per row"),
-        (dict(input_ids=x, seq_idx=torch.arange(8).expand(2, 8) // 5), "seq_idx: expected one document per row"),
+        (dict(input_ids=x, cu_seq_lens_q=torch.tensor([0, 3, 8])), "cu_seq_lens_q: expected integer bounds that rise"),
+        (dict(input_ids=x, seq_idx=torch.arange(8) // 5), r"seq_idx: expected integers \[2, 8\], got \[8\]"),
         (dict(inputs_embeds=torch.zeros(2, 8, 31)), r"inputs_embeds: expected \[batch, tokens, 32\], got \(2, 8, 31\)"),
         (dict(input_ids=x[0]), r"input_ids: expected \[batch, tokens\], got \(8,\)"),
         ({"input_ids": x, CACHE: ((x, x),)}, f"{CACHE}: expected a Cache, got a tuple"),
     ):
         with pytest.raises(ValueError, match=message):
             model(**kwargs)
-    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
-        model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=3, prompt_lookup_num_tokens=2)
 
 
 def test_a_model_saved_when_rules_stood_alone_still_loads(tmp_path):
