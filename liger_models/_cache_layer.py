@@ -53,16 +53,15 @@ class LigerCacheLayer(CacheLayerMixin):
 
         attend(given, state, router_logits) returns y and the state after, and adds to the list.
         """
-        T = given.tokens
+        T, told = given.tokens, None if router_logits is None else []
         if self.past is None:
             y, after = attend(given, state, router_logits)
         else:
-            told = None if router_logits is None else []
             y, after = self.past.run(lambda g, s: attend(g, s, told), given, state, not self.seen)
-            if told and router_logits is not None:
-                # Of the tokens at hand, whatever was given again, and in how many parts.
-                parts = [x.unflatten(0, (len(y), -1)) for x in told]
-                router_logits.append(torch.cat(parts, 1)[:, -T:].flatten(0, 1))
+        if told and router_logits is not None:
+            # Of the tokens at hand, whatever was given again, and in how many parts.
+            parts = [x.unflatten(0, (len(y), -1)) for x in told]
+            router_logits.append(torch.cat(parts, 1)[:, -T:].flatten(0, 1))
         self.store(after, T)
         return y
 

@@ -79,9 +79,12 @@ class _Pretrained(Projections, _Layer):
         held = cast("LigerState | None", state)
         # The decoder's door has checked what it hands on.
         documents, mask = kwargs.get("liger_documents"), kwargs.get("liger_mask")
-        if layer is None:
-            return self.attend(hidden_states, mask, held, tables, liger_router_logits, documents)[0], None
-        return layer.run(self._given, Given(hidden_states, tables, mask), held, liger_router_logits), None
+        if layer is not None and layer.past is not None:
+            return layer.run(self._given, Given(hidden_states, tables, mask), held, liger_router_logits), None
+        out, after = self.attend(hidden_states, mask, held, tables, liger_router_logits, documents)
+        if layer is not None and after is not None:
+            layer.store(after, hidden_states.shape[1])
+        return out, None
 
     def _given(self, given: Given, state: LigerState | None, router_logits: list[torch.Tensor] | None):
         return self.attend(given.x, given.mask, state, cast(Any, given.tables), router_logits)
@@ -104,15 +107,15 @@ def before_decoder(names: tuple[str, ...], module: PreTrainedModel, args: tuple,
         # The decoder says what it wants.
         return (), kwargs
     use_cache = kwargs.get("use_cache")
-    call = read_call(cache, tokens, kwargs.get("attention_mask"), kwargs.get("position_ids"), kwargs)
     if cache is not None:
         fit_cache(cache, module.config, tokens.shape[0])
-    elif call.documents is not None:
+    call = read_call(cache, tokens, kwargs.get("attention_mask"), kwargs.get("position_ids"), kwargs)
+    if call.documents is not None:
         kwargs |= _apart(call.documents, tokens, kwargs, len(module.config.liger["keep"]) > 0)
-    elif module.training or (use_cache is None and calls.attends_in_full(module)):
+    elif cache is None and (module.training or (use_cache is None and calls.attends_in_full(module))):
         # Nobody reads a cache while training, and with gradient checkpointing none may be written.
         kwargs["use_cache"] = False
-    elif module.config.use_cache if use_cache is None else use_cache:
+    elif cache is None and (module.config.use_cache if use_cache is None else use_cache):
         cache = make_cache(module.config)
     check_source(cache, module, tokens.shape[1])
     admit(cache, call, ids, tokens.shape[:2])

@@ -292,10 +292,10 @@ class LigerModel(LigerPreTrainedModel):
         kwargs |= {"past_key_values": past_key_values, "cache": cache}
         cache = take_cache(kwargs)
         refuse_unread(kwargs)
-        call = read_call(cache, x, attention_mask, position_ids, kwargs)
         if cache is not None:
             fit_cache(cache, self.config, x.shape[0])
-        elif use_cache and not self.training and call.documents is None:
+        call = read_call(cache, x, attention_mask, position_ids, kwargs)
+        if cache is None and use_cache and not self.training and call.documents is None:
             # Nobody reads a cache while training.
             cache = make_cache(self.config)
         check_source(cache, self, x.shape[1])
