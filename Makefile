@@ -17,9 +17,9 @@ oldest := $(shell sed -n '/^dependencies/,/^]/ {/"torch/d; s/^ *"\([a-z]*\)>=\([
 demo: $(READY)
 	$(BIN)/python -m liger_models.demo $(if $(TEXT),--text "$(TEXT)") $(ARGS)
 
-# A file of tests stays in one process: some share what they compiled or loaded. Files go in their order: files of few
-# tests last would leave the longest to one process. A process that dies ends the run with the name of its test. Nothing
-# is timed here.
+# A file of tests stays in one process: some share what they compiled or loaded. Files go in their order, the longest
+# first: at the end it would leave the other process nothing to do. A process that dies ends the run with the name of its
+# test. Nothing is timed here.
 test: $(READY) lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 --benchmark-disable
 

@@ -24,3 +24,8 @@ torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    # The longest file of all: begun last, it would leave the other processes nothing to do.
+    items.sort(key=lambda item: item.path.name != "test_real_model.py")
