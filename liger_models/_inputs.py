@@ -109,6 +109,9 @@ def read_documents(
     if torch.compiler.is_compiling():
         _require_one(starts, bounds, index)
         return None
+    again = starts is not None and bool(starts.any())
+    if bounds is None and index is None and not again:
+        return None
     begins = torch.zeros(shape, dtype=torch.bool, device=device)
     begins[:, :1] = True
     if bounds is not None:
@@ -120,17 +123,17 @@ def read_documents(
             given = list(index.shape) if isinstance(index, torch.Tensor) else type(index).__name__
             fail("seq_idx", f"integers {list(shape)}", given)
         begins[:, 1:] |= (index[:, 1:] != index[:, :-1]).to(device)
-    if starts is not None and starts.any():
+    if starts is not None and again:
         starts = starts.to(device).expand(shape)
         if (bounds is not None or index is not None) and (starts & ~begins).any():
             name = "seq_idx" if bounds is None else "cu_seq_lens_q"
             fail("position_ids", f"positions that go on in a document of {name}", "some that start again inside")
         begins |= starts
-    if int(begins.sum()) == shape[0]:
+    if not begins[:, 1:].any():
         return None
     ends = torch.full((1,), begins.numel(), device=device)
     documents = Documents.of(torch.cat([begins.view(-1).nonzero().squeeze(1), ends]), mask)
-    if flat is not None:
+    if flat is not None and documents.groups:
         first = torch.cat([rows[:, 0] for rows in documents.groups])
         at = flat.expand(shape).reshape(-1).to(device)[first]
         if at.any():

@@ -228,3 +228,11 @@ def test_padding_inside_a_document_and_full_attention_do_not_go_together():
         found = model(x, attention_mask=mask, seq_idx=torch.repeat_interleave(torch.tensor(LENGTHS))[None]).logits
         wanted = alone(model, torch.cat([x[:, :9], x[:, 10:]], 1), (5, 1, 18, 12))
     assert (found[:, mask[0] == 1] - wanted).abs().max() <= 1e-9
+
+
+@torch.no_grad()
+def test_rows_of_padding_alone_and_of_nothing():
+    model, x = linear(), ids()
+    told = dict(seq_idx=torch.repeat_interleave(torch.tensor(LENGTHS))[None], position_ids=positions())
+    assert model(x, attention_mask=torch.zeros_like(x), **told).logits.isfinite().all()
+    assert model(x[:, :0]).logits.shape[1] == 0

@@ -46,7 +46,9 @@ def soon(monkeypatch):
 
 
 @pytest.mark.parametrize(("template", "message"), HANGS.values(), ids=HANGS)
-def test_a_template_is_text_or_one_line(soon, template, message):
+def test_a_template_is_text_or_one_line(monkeypatch, template, message):
+    # On a busy machine memory may be long in running out.
+    monkeypatch.setattr(_templates, "_SECONDS", 0.5 if message == "longer than" else 10.0)
     tokenizer, start = tiny_tokenizer(chat_template=template), time.perf_counter()
     limits, trace = resource.getrlimit(resource.RLIMIT_AS), sys.gettrace()
     for use in (chat_ids, lambda *given: marked(*given, None)):
