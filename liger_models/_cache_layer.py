@@ -118,7 +118,9 @@ class LigerCacheLayer(CacheLayerMixin):
         """
         if self.past is None:
             raise RuntimeError("crop: expected a cache of make_cache(config, rollback=...), got one that cannot forget")
-        tokens = -tokens_to_remove if tokens_to_remove <= 0 else max(self.seen - tokens_to_remove, 0)
+        # transformers gives a tensor at times.
+        remove = int(tokens_to_remove)
+        tokens = -remove if remove <= 0 else max(self.seen - remove, 0)
         if self.past.take_back(tokens):
             self.state = self.past.base
         if self.account is not None and tokens:
