@@ -8,7 +8,7 @@ TEXT ?=
 ARGS ?=
 
 # What a change of version breaks first: generation, caches, padding, documents, reload, fine-tuning.
-SMOKE := $(addprefix tests/models/test_,generation.py padding.py packed.py rollback.py checkpoint.py finetune.py first_contact.py)
+SMOKE := $(addprefix tests/models/test_,generation.py padding.py packed.py checkpoint.py finetune.py first_contact.py)
 newest := transformers peft accelerate gguf
 oldest := $(shell sed -n '/^dependencies/,/^]/ {/"torch/d; s/^ *"\([a-z]*\)>=\([0-9.]*\)[",].*/\1==\2/p}' pyproject.toml)
 

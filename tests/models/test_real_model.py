@@ -138,8 +138,9 @@ def test_layers_that_selection_found_look_up_keys(original, held_out):
         to_blocks(tokenizer, text, 256),
     )
     for keep in ([8, 18, 21, 23], [3, 11, 18, 26]):
-        model = linearize(load()[0], keep=keep, calibration=calibration[:8], recall=0)
-        figures.append((sum(key_loss(model, *row) for row in rows) / len(rows), perplexity(model, held_out)))
+        model = linearize(load()[0], keep=keep, calibration=calibration[:4], recall=0)
+        keys = [key_loss(model, *row) for row in rows[::2]]
+        figures.append((sum(keys) / len(keys), perplexity(model, held_out[:2])))
     selected, even = figures
     assert selected[0] <= 1.0 < even[0]
     assert selected[1] <= even[1]

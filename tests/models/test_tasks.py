@@ -171,16 +171,16 @@ def test_a_line_ends_a_completion_and_so_does_all_that_is_asked_for():
 def test_completions_side_by_side_are_those_of_each_alone(linear, tmp_path, monkeypatch):
     whole, tokenizer, calls = tiny(), tiny_tokenizer(), []
     model = linearize_tiny(whole, window=8, sinks=2, recall=3) if linear else whole
-    words = [("the quick brown fox jumps over the lazy dog " * 2)[i : i + 30 + i % 5] for i in range(12)]
+    words = [("the quick brown fox jumps over the lazy dog " * 2)[i : i + 30 + i % 5] for i in range(6)]
     said = [generate(model, tokenizer, x.rstrip(), max_new_tokens=48).lstrip().partition("\n")[0] for x in words]
     # Half are asked for what comes late, half for what never comes.
     rows = [dict(text=x, value=s[-4:] if i % 2 else "none") for i, (x, s) in enumerate(zip(words, said, strict=True))]
     write(tmp_path, "fda_510k", [*rows, dict(rows[1], value="neither")])
     model.register_forward_pre_hook(lambda *args: calls.append(1))
-    for at_once, most in ((1, 12 * 48), (1024, 3 * 48)):
+    for at_once, most in ((1, 6 * 48), (1024, 3 * 48)):
         monkeypatch.setattr(tasks, "_AT_ONCE", {"cpu": at_once, "cuda": at_once})
         found = run_tasks(model, tokenizer, ["fda_510k"], tmp_path)["fda_510k"]
-        assert found["contains"] == sum(r["value"].lower() in s.lower() for r, s in zip(rows, said, strict=True)) / 13
+        assert found["contains"] == sum(r["value"].lower() in s.lower() for r, s in zip(rows, said, strict=True)) / 7
         assert found["contains"] > 0 and 0 < len(calls) <= most
         calls.clear()
 
