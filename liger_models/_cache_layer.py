@@ -29,10 +29,10 @@ class LigerCacheLayer(CacheLayerMixin):
     is_compileable = False
     supports_early_init = False
 
-    def __init__(self, rollback: int | None = None):
+    def __init__(self):
         super().__init__()
         self.told: dict[str, Any] | None = None
-        self.rollback, self.growing = rollback, False
+        self.past: Past | None = None
         self._forget()
 
     def _forget(self) -> None:
@@ -42,7 +42,8 @@ class LigerCacheLayer(CacheLayerMixin):
         # What account and whole become once this layer has taken in the columns at hand.
         self.pending: tuple[Account, bool] | None = None
         self.seen, self.ended, self.whole, self.is_initialized = 0, 0, True, False
-        self.past = None if self.rollback is None else Past(self.rollback, self.growing)
+        if self.past is not None:
+            self.past = Past(self.past.limit, self.past.growing)
         # Of the last columns which were shown, [B,N], and their ids, None for embeddings: in the first layer alone.
         self.columns: list[tuple[torch.Tensor, torch.Tensor | None]] = []
 
@@ -108,8 +109,7 @@ class LigerCacheLayer(CacheLayerMixin):
     def activate_past_recording(self) -> None:
         """Hold what is needed to take tokens back from now on; transformers asks for it where it guesses ahead."""
         if self.past is None:
-            self.rollback, self.growing = AT_LEAST, True
-            self.past = Past(AT_LEAST, True)
+            self.past = Past(AT_LEAST, growing=True)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last -tokens_to_remove columns; a number above 0 is how many columns are to be left.

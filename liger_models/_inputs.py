@@ -91,7 +91,7 @@ def shown_columns(mask: torch.Tensor | None, seen: int) -> torch.Tensor | None:
     return None if shown is not None and not torch.compiler.is_compiling() and shown.all() else shown
 
 
-def read_documents(
+def find_documents(
     position: torch.Tensor | None,
     mask: torch.Tensor | None,
     others: Mapping[str, Any],

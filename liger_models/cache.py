@@ -19,7 +19,7 @@ from liger_models._cache_layer import LigerCacheLayer as LigerCacheLayer
 from liger_models._inputs import (
     CACHE,
     Account,
-    read_documents,
+    find_documents,
     read_mask,
     read_positions,
     require,
@@ -73,7 +73,7 @@ def make_cache(config: PreTrainedConfig, rollback: int | None = None) -> Dynamic
     if rollback is not None:
         for layer in cast("list[Any]", cache.layers):
             if isinstance(layer, LigerCacheLayer):
-                layer.rollback, layer.past = rollback, Past(rollback)
+                layer.past = Past(rollback)
             elif hasattr(layer, "activate_past_recording"):
                 # Of transformers, whose windows forget too.
                 layer.activate_past_recording()
@@ -230,7 +230,7 @@ def read_call(
     known = read_mask(mask, B, T, seen, tokens.device)
     positions = read_positions(position, B, T)
     shown = shown_columns(known, seen)
-    documents = read_documents(positions, shown, others, (B, T), tokens.device)
+    documents = find_documents(positions, shown, others, (B, T), tokens.device)
     if documents is not None and cache is not None:
         fail(CACHE, "none beside several documents in a row", f"a {type(cache).__name__}")
     return Call(known, shown, positions, documents)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import recovered, recovery, untrained
+from benchmarks import claims, recovery, untrained
 from liger_models import checkpoint
 from tests.models.tiny import TEXT, tiny, tiny_tokenizer
 
@@ -147,13 +147,13 @@ def test_all_that_is_claimed_is_measured_once_and_held_to_its_bars(tmp_path, mon
     quick = dict(batch=1, length=32, steps=4)
     small, figures = dict(window=6, sinks=2, recall=4), ("perplexity", "passkey_64", "squad", "off_64", "off_128")
     steps = {
-        "linear": recovered.Step(small, quick, {None: ("perplexity",), 9: figures}, needs=("drawn",)),
-        "drawn": recovered.Step(None, None, {}),
-        "paper-gla": recovered.Step(dict(preset="paper-gla", window=8), quick, {None: figures[:3]}, "help"),
+        "linear": claims.Step(small, quick, {None: ("perplexity",), 9: figures}, needs=("drawn",)),
+        "drawn": claims.Step(None, None, {}),
+        "paper-gla": claims.Step(dict(preset="paper-gla", window=8), quick, {None: figures[:3]}, "help"),
     }
-    monkeypatch.setattr(recovered, "STEPS_BY_NAME", steps)
+    monkeypatch.setattr(claims, "STEPS_BY_NAME", steps)
     for name, value in (("LENGTH", 64), ("BLOCKS", 4)):
-        monkeypatch.setattr(recovered, name, value)
+        monkeypatch.setattr(claims, name, value)
     out, begun = tmp_path / "out", []
     told = ["--data", str(tmp_path), "--out", str(out), "--model", str(tmp_path / "model"), "--shorter", "2"]
     told += ["--drawn", "64", "--drawn-at-once", "2"]
@@ -161,41 +161,45 @@ def test_all_that_is_claimed_is_measured_once_and_held_to_its_bars(tmp_path, mon
     def here(args):
         def start(name):
             begun.append(name)
-            recovered.main([*told, "--step", name])
+            claims.main([*told, "--step", name])
             return 0
 
         return start
 
-    monkeypatch.setattr(recovered, "in_process", here)
-    recovered.main([*told, "--jobs", "1"])
+    monkeypatch.setattr(claims, "in_process", here)
+    claims.main([*told, "--jobs", "1"])
     assert begun == ["drawn", "linear", "paper-gla"]
     found = json.loads((out / "linear.json").read_text())
     assert (found["recipe"]["steps"], found["recipe"]["tokens"]) == (2, 64)
     assert {f"{name}@9" for name in figures} < set(found) and found["perplexity"] != found["perplexity@9"]
     assert found["off_64@9"] != 0 != found["off_128@9"]
-    recovered.main([*told])
+    claims.main([*told])
     assert len(begun) == 3
     # What is lost is measured again, of the model that is there.
     (out / "linear.json").write_text(json.dumps({k: v for k, v in found.items() if k not in ("done", "perplexity")}))
-    monkeypatch.setattr(recovered, "finetune", None)
-    recovered.main([*told])
+    monkeypatch.setattr(claims, "finetune", None)
+    claims.main([*told])
     assert begun[3:] == ["linear"]
     again = json.loads((out / "linear.json").read_text())
     assert again["perplexity"] == pytest.approx(found["perplexity"], rel=1e-5)
     capsys.readouterr()
     (out / "original-tuned.json").write_text(json.dumps(dict(perplexity=found["perplexity"])))
     (out / "linear.json").write_text(json.dumps(again | {"perplexity@128": 1.5 * found["perplexity"]}))
-    recovered.main([*told, "--table"])
+    claims.main([*told, "--table"])
     said = capsys.readouterr().out
     assert "tuned alike | 1.5000 | <= 1.02 | **missed** |" in said and "| keys in 512 | - | >= 0.95 |  |" in said
     with pytest.raises(SystemExit):
-        recovered.main([*told, "--only", "linaer"])
+        claims.main([*told, "--only", "linaer"])
     assert "got linaer" in capsys.readouterr().err
 
 
 def test_a_step_that_fails_ends_the_others(tmp_path, monkeypatch):
     begun = []
-    monkeypatch.setattr(recovered, "in_process", lambda args: lambda name: begun.append(name) or 1)
+    monkeypatch.setattr(claims, "in_process", lambda args: lambda name: begun.append(name) or 1)
     with pytest.raises(SystemExit, match="linear-selected: failed"):
-        recovered.main(["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--jobs", "1"])
+        claims.main(["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--jobs", "1"])
     assert begun == ["linear-selected"]
+    with pytest.raises(SystemExit, match="--only: expected drawn too"):
+        claims.main(["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--only", "linear"])
+    with pytest.raises(SystemExit):
+        claims.main(["--out", str(tmp_path / "out"), "--only", "linear"])

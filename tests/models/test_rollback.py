@@ -14,7 +14,7 @@ from liger_models._inputs import CACHE
 from tests.models.test_packed import scratch
 from tests.models.tiny import linearize_tiny, tiny
 
-# Of each kind of model; 25 of each were run when this was written.
+# Of each kind of model.
 SCHEDULES = 6
 KINDS = {
     "recall": lambda: linearize_tiny(tiny(), window=6, sinks=2, recall=3),

@@ -1,7 +1,7 @@
-"""All that docs/recovery.md claims of SmolLM2-135M on one day: models trained and measured, two side by side.
+"""What is claimed of a linearized SmolLM2-135M, on one day: models trained and measured, two side by side.
 
-python -m benchmarks.recovered --data FOLDER --out FOLDER           every step that is not there yet
-python -m benchmarks.recovered --data FOLDER --out FOLDER --table   what is there, beside what it is held to
+python -m benchmarks.claims --data FOLDER --out FOLDER           every step that is not there yet
+python -m benchmarks.claims --out FOLDER --table                 what is there, beside what it is held to
 
 A step is a process of its own and leaves NAME.json, and a model where others need it. A figure is written as soon as it
 is there, and one that is there is not measured again, so that an interrupted study goes on where it stopped. FOLDER of
@@ -153,6 +153,9 @@ def done(name: str, out: Path) -> bool:
 def run_all(args: argparse.Namespace, start: Callable[[str], int]) -> None:
     """Every step that is not done, --jobs at once, in the order of the table where what a step needs is there."""
     waiting = [name for name in args.only or STEPS_BY_NAME if not done(name, args.out)]
+    for need in {x for name in waiting for x in STEPS_BY_NAME[name].needs} - set(waiting):
+        if not done(need, args.out):
+            sys.exit(f"--only: expected {need} too, which is not done and others need")
     ready, failed = threading.Condition(), []
 
     def work() -> None:
@@ -233,7 +236,7 @@ def in_process(args: argparse.Namespace) -> Callable[[str], int]:
         told += ["--drawn", args.drawn, "--drawn-at-once", args.drawn_at_once]
         told += ["--model", args.model] if args.model else []
         with (args.out / f"{name}.log").open("a") as log:
-            command = [sys.executable, "-m", "benchmarks.recovered", *map(str, told)]
+            command = [sys.executable, "-m", "benchmarks.claims", *map(str, told)]
             return subprocess.call(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": cores})
 
     return start
@@ -241,7 +244,7 @@ def in_process(args: argparse.Namespace) -> Callable[[str], int]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of JSONL files of the tasks")
+    parser.add_argument("--data", type=Path, help="folder of JSONL files of the tasks; needed but for --table")
     parser.add_argument("--out", type=Path, required=True, help="figures, models, and what every step says")
     parser.add_argument("--only", type=lambda text: text.split(","), metavar="NAME,...", help="these steps")
     parser.add_argument("--jobs", type=int, default=2, help="steps at once (default: %(default)s)")
@@ -254,6 +257,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if unknown := [name for name in args.only or () if name not in STEPS_BY_NAME]:
         parser.error(f"--only: expected some of {', '.join(STEPS_BY_NAME)}, got {unknown[0]}")
+    if args.data is None and not args.table:
+        parser.error("--data: expected a folder of JSONL files of the tasks, got none")
     args.out.mkdir(parents=True, exist_ok=True)
     if args.table:
         print(table(args.out))
